@@ -1,0 +1,78 @@
+"""What a data set is to the rest of the package: items by index, and facts about them."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..registry import kind
+from ..transforms import Identity, Transform
+from ..types import Batch, Shape
+
+Split = Literal["train", "val", "test"]
+
+
+@kind
+class Dataset(ABC):
+    """Items in the data set's own units, in three fixed splits, with the facts that a model is built from.
+
+    Attributes:
+        shape: shape of one item x, without the batch axis.
+        num_classes: number of labels if conditions are class labels.
+        condition_shape: shape of one condition if conditions are embeddings (mel spectrograms, vectors).
+        target_shape: shape of one target, of class logits for a classifier.
+        bin_width: spacing of the levels of discrete data (1 for integers); None for continuous data. Bits/dim are
+            reported only where it is given.
+        levels: number of levels of discrete data, so that uniform noise has log2(levels) bits/dim.
+        transform: the proposed map from data space to model space; the model owns and, if needed, fits it.
+        unit_of_time: what `Batch.times` counts, where there are times.
+    """
+
+    shape: Shape
+    num_classes: int | None = None
+    condition_shape: Shape | None = None
+    target_shape: Shape | None = None
+    bin_width: float | None = None
+    levels: int | None = None
+    unit_of_time: ClassVar[str | None] = None
+    transform: Transform
+
+    @abstractmethod
+    def size(self, split: Split) -> int:
+        """Number of items of a split."""
+
+    @abstractmethod
+    def take(self, split: Split, indices: Tensor) -> Batch:
+        """The items of a split at the indices [B] int64, in that order."""
+
+    def context(self) -> dict[str, Any]:
+        """What constructors of models may ask for by keyword."""
+        return {
+            "shape": self.shape,
+            "num_classes": self.num_classes,
+            "condition_shape": self.condition_shape,
+            "target_shape": self.target_shape,
+            "bin_width": self.bin_width,
+            "transform": getattr(self, "transform", None) or Identity(),
+        }
+
+    def log_prob(self, x: Tensor) -> Tensor | None:
+        """[B] exact log density of the law the data were drawn from, where it is known; None otherwise."""
+        return None
+
+    def batches(self, split: Split, batch_size: int):
+        """One pass over a split in order."""
+        for rows in torch.arange(self.size(split)).split(batch_size):
+            yield self.take(split, rows)
+
+
+def check_finite(name: str, split: str, x: Tensor) -> None:
+    """Raises ValueError naming the first item of a split that holds NaN or infinity."""
+    bad = ~x.flatten(1).isfinite().all(1)
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"data '{name}', split '{split}': item {first} holds NaN or infinity ({int(bad.sum())} of {len(x)} items do). "
+            "Remove or mask those values before training."
+        )

@@ -1,0 +1,63 @@
+"""The one protocol that every family implements: a loss; everything else is a capability (see `types`)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from .registry import kind
+from .types import Batch, Loss, Shape
+
+
+@kind
+class Model(nn.Module, ABC):
+    """A generative or predictive model.
+
+    Constructors take configuration arguments first; keyword-only arguments without default come from the dataset:
+    `shape` of one item, `num_classes`, `condition_shape`, `target_shape`, `transform` (data space -> model space).
+
+    Attributes:
+        shape: shape of one item in data units, without the batch axis.
+        conditional: True if `sample` and `likelihood` take a condition (labels, embeddings).
+        differentiates_twice: True if the loss itself differentiates the network (CNFs, implicit score matching); such
+            losses cannot be compiled.
+    """
+
+    shape: Shape
+    conditional: bool = False
+    differentiates_twice: ClassVar[bool] = False
+
+    @abstractmethod
+    def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
+        """The training objective of each item; all randomness comes from `generator`."""
+
+    def forward(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
+        """`loss`: distributed wrappers synchronise gradients through `forward` alone."""
+        return self.loss(batch, generator=generator)
+
+    def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
+        """Set buffers from the data before step 0, on one process; returns scalars to log.
+
+        Standardisation, data-dependent initialisation, closed-form fits. What it computes must live in buffers or
+        parameters that the constructor allocated, so that a checkpoint loads strictly.
+
+        Args:
+            batches: one pass over the training data in a fixed order; iterating again starts a new pass.
+        """
+        return {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters and buffers live (the CPU if it has none)."""
+        return next((p.device for p in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
+
+    def check_items(self, x: Tensor, where: str) -> None:
+        """Raises ValueError unless x is [B, *shape]."""
+        if tuple(x.shape[1:]) != tuple(self.shape) or x.ndim == 0:
+            wanted = ", ".join(["B", *map(str, self.shape)])
+            raise ValueError(
+                f"{where}: x has shape {list(x.shape)}, but this model was built for [{wanted}]. "
+                "Add the batch axis, or rebuild the model for the other shape."
+            )

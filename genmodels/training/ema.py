@@ -1,0 +1,72 @@
+"""Averages of the weights over training, kept beside the weights and never mixed into them."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import kind, register
+
+
+@kind
+class Average(ABC):
+    """A rule for the decay of a running average of the weights."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The name of its file: `ema-<value>`."""
+
+    @abstractmethod
+    def decay(self, step: int) -> float:
+        """β of the update θ̄ <- β θ̄ + (1 - β) θ after optimiser step `step` = 1, 2, …"""
+
+
+@register(Average, "constant")
+class ConstantDecay(Average):
+    """β_k = min(value, k/(k + 9)): a constant decay that forgets the initial weights fast at the start.
+
+    Args:
+        value: the decay; the average looks back over about 1/(1 - value) steps.
+    """
+
+    def __init__(self, value: float = 0.999) -> None:
+        if not 0 <= value < 1:
+            raise ValueError(f"constant: the decay must be in [0, 1), found {value}.")
+        self.value = value
+
+    @property
+    def label(self) -> str:
+        return f"ema-{self.value:g}"
+
+    def decay(self, step: int) -> float:
+        return min(self.value, step / (step + 9))
+
+
+class WeightAverage:
+    """A running average of a model's parameters in float32 or wider; buffers are copied."""
+
+    def __init__(self, rule: Average, model: nn.Module) -> None:
+        self.rule = rule
+        self.tensors = {name: _wide(value) for name, value in model.state_dict().items()}
+        self.averaged = {name for name, p in model.named_parameters() if p.is_floating_point()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimiser step `step`."""
+        beta = self.rule.decay(step)
+        state = model.state_dict()
+        names = [name for name in self.tensors if name in self.averaged]
+        wide = [state[name].to(self.tensors[name].dtype) for name in names]
+        torch._foreach_lerp_([self.tensors[name] for name in names], wide, 1 - beta)
+        for name in self.tensors.keys() - self.averaged:
+            self.tensors[name].copy_(state[name])
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, value in self.tensors.items():
+            value.copy_(tensors[name])
+
+
+def _wide(value: Tensor) -> Tensor:
+    reduced = value.is_floating_point() and value.dtype.itemsize < 4
+    return value.detach().clone().float() if reduced else value.detach().clone()

@@ -1,0 +1,124 @@
+"""Optimisers and learning rates as configuration."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..registry import kind, register
+
+
+@kind
+class Optimizer(ABC):
+    """A recipe for a torch optimiser.
+
+    Attributes:
+        lr: the learning rate that `LearningRate` scales.
+    """
+
+    lr: float
+
+    @abstractmethod
+    def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of some parameters."""
+
+
+@register(Optimizer, "adam")
+class Adam(Optimizer):
+    """Adam; with weight_decay > 0 decoupled from the gradient (AdamW).
+
+    Source: Kingma & Ba 2015; Loshchilov & Hutter 2019.
+    """
+
+    def __init__(
+        self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ):
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+
+    def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, foreach=True)
+
+
+@register(Optimizer, "sgd")
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    def __init__(
+        self, lr: float = 1e-2, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+    ) -> None:
+        self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
+
+    def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, foreach=True
+        )
+
+
+@kind
+class LearningRate(ABC):
+    """A factor on the optimiser's learning rate.
+
+    Args of every member:
+        warmup: steps over which the factor first rises linearly from 0.
+    """
+
+    warmup: int = 0
+
+    def factor(self, step: int, steps: int) -> float:
+        """The factor for step = 0 … steps-1 of a run of `steps`."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return rise * self.shape(step, steps)
+
+    @abstractmethod
+    def shape(self, step: int, steps: int) -> float:
+        """The factor without warm-up."""
+
+
+@register(LearningRate, "constant")
+class Constant(LearningRate):
+    """Factor 1, after the warm-up."""
+
+    def __init__(self, warmup: int = 0) -> None:
+        self.warmup = warmup
+
+    def shape(self, step: int, steps: int) -> float:
+        return 1.0
+
+
+@register(LearningRate, "cosine")
+class Cosine(LearningRate):
+    """Cosine annealing from 1 to `final` over the run: final + (1 - final)(1 + cos(π k/K))/2.
+
+    Source: Loshchilov & Hutter 2017 (SGDR), equation 5 with one cycle.
+    """
+
+    def __init__(self, warmup: int = 0, final: float = 0.0) -> None:
+        self.warmup, self.final = warmup, final
+
+    def shape(self, step: int, steps: int) -> float:
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+
+
+@register(LearningRate, "one_cycle")
+class OneCycle(LearningRate):
+    """Cosine rise from `start` to 1 over the first `rise` of the run, then cosine fall to `final`.
+
+    Source: Smith & Topin 2018 (super-convergence).
+    """
+
+    def __init__(self, rise: float = 0.1, start: float = 0.04, final: float = 1e-4) -> None:
+        if not 0 < rise < 1:
+            raise ValueError(f"one_cycle: rise must be in (0, 1), found {rise}.")
+        self.rise, self.start, self.final = rise, start, final
+
+    def shape(self, step: int, steps: int) -> float:
+        top = self.rise * steps
+        if step < top:
+            return self._ease(self.start, 1.0, step / top)
+        return self._ease(1.0, self.final, (step - top) / max(steps - top, 1))
+
+    @staticmethod
+    def _ease(a: float, b: float, fraction: float) -> float:
+        return b + (a - b) * 0.5 * (1 + math.cos(math.pi * fraction))

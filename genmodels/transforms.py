@@ -1,0 +1,192 @@
+"""Maps between data space (a data set's own units) and model space, with their log-determinants.
+
+log p_data(x) = log p_model(T(x)) + log|det ∂T/∂x|. A transform holds buffers only; a fitted mean is state of the model
+that owns it. `Dequantize` is random and `forward` therefore takes a source of noise.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .registry import kind, register
+from .rng import Noise
+from .types import Batch, sum_items
+
+
+@kind
+class Transform(nn.Module, ABC):
+    """Data x -> model space y, the same shape.
+
+    Attributes:
+        volume: False if no log-determinant exists (a learned latent space); likelihoods are then not applicable.
+    """
+
+    volume: bool = True
+
+    @abstractmethod
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        """y [B, *shape] and log|det ∂y/∂x| [B] float64; without noise, random parts take their mean."""
+
+    @abstractmethod
+    def inverse(self, y: Tensor) -> Tensor:
+        """x [B, *shape] in data units; clamps to the range of the data where there is one."""
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Set buffers from one pass over the training data."""
+
+
+@register(Transform, "identity")
+class Identity(Transform):
+    """y = x."""
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        return x, x.new_zeros(len(x), dtype=torch.float64)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y
+
+
+@register(Transform, "affine")
+class Affine(Transform):
+    """y = (x - loc)/scale; log|det ∂y/∂x| = -D log scale.
+
+    Args:
+        loc: data value that becomes 0.
+        scale: data units per model unit, > 0.
+    """
+
+    def __init__(self, loc: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise ValueError(f"affine: scale must be > 0, found {scale}.")
+        self.loc, self.scale = loc, scale
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        log_det = x.new_full((len(x),), -x[0].numel() * math.log(self.scale) if len(x) else 0.0, dtype=torch.float64)
+        return (x - self.loc) / self.scale, log_det
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.scale + self.loc
+
+
+@register(Transform, "standardize")
+class Standardize(Transform):
+    """y = (x - mean)/std with one mean and standard deviation per component, fitted to the training data.
+
+    Components that never vary keep std = 1.
+    """
+
+    def __init__(self, *, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        n, total, square, shift = 0, 0.0, 0.0, None
+        for batch in batches:
+            x = batch.x.double()
+            shift = x.mean(0) if shift is None else shift
+            n, total, square = n + len(x), total + (x - shift).sum(0), square + ((x - shift) ** 2).sum(0)
+        if shift is None:
+            raise ValueError("standardize: there are no training items to fit to.")
+        std = (square / n - (total / n) ** 2).clamp(min=0).sqrt()
+        self.mean.copy_(shift + total / n)
+        self.std.copy_(torch.where(std > 1e-8 * (1 + self.mean.abs()), std, torch.ones_like(std)))
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        y = (x - self.mean.to(x.dtype)) / self.std.to(x.dtype)
+        return y, (-self.std.log().sum()).expand(len(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * self.std.to(y.dtype) + self.mean.to(y.dtype)
+
+
+@register(Transform, "dequantize")
+class Dequantize(Transform):
+    """y = x + bin_width·u, u ~ U[0, 1), for data on the levels 0, bin_width, 2 bin_width, …
+
+    Then E_u[-log p(y)] >= -log P(x) - log(bin_width)·D (Jensen): a bound on the discrete code length.
+
+    Args:
+        levels: number of levels; `inverse` rounds down to the nearest one.
+        bin_width: spacing of the levels.
+    Source: Theis et al. 2016 (A note on the evaluation of generative models), section 3.1.
+    """
+
+    def __init__(self, levels: int, bin_width: float = 1.0) -> None:
+        super().__init__()
+        if levels < 2 or bin_width <= 0:
+            raise ValueError(
+                f"dequantize: at least 2 levels and a bin width > 0 are needed, found {levels} and {bin_width}."
+            )
+        self.levels, self.bin_width = levels, bin_width
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        u = 0.5 if noise is None else noise.uniform(*x.shape[1:], dtype=x.dtype).to(x.device)
+        return x + self.bin_width * u, x.new_zeros(len(x), dtype=torch.float64)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return (y / self.bin_width).floor().clamp(0, self.levels - 1) * self.bin_width
+
+
+@register(Transform, "logit")
+class Logit(Transform):
+    """y = logit(s) with s = a + (1 - 2a)(x - low)/(high - low).
+
+    log|dy/dx| = log(1 - 2a) - log(high - low) - log s - log(1 - s) per component; x is clamped to [low, high] first.
+
+    Args:
+        low, high: range of the data, in its units.
+        alpha: a, the distance kept from the ends of the unit interval.
+    Source: Dinh et al. 2017 (Real NVP), section 4.1.
+    """
+
+    def __init__(self, low: float, high: float, alpha: float = 0.05) -> None:
+        super().__init__()
+        if not (high > low and 0 < alpha < 0.5):
+            raise ValueError(f"logit: low < high and 0 < alpha < 0.5 are needed, found {low}, {high} and {alpha}.")
+        self.low, self.high, self.alpha = low, high, alpha
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        unit = ((x - self.low) / (self.high - self.low)).clamp(0, 1)
+        s = self.alpha + (1 - 2 * self.alpha) * unit
+        slope = math.log(1 - 2 * self.alpha) - math.log(self.high - self.low)
+        return s.log() - (-s).log1p(), sum_items(slope - s.log() - (-s).log1p())
+
+    def inverse(self, y: Tensor) -> Tensor:
+        unit = (torch.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)
+        return unit.clamp(0, 1) * (self.high - self.low) + self.low
+
+
+@register(Transform, "compose")
+class Compose(Transform):
+    """Transforms applied one after another; log-determinants add."""
+
+    def __init__(self, parts: tuple[Transform, ...]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.volume = all(part.volume for part in parts)
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x), dtype=torch.float64)
+        for part in self.parts:
+            x, log_det = part(x, noise)
+            total = total + log_det
+        return x, total
+
+    def inverse(self, y: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            y = part.inverse(y)
+        return y
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        for k, part in enumerate(self.parts):
+            part.fit(batch.replace(x=self._through(k, batch.x)) for batch in batches)
+
+    def _through(self, k: int, x: Tensor) -> Tensor:
+        for part in self.parts[:k]:
+            x, _ = part(x)
+        return x

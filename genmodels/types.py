@@ -1,0 +1,196 @@
+"""What passes between the parts: batches, losses, likelihoods, estimates, and the capabilities of a model."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Condition = Tensor | Mapping[str, Tensor]
+
+
+class NotApplicable(Exception):
+    """A model has the method but cannot answer for its configuration; the evaluator records the reason."""
+
+
+def _each(value: Any, f) -> Any:
+    if isinstance(value, Mapping):
+        return {key: f(item) for key, item in value.items()}
+    return None if value is None else f(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a dataset gives and a model takes; every tensor has the batch axis first.
+
+    Args:
+        x: [B, *shape] items in the dataset's own units (integer levels as floats, volts, z-scores).
+        condition: [B] int64 class labels, [B, *] embeddings (mel spectrograms), or named tensors (prompts).
+        target: [B] or [B, *] what a predictive model must output.
+        times: [B, L] float64, increasing, in the dataset's stated unit of time.
+        mask: [B, L] or [B, L, C] bool, True where x was observed.
+        target_times: [B, M] float64, where the target is asked for.
+        target_mask: [B, M] or [B, M, C] bool, True where the target counts.
+    """
+
+    x: Tensor
+    condition: Condition | None = None
+    target: Tensor | None = None
+    times: Tensor | None = None
+    mask: Tensor | None = None
+    target_times: Tensor | None = None
+    target_mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> "Batch":
+        """The chosen rows of every tensor."""
+        return Batch(*(_each(getattr(self, f.name), lambda v: v[rows]) for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(_each(getattr(self, f.name), lambda v: v.to(device)) for f in fields(self)))
+
+    def replace(self, **changes: Any) -> "Batch":
+        return replace(self, **changes)
+
+
+class Loss(NamedTuple):
+    """A training objective: the trainer minimises `value.mean()`.
+
+    Args:
+        value: [B] per item, or [] where the objective is no sum over items.
+        logs: detached scalars by name: "nll", "nfe", "residual", ...
+    """
+
+    value: Tensor
+    logs: dict[str, Tensor]
+
+
+LikelihoodKind = Literal["pmf", "exact", "bound", "numerical", "stochastic"]
+
+
+class Likelihood(NamedTuple):
+    """log p(x) in nats, in the dataset's units, and how far to trust it.
+
+    Args:
+        value: [B] float64.
+        kind: pmf (probability mass), exact (density of the dequantised point), bound (lower bound), numerical (up to a
+            solver's tolerance), stochastic (unbiased estimate up to the solver's tolerance; no certified bound).
+        stderr: [B] standard error of a stochastic value over its probes, where there are at least two.
+    """
+
+    value: Tensor
+    kind: LikelihoodKind
+    stderr: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its uncertainty.
+
+    Args:
+        value: the estimate.
+        stderr: its standard error, None where it cannot be had.
+        n: how many items it rests on.
+        unit: "bits/dim", "seconds", ...; "1" for pure numbers.
+        better: the direction in which a model improves; "none" for numbers that only describe.
+        kind: how it was made: "exact", "bound", "numerical", "stochastic", "plug-in", "count", ...
+        references: values to read it against, by name (the floor of a perfect sampler, a baseline).
+        items: [n] per-item values where a paired comparison is meant to be possible.
+    """
+
+    value: float
+    stderr: float | None
+    n: int
+    unit: str
+    better: Literal["lower", "higher", "none"]
+    kind: str
+    references: Mapping[str, float] | None = None
+    items: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What a model answered to the evaluator: drawn items, likelihoods or predictions, with their cost.
+
+    Args:
+        seeds: [n] int64; item i was made from seed i alone.
+        x: [n, *shape] drawn items in data units (None for the other questions).
+        condition: what they were drawn given.
+        likelihood: log p of the items of the batch.
+        prediction: [n, *] the model's prediction for the batch.
+        seconds: wall-clock time of the whole answer.
+        nfe: evaluations of the model's network on the path of one item (mean over items).
+    """
+
+    seeds: Tensor
+    x: Tensor | None = None
+    condition: Condition | None = None
+    likelihood: Likelihood | None = None
+    prediction: Tensor | None = None
+    seconds: float = 0.0
+    nfe: float = 0.0
+
+
+Seeds = int | Iterable[int] | Tensor
+
+
+# Capabilities, discovered by isinstance. `**options` stands for the explicit keyword-only arguments of an
+# implementation: its signature is what the `sample:`, `likelihood:` and `predict:` sections are checked against.
+@runtime_checkable
+class SupportsSample(Protocol):
+    def sample(self, seeds: Seeds, *, condition: Condition | None = None, **options: Any) -> Tensor:
+        """[n, *shape] items in data units; an int n means the seeds 0 … n-1; item i depends on seed i alone."""
+
+
+@runtime_checkable
+class SupportsLogProb(Protocol):
+    def likelihood(
+        self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
+    ) -> Likelihood:
+        """log p(x) with its kind; what is random in item i (dequantisation, probes) depends on seed i alone."""
+
+    def log_prob(
+        self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
+    ) -> Tensor:
+        """[B] nats: likelihood(...).value."""
+
+
+@runtime_checkable
+class SupportsEncode(Protocol):
+    def encode(self, x: Tensor, *, condition: Condition | None = None, **options: Any) -> Tensor:
+        """[B, *] latent of x, deterministic."""
+
+    def decode(self, z: Tensor, *, condition: Condition | None = None, **options: Any) -> Tensor:
+        """[B, *shape] item of z: decode(encode(x)) = x to the solver's tolerance."""
+
+
+@runtime_checkable
+class SupportsPredict(Protocol):
+    def predict(self, batch: Batch, *, seeds: Seeds | None = None, **options: Any) -> Tensor:
+        """Class logits, or values at target_times; options are the compute dial."""
+
+
+@runtime_checkable
+class SupportsVelocity(Protocol):
+    def velocity(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
+        """[B, *] dx/dt of the model's ODE at (t, x), in model space."""
+
+
+@runtime_checkable
+class SupportsScore(Protocol):
+    def score(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
+        """[B, *] gradient of log p_t at x, in model space."""
+
+
+def expand_like(t: Tensor, x: Tensor) -> Tensor:
+    """t of shape [] or [B] with trailing unit axes, so that it broadcasts against x of shape [B, *]."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
+
+
+def sum_items(x: Tensor) -> Tensor:
+    """[B] float64 sum over every axis of x but the first; log-determinants and log-probabilities are added here."""
+    return x.flatten(1).sum(1, dtype=torch.float64) if x.ndim > 1 else x.double()
