@@ -1,6 +1,8 @@
 """Averages of the weights over training, kept beside the weights and never mixed into them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +65,31 @@ class WeightAverage:
             self.tensors[name].copy_(state[name])
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from the tensors of a checkpoint."""
         for name, value in self.tensors.items():
             value.copy_(tensors[name])
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model in eval mode with these weights; its own weights come back afterwards."""
+        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(self.tensors)
+        try:
+            with evaluating(model):
+                yield
+        finally:
+            model.load_state_dict(own)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _wide(value: Tensor) -> Tensor:

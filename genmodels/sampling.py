@@ -1,0 +1,147 @@
+"""Samples as files: a PNG that a person can read, an .npz that a program can."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .data.dataset import Dataset
+from .model import Model
+from .registry import ConfigError
+from .rng import as_seeds
+from .types import Condition, SupportsSample
+
+COLUMNS = 8
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-63`, `7`, `0-9,20,30-31` as a list.
+
+    Raises:
+        ConfigError: if the text is malformed, saying which part.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise ConfigError(f"--seeds: '{part}' is no seed and no range like 0-63 (in '{text}').")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    return seeds
+
+
+def default_seeds(model: Model, dataset: Dataset) -> list[int]:
+    """One row of 8 for each class, or 64."""
+    return list(range(COLUMNS * dataset.num_classes if model.conditional and dataset.num_classes else 64))
+
+
+def conditions(model: Model, dataset: Dataset, seeds: list[int], chosen: int | None = None) -> Condition | None:
+    """What each seed's sample is drawn given: the chosen class; else class (seed // 8) mod classes, so that a grid has a
+    class in each row; else the condition of validation item (seed mod items).
+
+    Raises:
+        ConfigError: if a class is chosen that the model does not know, or if it takes none.
+    """
+    if chosen is not None and not (model.conditional and dataset.num_classes):
+        raise ConfigError("--condition: this model takes no class label.")
+    if not model.conditional:
+        return None
+    index = as_seeds(seeds)
+    if dataset.num_classes is None:
+        return dataset.take("val", index % dataset.size("val")).condition
+    if chosen is not None and not 0 <= chosen < dataset.num_classes:
+        raise ConfigError(f"--condition: class {chosen} is out of range; there are 0 … {dataset.num_classes - 1}.")
+    return index // COLUMNS % dataset.num_classes if chosen is None else torch.full_like(index, chosen)
+
+
+def draw(
+    model: Model, dataset: Dataset, seeds: list[int], options: Mapping[str, Any], chosen: int | None = None
+) -> tuple[Tensor, Condition | None]:
+    """Samples of the seeds, [n, *shape] in data units on the CPU, and what they were drawn given.
+
+    Raises:
+        ConfigError: if the model cannot sample, or if the chosen class is out of range.
+    """
+    if not isinstance(model, SupportsSample):
+        raise ConfigError(f"{type(model).__name__} does not draw samples (it has no method `sample`).")
+    condition = conditions(model, dataset, seeds, chosen)
+    return model.sample(seeds, condition=to_device(condition, model.device), **options).cpu(), condition
+
+
+def request(
+    seeds: list[int], condition: Condition | None, answer: dict[str, Any], weights: str, step: int
+) -> dict[str, Any]:
+    """What a file of samples says of itself."""
+    labels = condition.tolist() if isinstance(condition, Tensor) and condition.ndim == 1 else None
+    return {"seeds": seeds, "condition": labels, "sample": answer, "weights": weights, "step": step}
+
+
+def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
+    """Images as a grid, points of the plane as a scatter plot, anything else as .npz; notes go into the metadata.
+
+    Args:
+        stem: path without its suffix.
+    """
+    if len(dataset.shape) == 3 and dataset.shape[0] in (1, 3):
+        return _grid(stem.with_name(stem.name + ".png"), x, dataset, notes)
+    if dataset.shape == (2,):
+        return _scatter(stem.with_name(stem.name + ".png"), x, dataset, notes)
+    return write_arrays(stem.with_name(stem.name + ".npz"), x, notes)
+
+
+def write_arrays(path: Path, x: Tensor, notes: dict[str, Any]) -> Path:
+    """`arr_0` = samples [n, *shape] in data units, `notes` = JSON text."""
+    np.savez_compressed(path, arr_0=x.numpy(), notes=np.array(json.dumps(notes)))
+    return path
+
+
+def _grid(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
+    """Nearest-neighbour enlarged images with a margin of one pixel; row by row in the order of the seeds."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    top = (dataset.levels or 256) - 1
+    pixels = (x.float() / ((dataset.bin_width or 1.0) * top) * 255).round().clamp(0, 255).to(torch.uint8)
+    channels, height, width = dataset.shape
+    columns = min(COLUMNS, len(x))
+    rows = math.ceil(len(x) / columns)
+    padded = torch.full((rows * columns, channels, height + 1, width + 1), 96, dtype=torch.uint8)
+    padded[: len(x), :, :height, :width] = pixels
+    sheet = rearrange(padded, "(r c) k h w -> (r h) (c w) k", r=rows, c=columns)[:-1, :-1]
+    image = Image.fromarray(sheet.squeeze(-1).numpy() if channels == 1 else sheet.numpy())
+    zoom = max(1, 48 // max(height, width))
+    info = PngInfo()
+    for key, value in _texts(notes).items():
+        info.add_text(key, value)
+    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(path, pnginfo=info)
+    return path
+
+
+def _scatter(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
+    """Samples beside data on the same axes."""
+    from matplotlib.figure import Figure
+
+    data = dataset.take("train", torch.arange(min(len(x), dataset.size("train")))).x
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, points, title in zip(panels, (data, x), ("data", "samples"), strict=True):
+        axes.scatter(*points.numpy().T, s=4, linewidths=0)
+        axes.set(title=title, aspect="equal")
+    figure.savefig(path, dpi=120, metadata=_texts(notes))
+    return path
+
+
+def _texts(notes: dict[str, Any]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes.items()}
+
+
+def to_device(condition: Condition | None, device: torch.device) -> Condition | None:
+    """A condition on a device."""
+    if isinstance(condition, Mapping):
+        return {key: value.to(device) for key, value in condition.items()}
+    return None if condition is None else condition.to(device)
