@@ -108,7 +108,7 @@ class Standardize(Transform):
 class Dequantize(Transform):
     """y = x + bin_width·u, u ~ U[0, 1), for data on the levels 0, bin_width, 2 bin_width, …
 
-    Then E_u[-log p(y)] >= -log P(x) - log(bin_width)·D (Jensen): a bound on the discrete code length.
+    Then -log P(x) <= E_u[-log p(y)] - D log(bin_width) (Jensen): a bound on the discrete code length.
 
     Args:
         levels: number of levels; `inverse` rounds down to the nearest one.
@@ -126,7 +126,10 @@ class Dequantize(Transform):
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
         u = 0.5 if noise is None else noise.uniform(*x.shape[1:], dtype=x.dtype).to(x.device)
-        return x + self.bin_width * u, x.new_zeros(len(x), dtype=torch.float64)
+        # the sum may round up to the next level, where `inverse` would not find x again
+        end = x.detach() + self.bin_width
+        y = torch.minimum(x + self.bin_width * u, torch.nextafter(end, x.detach()))
+        return y, x.new_zeros(len(x), dtype=torch.float64)
 
     def inverse(self, y: Tensor) -> Tensor:
         return (y / self.bin_width).floor().clamp(0, self.levels - 1) * self.bin_width
@@ -151,10 +154,12 @@ class Logit(Transform):
         self.low, self.high, self.alpha = low, high, alpha
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        unit = ((x - self.low) / (self.high - self.low)).clamp(0, 1)
-        s = self.alpha + (1 - 2 * self.alpha) * unit
-        slope = math.log(1 - 2 * self.alpha) - math.log(self.high - self.low)
-        return s.log() - (-s).log1p(), sum_items(slope - s.log() - (-s).log1p())
+        width = self.high - self.low
+        # 1 - s is formed from high - x: as a difference of rounded numbers it would lose its digits near the upper end
+        log_s = (self.alpha + (1 - 2 * self.alpha) * ((x - self.low) / width).clamp(0, 1)).log()
+        log_rest = (self.alpha + (1 - 2 * self.alpha) * ((self.high - x) / width).clamp(0, 1)).log()
+        slope = math.log(1 - 2 * self.alpha) - math.log(width)
+        return log_s - log_rest, sum_items(slope - log_s - log_rest)
 
     def inverse(self, y: Tensor) -> Tensor:
         unit = (torch.sigmoid(y) - self.alpha) / (1 - 2 * self.alpha)

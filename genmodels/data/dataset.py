@@ -1,13 +1,14 @@
 """What a data set is to the rest of the package: items by index, and facts about them."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..registry import kind
-from ..transforms import Identity, Transform
+from ..registry import Builder, build, kind, resolve
+from ..transforms import Transform
 from ..types import Batch, Shape
 
 Split = Literal["train", "val", "test"]
@@ -25,7 +26,8 @@ class Dataset(ABC):
         bin_width: spacing of the levels of discrete data (1 for integers); None for continuous data. Bits/dim are
             reported only where it is given.
         levels: number of levels of discrete data, so that uniform noise has log2(levels) bits/dim.
-        transform: the proposed map from data space to model space; the model owns and, if needed, fits it.
+        transform: configuration node of the proposed map from data space to model space, e.g.
+            `{"name": "standardize"}`; the model owns the transform built from it and, if needed, fits it.
         unit_of_time: what `Batch.times` counts, where there are times.
     """
 
@@ -36,7 +38,7 @@ class Dataset(ABC):
     bin_width: float | None = None
     levels: int | None = None
     unit_of_time: ClassVar[str | None] = None
-    transform: Transform
+    transform: dict[str, Any] | str = "identity"
 
     @abstractmethod
     def size(self, split: Split) -> int:
@@ -46,25 +48,48 @@ class Dataset(ABC):
     def take(self, split: Split, indices: Tensor) -> Batch:
         """The items of a split at the indices [B] int64, in that order."""
 
-    def context(self) -> dict[str, Any]:
-        """What constructors of models may ask for by keyword."""
+    def facts(self) -> dict[str, Any]:
+        """Plain data from which models are built; kept in every checkpoint, so that a model loads without its data."""
         return {
-            "shape": self.shape,
+            "shape": list(self.shape),
             "num_classes": self.num_classes,
-            "condition_shape": self.condition_shape,
-            "target_shape": self.target_shape,
+            "condition_shape": _plain(self.condition_shape),
+            "target_shape": _plain(self.target_shape),
             "bin_width": self.bin_width,
-            "transform": getattr(self, "transform", None) or Identity(),
+            "transform": resolve(Transform, self.transform, "data.transform"),
         }
 
     def log_prob(self, x: Tensor) -> Tensor | None:
         """[B] exact log density of the law the data were drawn from, where it is known; None otherwise."""
         return None
 
-    def batches(self, split: Split, batch_size: int):
+    def baselines(self) -> dict[str, float]:
+        """Exact bits/dim of simple models on the test split by name, to read a model's number against."""
+        return {}
+
+    def batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
         """One pass over a split in order."""
         for rows in torch.arange(self.size(split)).split(batch_size):
             yield self.take(split, rows)
+
+
+def proposal(given: Builder | None, default: dict[str, Any]) -> dict[str, Any]:
+    """The transform node of a data set: the configured one, or the data set's own proposal."""
+    return default if given is None else given.node
+
+
+def context(facts: dict[str, Any]) -> dict[str, Any]:
+    """What constructors of models may ask for by keyword, from the facts of a data set."""
+    shapes = {key: None if facts[key] is None else tuple(facts[key]) for key in _SHAPES}
+    transform = build(Transform, facts["transform"], shape=shapes["shape"])
+    return {**facts, **shapes, "transform": transform}
+
+
+_SHAPES = ("shape", "condition_shape", "target_shape")
+
+
+def _plain(shape: Shape | None) -> list[int] | None:
+    return None if shape is None else list(shape)
 
 
 def check_finite(name: str, split: str, x: Tensor) -> None:
@@ -73,6 +98,6 @@ def check_finite(name: str, split: str, x: Tensor) -> None:
     if bad.any():
         first = int(bad.nonzero()[0])
         raise ValueError(
-            f"data '{name}', split '{split}': item {first} holds NaN or infinity ({int(bad.sum())} of {len(x)} items do). "
-            "Remove or mask those values before training."
+            f"data '{name}', split '{split}': item {first} holds NaN or infinity ({int(bad.sum())} of {len(x)} items "
+            "do). Remove or mask those values before training."
         )
