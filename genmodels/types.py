@@ -1,6 +1,6 @@
 """What passes between the parts: batches, losses, likelihoods, estimates, and the capabilities of a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -15,13 +15,13 @@ class NotApplicable(Exception):
     """A model has the method but cannot answer for its configuration; the evaluator records the reason."""
 
 
-def _each(value: Any, f) -> Any:
+def _each(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {key: f(item) for key, item in value.items()}
     return None if value is None else f(value)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # tensors have no single truth value: batches compare by identity
 class Batch:
     """What a dataset gives and a model takes; every tensor has the batch axis first.
 
@@ -47,7 +47,13 @@ class Batch:
         return self.x.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
-        """The chosen rows of every tensor."""
+        """The chosen rows of every tensor.
+
+        Raises:
+            TypeError: if `rows` is one integer, which would drop the batch axis (and would make a batch iterable).
+        """
+        if isinstance(rows, int):
+            raise TypeError(f"a batch is indexed by a slice or a tensor of rows: batch[{rows}:{rows + 1}] is one item.")
         return Batch(*(_each(getattr(self, f.name), lambda v: v[rows]) for f in fields(self)))
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -100,6 +106,7 @@ class Estimate:
         kind: how it was made: "exact", "bound", "numerical", "stochastic", "plug-in", "count", ...
         references: values to read it against, by name (the floor of a perfect sampler, a baseline).
         items: [n] per-item values where a paired comparison is meant to be possible.
+        flags: what is wrong with the model it was measured on ("overlap_suspected"); a flagged model is not ranked.
     """
 
     value: float
@@ -110,6 +117,7 @@ class Estimate:
     kind: str
     references: Mapping[str, float] | None = None
     items: Tensor | None = None
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +192,11 @@ class SupportsVelocity(Protocol):
 class SupportsScore(Protocol):
     def score(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
         """[B, *] gradient of log p_t at x, in model space."""
+
+
+@runtime_checkable
+class Editor(SupportsEncode, SupportsVelocity, Protocol):
+    """What editing needs; our own models provide it, and so does a wrapped pipeline, which is no `Model`."""
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:

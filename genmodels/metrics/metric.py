@@ -33,8 +33,8 @@ class Subject:
 class Metric(ABC):
     """One property of a model, measured from its answers.
 
-    The evaluator asks each question once (draw samples, score test items, predict) and hands every answer to all metrics
-    whose `requires` names that capability. A metric never draws anything itself.
+    The evaluator asks each question once (draw samples, score test items, predict) and hands every answer to all
+    metrics whose `requires` names that capability. A metric never draws anything itself.
 
     Attributes:
         requires: capability protocols, any of which provides the answers (`SupportsSample`, `SupportsLogProb`, …); the
@@ -50,8 +50,17 @@ class Metric(ABC):
         """What else the numbers depend on (the checksum of a feature extractor); part of every protocol's hash."""
         return ""
 
+    @abstractmethod
     def start(self, subject: Subject) -> None:
-        """Read the reference data; called once, before the first answer."""
+        """Read the reference data and be ready for the first answer; called once.
+
+        Raises:
+            NotApplicable: if the metric has no meaning for these data; the evaluator records the reason.
+        """
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Forget every answer and keep the reference data: the next block of seeds begins."""
 
     @abstractmethod
     def update(self, samples: Samples, batch: Batch | None) -> None:

@@ -1,0 +1,118 @@
+"""Rational-quadratic splines: CPU time of ours, nflows and zuko on the same numbers, side by side in one process.
+
+    python -m evals.benchmarks.splines [--repeats 60] [--batch 4096] [--features 8] [--bins 8]
+
+Every round times each contender once, in turn, so that a busy machine slows all of them; medians over rounds are
+compared. Each contender starts from raw parameters in the layout it wants: bins last for nflows and zuko, batch last
+for ours (as our networks give them).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genmodels.flows.splines import durkan, rational_quadratic
+
+BOUND = 3.0
+RESULT = Path(__file__).parents[1] / "results" / "benchmarks" / "splines.json"
+Spline = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
+
+def ours(x, raw, inverse):
+    return rational_quadratic(x, durkan(raw, BOUND), BOUND, inverse=inverse)
+
+
+def nflows(x, raw, inverse):
+    from nflows.transforms.splines import unconstrained_rational_quadratic_spline
+
+    bins = (raw.shape[-1] + 1) // 3
+    return unconstrained_rational_quadratic_spline(
+        x, *raw.split((bins, bins, bins - 1), -1), inverse=inverse, tail_bound=BOUND
+    )
+
+
+def zuko(x, raw, inverse):
+    from zuko.transforms import MonotonicRQSTransform
+
+    bins = (raw.shape[-1] + 1) // 3
+    spline = MonotonicRQSTransform(*raw.split((bins, bins, bins - 1), -1), bound=BOUND)
+    return (spline.inv if inverse else spline).call_and_ladj(x)
+
+
+def tasks(spline: Spline, x: Tensor, raw: Tensor) -> dict[str, Callable[[], None]]:
+    """What is timed: one closure per task."""
+    inputs = (x.clone().requires_grad_(), raw.clone().requires_grad_())
+
+    def backward(inverse):
+        y, log_slope = spline(*inputs, inverse)
+        torch.autograd.grad(y.sum() + log_slope.sum(), inputs)
+
+    def forward(inverse):
+        with torch.no_grad():
+            spline(x, raw, inverse)
+
+    return {
+        "forward and backward": lambda: backward(False),
+        "forward": lambda: forward(False),
+        "inverse and backward": lambda: backward(True),
+        "inverse": lambda: forward(True),
+    }
+
+
+def measure(batch: int, features: int, bins: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Median CPU milliseconds by task and contender."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(features, batch, generator=generator)
+    raw = torch.randn(3 * bins - 1, features, batch, generator=generator)
+    theirs = x.T.contiguous(), raw.permute(2, 1, 0).contiguous()
+    contenders = {"ours": tasks(ours, x, raw), "nflows": tasks(nflows, *theirs), "zuko": tasks(zuko, *theirs)}
+    times = {task: {name: [] for name in contenders} for task in contenders["ours"]}
+    for round_ in range(-5, repeats):  # the first five warm up
+        for task, row in times.items():
+            for name, seconds in row.items():
+                began = time.process_time()
+                contenders[name][task]()
+                if round_ >= 0:
+                    seconds.append(time.process_time() - began)
+    return {task: {n: 1e3 * statistics.median(s) for n, s in row.items()} for task, row in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("repeats", 60), ("batch", 4096), ("features", 8), ("bins", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    medians = measure(given.batch, given.features, given.bins, given.repeats)
+    result = {
+        "what": "median CPU milliseconds of one call, one thread, float32",
+        "size": vars(given),
+        "milliseconds": {task: {n: round(t, 3) for n, t in row.items()} for task, row in medians.items()},
+        "ratio to ours": {
+            task: {n: round(row[n] / row["ours"], 2) for n in row if n != "ours"} for task, row in medians.items()
+        },
+        "environment": {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "processor": platform.machine(),
+        },
+    }
+    print(f"{'':22}{'ours':>9}{'nflows':>9}{'zuko':>9}  ms   nflows/ours  zuko/ours")
+    for task, row in medians.items():
+        ratios = "".join(f"{row[n] / row['ours']:13.2f}" for n in ("nflows", "zuko"))
+        print(f"{task:22}" + "".join(f"{t:9.2f}" for t in row.values()) + "  " + ratios)
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {RESULT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Protocols, the evaluator, results and the leaderboard."""

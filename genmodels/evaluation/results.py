@@ -1,0 +1,267 @@
+"""Result files: one immutable JSON per checkpoint, protocol and options, with per-item values beside it."""
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..config import canonical
+from ..training.checkpoint import write_text
+from ..types import Estimate
+
+SCHEMA = "genmodels.result/1"
+BOARD_FILE = "leaderboard.json"
+Result = dict[str, Any]
+
+
+class ResultError(ValueError):
+    """A result that does not follow the schema; the message names the key."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """A mapping from any text to values of one specification."""
+
+    values: Any
+
+
+NUMBER, COUNT, TEXT, FLAG, ANY = (int, float), (int,), (str,), (bool,), object()
+OPTIONAL = type(None)
+
+METRIC = {
+    "entry": COUNT,  # position of the metric in the protocol
+    "metric": TEXT,
+    "version": COUNT,
+    "name": TEXT,
+    "value": (*NUMBER, OPTIONAL),  # null: not finite, and flagged "failed"
+    "stderr": (*NUMBER, OPTIONAL),
+    "n": COUNT,
+    "unit": TEXT,
+    "better": frozenset(("lower", "higher", "none")),
+    "kind": TEXT,
+    "references": Map(NUMBER),
+    "flags": [TEXT],
+    "per_item": FLAG,  # whether the .npz holds the values of the items
+}
+SPECIFICATION = {
+    "schema": frozenset((SCHEMA,)),
+    "id": TEXT,  # SHA-256 of the canonical JSON of everything else
+    "created_utc": TEXT,
+    "run": TEXT,
+    "model": {
+        "name": TEXT,
+        "dataset": TEXT,
+        "config_hash": TEXT,
+        "config": ANY,
+        "seed": COUNT,
+        "step": COUNT,
+        "samples_seen": COUNT,
+        "weights": TEXT,
+        "parameters": COUNT,
+        "trainable": COUNT,
+    },
+    "protocol": {"name": TEXT, "version": COUNT, "hash": TEXT, "data_fingerprint": TEXT, "tree": ANY},
+    "answers": Map(ANY),  # resolved options of every question that was asked
+    "overridden": FLAG,  # whether they differ from those of the run's configuration
+    "metrics": [METRIC],
+    "not_applicable": Map(TEXT),
+    "cost": Map({"items": COUNT, "nfe": NUMBER, "seconds": NUMBER, "batch_size": COUNT}),
+    "training": {
+        "commit": (*TEXT, OPTIONAL),
+        "dirty": (*FLAG, OPTIONAL),
+        "hardware": (*TEXT, OPTIONAL),
+        "seconds": (*NUMBER, OPTIONAL),
+        "world_size": (*COUNT, OPTIONAL),
+    },
+    "environment": {
+        "commit": (*TEXT, OPTIONAL),
+        "dirty": (*FLAG, OPTIONAL),
+        "versions": Map((*TEXT, OPTIONAL)),
+        "hardware": TEXT,
+        "device": TEXT,
+        "threads": COUNT,
+    },
+    "seconds": NUMBER,
+    "provenance": frozenset(("measured", "reported")),
+}
+
+
+def check(result: Any) -> Result:
+    """The result itself if it follows the schema; keys that begin with "x-" are free.
+
+    Raises:
+        ResultError: naming the first key that is missing, unknown, of a wrong type, or not finite.
+    """
+    _check(result, SPECIFICATION, "result")
+    if result["id"] != identify(result):
+        raise ResultError(
+            "result.id: it is not the checksum of the contents, so the file was edited after it was written."
+        )
+    return result
+
+
+def _check(value: Any, spec: Any, where: str) -> None:
+    if isinstance(spec, tuple):
+        _check_type(value, spec, where)
+    elif isinstance(spec, frozenset):
+        if value not in spec:
+            raise ResultError(f"{where}: one of {', '.join(sorted(spec))} is needed, found {value!r}.")
+    elif isinstance(spec, list):
+        _check_type(value, (list,), where)
+        for k, item in enumerate(value):
+            _check(item, spec[0], f"{where}[{k}]")
+    elif isinstance(spec, Map):
+        _check_type(value, (dict,), where)
+        for key, item in value.items():
+            _check(item, spec.values, f"{where}.{key}")
+    elif isinstance(spec, dict):
+        _check_keys(value, spec, where)
+    else:
+        _check_plain(value, where)
+
+
+def _check_keys(value: Any, spec: dict, where: str) -> None:
+    _check_type(value, (dict,), where)
+    missing = [key for key in spec if key not in value]
+    unknown = [key for key in value if key not in spec and not key.startswith("x-")]
+    if missing or unknown:
+        what = f"'{missing[0]}' is missing" if missing else f"'{unknown[0]}' is unknown (own keys begin with 'x-')"
+        raise ResultError(f"{where}: the key {what}.")
+    for key, item in value.items():
+        _check(item, spec.get(key, ANY), f"{where}.{key}")
+
+
+def _check_type(value: Any, types: tuple[type, ...], where: str) -> None:
+    fits = isinstance(value, types) and (not isinstance(value, bool) or bool in types)
+    if not fits:
+        raise ResultError(f"{where}: {' or '.join(t.__name__ for t in types)} is needed, found {value!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ResultError(f"{where}: {value} is not allowed; write null and the flag 'failed'.")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ResultError(f"{where}: no plain finite JSON ({error}).") from None
+
+
+def identify(result: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a result without its id."""
+    return hashlib.sha256(canonical({k: v for k, v in result.items() if k != "id"}).encode()).hexdigest()
+
+
+def describe_estimate(entry: int, metric: str, version: int, name: str, estimate: Estimate) -> dict[str, Any]:
+    """An estimate as plain data; a value that is not finite becomes null with the flag "failed"."""
+    failed = not math.isfinite(estimate.value)
+    return {
+        "entry": entry,
+        "metric": metric,
+        "version": version,
+        "name": name,
+        "value": None if failed else estimate.value,
+        "stderr": _finite(None if failed else estimate.stderr),
+        "n": estimate.n,
+        "unit": estimate.unit,
+        "better": estimate.better,
+        "kind": estimate.kind,
+        "references": {k: v for k, v in (estimate.references or {}).items() if math.isfinite(v)},
+        "flags": [*estimate.flags, *(["failed"] if failed else [])],
+        "per_item": estimate.items is not None and not failed,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def combine(values: Sequence[float], stderrs: Sequence[float | None]) -> tuple[float, float | None]:
+    """Mean of k independent estimates and its standard error.
+
+    The larger of sd/√k and the root mean square of the single errors over √k; None if neither can be had.
+    """
+    k, mean = len(values), sum(values) / len(values)
+    between = math.sqrt(sum((v - mean) ** 2 for v in values) / (k - 1) / k) if k > 1 else None
+    within = None if any(e is None for e in stderrs) else math.sqrt(sum(e**2 for e in stderrs)) / k
+    found = [e for e in (between, within) if e is not None]
+    return mean, max(found) if found else None
+
+
+class Items(NamedTuple):
+    """Values of the items of one estimate, with the items' numbers in their split, both [n]."""
+
+    ids: np.ndarray
+    values: np.ndarray
+
+
+def write(path: Path, result: Result, items: Mapping[str, Items]) -> None:
+    """Write a result and its per-item values `<path>.npz`, each in one step; the result last.
+
+    Raises:
+        ResultError: if the result does not follow the schema.
+        OSError: if the disk is full; an earlier result at that path is untouched.
+    """
+    text = json.dumps(check(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"{name}.{part}": getattr(item, part) for name, item in items.items() for part in Items._fields}
+    if arrays:
+        _write_arrays(path.with_suffix(".npz"), arrays)
+    else:
+        path.with_suffix(".npz").unlink(missing_ok=True)
+    write_text(path, text)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[Result, dict[str, Items]]:
+    """A result and the per-item values beside it; without that file there are none.
+
+    Raises:
+        ResultError: naming the file, if it is no result.
+    """
+    try:
+        result = check(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path}: {error}") from None
+    names = [m["name"] for m in result["metrics"] if m["per_item"]]
+    file = path.with_suffix(".npz")
+    if not (names and file.is_file()):
+        return result, {}
+    with np.load(file, allow_pickle=False) as arrays:
+        found = [n for n in names if f"{n}.ids" in arrays and f"{n}.values" in arrays]
+        return result, {n: Items(arrays[f"{n}.ids"], arrays[f"{n}.values"]) for n in found}
+
+
+def find(places: Iterable[str | Path]) -> list[Path]:
+    """Result files of runs (their eval folder), of folders of results, and named files, sorted and each once.
+
+    Files that are no JSON, hidden files and written leaderboards are passed over, so that `runs/*` may hold them.
+
+
+    Raises:
+        ResultError: if a place does not exist.
+    """
+    found: set[Path] = set()
+    for place in map(Path, places):
+        if not place.exists():
+            raise ResultError(f"{place}: there is no such run, folder or result.")
+        root = place / "eval" if (place / "config.yaml").is_file() else place
+        found |= {place} if place.is_file() else set(root.rglob("*.json"))
+    return sorted(p for p in found if p.suffix == ".json" and p.name[0] != "." and p.name != BOARD_FILE)

@@ -1,0 +1,74 @@
+"""Numbers and tables as text."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SYMBOLS = {"pmf": "= ", "bound": "≤ ", "numerical": "≈ ", "stochastic": "~ "}
+MISSING = "–"
+
+
+def show(value: float | None, stderr: float | None = None, kind: str = "") -> str:
+    """A value with the symbol of its kind, and as many decimals as two digits of its standard error allow.
+
+    >>> show(4.2137, 0.1062), show(2.05, 0.0102, "bound"), show(None), show(0.25)
+    ('4.21 ± 0.11', '≤ 2.050 ± 0.010', '–', '0.25')
+    """
+    if value is None:
+        return MISSING
+    symbol = SYMBOLS.get(kind, "")
+    if not stderr:
+        return symbol + short(value)
+    decimals = max(0, 1 - math.floor(math.log10(stderr)))
+    return f"{symbol}{value:.{decimals}f} ± {stderr:.{decimals}f}"
+
+
+def short(value: float) -> str:
+    """Four digits; whole numbers in full with thousands separated.
+
+    >>> short(72842.0), short(0.0012345), short(88.7218)
+    ('72,842', '0.001234', '88.72')
+    """
+    return f"{value:,.0f}" if value == round(value) or abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def arrow(better: str) -> str:
+    """Where a metric improves."""
+    return {"lower": " ↓", "higher": " ↑"}.get(better, "")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    """A Markdown table, padded so that it also reads as plain text.
+
+    Args:
+        left: columns aligned to the left; all others to the right.
+    """
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (headers, *rows)]
+    widths = [max(len(row[k]) for row in [*cells, ["---"] * len(headers)]) for k in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) if k in left else c.rjust(w) for k, (c, w) in _columns(row, widths)) + " |"
+
+    rule = "|" + "|".join(
+        f"{':' if k in left else '-'}{'-' * w}{'-' if k in left else ':'}" for k, w in enumerate(widths)
+    )
+    return "\n".join([line(cells[0]), rule + "|", *map(line, cells[1:])])
+
+
+def _columns(row: Sequence[str], widths: Sequence[int]) -> list[tuple[int, tuple[str, int]]]:
+    return list(enumerate(zip(row, widths, strict=True)))
+
+
+def describe_result(result: Mapping[str, Any]) -> str:
+    """A result for the terminal: one line per estimate with what to read it against."""
+    model, protocol = result["model"], result["protocol"]
+    head = f"{result['run']}, step {model['step']:,}, weights {model['weights']}: protocol {protocol['name']}"
+    width = max([len(m["name"]) for m in result["metrics"]] + [len(name) for name in result["not_applicable"]])
+    lines = [f"{head} (version {protocol['version']}, {protocol['hash']})"]
+    for m in result["metrics"]:
+        against = ", ".join(f"{name} {short(value)}" for name, value in m["references"].items())
+        parts = [show(m["value"], m["stderr"], m["kind"]), "" if m["unit"] == "1" else m["unit"]]
+        parts += [f"[{against}]" if against else "", *(f"({flag.replace('_', ' ')})" for flag in m["flags"])]
+        lines.append(f"  {m['name']:<{width}}  " + " ".join(part for part in parts if part))
+    lines += [f"  {name:<{width}}  not applicable: {reason}" for name, reason in result["not_applicable"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""Maps from items to the vectors that metrics compare, and the rounding that comes before them."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..data.dataset import Dataset, Split
+from ..registry import kind, register
+from .digits_features import ITEM, identity, load_network
+
+
+@kind
+class FeatureExtractor(ABC):
+    """A fixed map from items in data units to feature vectors.
+
+    Attributes:
+        label: how its numbers are called: the Fréchet distance over it is "FD-<label>".
+        identity: name, version and checksum of whatever the features depend on; numbers under different identities are
+            not comparable.
+    """
+
+    label: str
+    identity: str
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, D] features of x [B, *shape] in data units; row i depends on item i alone."""
+
+
+@register(FeatureExtractor, "pixels")
+class Pixels(FeatureExtractor):
+    """The item itself, flattened, in float64 and divided by a scale.
+
+    Args:
+        scale: data units per feature unit, > 0.
+    """
+
+    label = "pixels"
+
+    def __init__(self, scale: float = 1.0) -> None:
+        if scale <= 0:
+            raise ValueError(f"pixels: scale must be > 0, found {scale}.")
+        self.scale = scale
+        self.identity = f"pixels-v1:{scale:g}"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flatten(1).double() / self.scale
+
+
+@register(FeatureExtractor, "digits")
+class DigitsFeatures(FeatureExtractor):
+    """64 features of 8x8 digits from a classifier with fixed weights, computed in float32 on the CPU.
+
+    Raises:
+        ValueError: if the weights are missing or altered, or if items are not [1, 8, 8].
+    """
+
+    label = "digits"
+    identity = identity()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != ITEM:
+            raise ValueError(
+                f"features 'digits': items have shape {list(x.shape[1:])}, but the extractor was made for 8x8 images "
+                f"{list(ITEM)}. Use `features: pixels` for other data."
+            )
+        with torch.no_grad():
+            return load_network().features(x.float().cpu())
+
+
+def to_levels(x: Tensor, dataset: Dataset) -> Tensor:
+    """Items rounded to the nearest level of discrete data, halves up, clamped to its range; continuous data unchanged.
+
+    Every model is scored on what it would write into a file, whatever its arithmetic.
+    """
+    if dataset.levels is None or dataset.bin_width is None:
+        return x
+    return (x / dataset.bin_width + 0.5).floor().clamp(0, dataset.levels - 1) * dataset.bin_width
+
+
+def features_of(extractor: FeatureExtractor, dataset: Dataset, split: Split, batch_size: int) -> Tensor:
+    """[N, D] features of a whole split, on the CPU."""
+    return torch.cat([extractor(batch.x).cpu() for batch in dataset.batches(split, batch_size)])

@@ -1,0 +1,376 @@
+"""The evaluator asks each question once, pairs answers with metrics, and says what does not apply."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from genmodels.data.digits import Digits
+from genmodels.evaluation import evaluate as module
+from genmodels.evaluation.answers import Interview, conditions, mean_over_draws
+from genmodels.evaluation.evaluate import evaluate, mean_over_blocks, publish, result_path
+from genmodels.evaluation.protocol import FOLDER, Protocol, fingerprint
+from genmodels.evaluation.results import check, read
+from genmodels.registry import ConfigError
+from genmodels.types import Estimate, Likelihood, NotApplicable
+from tests.evaluation_fakes import (
+    LEVELS,
+    Broken,
+    Classes,
+    FakeProtocol,
+    FakeRun,
+    Levels,
+    Points,
+    Replay,
+    Tap,
+    Threshold,
+    UniformLevels,
+)
+
+ALL = ["frechet", "authenticity", "bits_per_dim", "nll", "accuracy", "cost"]
+
+
+def by_name(result):
+    return {m["name"]: m for m in result["metrics"]}
+
+
+@pytest.fixture
+def run(tmp_path):
+    options = {"sample": {"passes": 3}, "likelihood": {"as_density": False}}
+    return FakeRun(tmp_path / "runs" / "uniform", UniformLevels(), **options)
+
+
+def protocol(metrics=("frechet", "bits_per_dim", "cost"), data=None, **sections):
+    sample = {"num_items": 400, "batch_size": 150, **sections.pop("sample", {})}
+    return FakeProtocol(data or Levels(), list(metrics), sample=sample, **sections)
+
+
+def test_uniform_model_costs_the_logarithm_of_the_levels(run):
+    result = evaluate(run, protocol(), device="cpu")
+    found = by_name(result)
+    assert found["bits_per_dim"]["value"] == pytest.approx(math.log2(LEVELS), rel=1e-14)
+    assert found["bits_per_dim"]["stderr"] == 0 and found["bits_per_dim"]["kind"] == "pmf"
+    assert found["bits_per_dim"]["n"] == 200 and found["FD-pixels"]["n"] == 400
+    assert found["nfe"]["value"] == 3 == result["cost"]["sample"]["nfe"]
+    assert found["parameters"]["value"] == 7 == result["model"]["parameters"]
+    assert found["FD-pixels"]["references"]["floor"] < found["FD-pixels"]["value"]
+
+
+def test_result_is_valid_and_lies_beside_its_items(run):
+    result = evaluate(run, protocol(), device="cpu")
+    path = run.path / "eval" / "fake" / "00000012-ema-0.999.json"
+    assert path == result_path(run.path, result) and not result["overridden"]
+    back, items = read(path)
+    assert back == check(json.loads(json.dumps(result)))
+    assert set(items) == {"bits_per_dim"}
+    assert np.array_equal(items["bits_per_dim"].ids, np.arange(200))
+    assert items["bits_per_dim"].values.mean() == pytest.approx(by_name(result)["bits_per_dim"]["value"], rel=1e-14)
+    assert result["training"]["commit"] == "abc" and result["environment"]["versions"]["torch"]
+
+
+def test_batch_size_does_not_change_a_number(run):
+    values = []
+    for size in (400, 33):
+        p = protocol(sample={"batch_size": size}, likelihood={"batch_size": size})
+        found = by_name(evaluate(run, p, device="cpu"))
+        values.append([found[name][key] for name in ("FD-pixels", "bits_per_dim") for key in ("value", "stderr")])
+    assert values[0] == pytest.approx(values[1], rel=1e-10)
+
+
+def test_each_question_is_asked_once(run, monkeypatch):
+    asked = []
+    ask = Interview.ask
+    monkeypatch.setattr(Interview, "ask", lambda self, q, block=0: (asked.append(q), ask(self, q, block))[1])
+    evaluate(run, protocol(ALL), device="cpu")
+    assert asked == ["sample", "likelihood"]
+
+
+def test_what_does_not_apply_is_listed_with_its_reason(run):
+    result = evaluate(run, protocol(ALL), device="cpu")
+    assert result["not_applicable"].keys() == {"nll", "accuracy"}
+    assert result["not_applicable"]["accuracy"] == "needs predict"
+    assert "bits_per_dim" in result["not_applicable"]["nll"]
+    assert {"FD-pixels", "authenticity", "bits_per_dim", "nfe"} <= set(by_name(result))
+
+
+def test_a_model_that_declines_is_listed_with_its_own_reason(tmp_path):
+    data = Levels()
+    model = Replay(data)
+    result = evaluate(FakeRun(tmp_path / "replay", model), protocol(ALL, data), device="cpu")
+    assert result["not_applicable"]["bits_per_dim"] == "it has no density"
+    assert "likelihood" not in result["cost"] and "likelihood" not in result["answers"]
+    assert by_name(result)["memorised"]["references"] == {"fresh data": 0.0}
+
+
+class OnlyScores(UniformLevels):
+    """Its sampler cannot answer, its likelihood can."""
+
+    def sample(self, seeds, *, condition=None):
+        raise NotApplicable("no sampler for this configuration")
+
+
+def test_a_metric_moves_on_to_the_next_capability(tmp_path):
+    result = evaluate(
+        FakeRun(tmp_path / "scores", OnlyScores()), protocol(["cost", "frechet", "bits_per_dim"]), device="cpu"
+    )
+    assert result["not_applicable"] == {"frechet": "no sampler for this configuration"}
+    assert by_name(result)["nfe"]["n"] == 200 and by_name(result)["nfe"]["value"] == 0
+    assert set(result["cost"]) == {"likelihood"}
+
+
+def test_classifier(tmp_path):
+    p = protocol(["accuracy", "cost", "frechet"], Classes())
+    result = evaluate(FakeRun(tmp_path / "threshold", Threshold()), p, device="cpu")
+    assert by_name(result)["accuracy"]["value"] == 1 and by_name(result)["nfe"]["value"] == 1
+    assert result["not_applicable"] == {"frechet": "needs sample"}
+    off = evaluate(FakeRun(tmp_path / "off", Threshold(at=0.0)), p, device="cpu")
+    x = Classes().all("test").x[:, 0]
+    assert by_name(off)["accuracy"]["value"] == pytest.approx(((x > 0) == (x > 0.5)).double().mean().item())
+
+
+# ---- conditions, draws, blocks -----------------------------------------------------------------------------------
+
+
+def test_labels_follow_the_training_marginal(tmp_path):
+    data = Levels()
+    model = Replay(data)
+    evaluate(FakeRun(tmp_path / "replay", model), protocol(["frechet"], data, sample={"num_items": 600}), device="cpu")
+    labels = torch.cat(model.conditions)
+    assert labels.bincount().tolist() == (2 * data.all("train").condition.bincount()).tolist()  # 600 = 2 passes of 300
+    assert torch.equal(labels[:300], labels[300:]) and not torch.equal(labels[:300], data.all("train").condition)
+    assert torch.equal(conditions(model, data, torch.tensor([7, 307]), "train-marginal"), labels[[7, 307]])
+
+
+def test_other_policies_and_missing_conditions():
+    data = Levels()
+    model = Replay(data)
+    assert torch.equal(
+        conditions(model, data, torch.tensor([3, 203]), "test-items"), data.all("test").condition[[3, 3]]
+    )
+    assert conditions(UniformLevels(), data, torch.arange(3), "train-marginal") is None
+    with pytest.raises(NotApplicable, match="needs a condition"):
+        conditions(model, Points(), torch.arange(3), "train-marginal")
+
+
+class Noisy(UniformLevels):
+    """log p = -seed of the item."""
+
+    def likelihood(self, x, *, condition=None, seeds=None):
+        return Likelihood(-seeds.double(), "stochastic", torch.ones(len(x)))
+
+
+def test_draws_use_fresh_seeds_and_are_averaged_per_item(tmp_path):
+    p = protocol(["bits_per_dim"], likelihood={"draws": 3, "num_items": 10, "batch_size": 4})
+    evaluate(FakeRun(tmp_path / "noisy", Noisy()), p, device="cpu")
+    _, items = read(tmp_path / "noisy" / "eval" / "fake" / "00000012-ema-0.999.json")
+    expected = (np.arange(10) + 200) / (3 * math.log(2))  # the seeds of item i are i, i + 200, i + 400
+    assert np.allclose(items["bits_per_dim"].values, expected, rtol=1e-12)
+
+
+def test_probe_errors_of_averaged_draws():
+    one = Likelihood(torch.zeros(2), "stochastic", torch.tensor([3.0, 0.0]))
+    two = Likelihood(torch.ones(2), "stochastic", torch.tensor([4.0, 1.0]))
+    mean = mean_over_draws([one, two])
+    assert mean.value.tolist() == [0.5, 0.5] and mean.stderr.tolist() == [2.5, 0.5]
+    assert mean_over_draws([one, two._replace(stderr=None)]).stderr is None
+
+
+def test_blocks_are_independent_sets_of_seeds(run):
+    whole = by_name(evaluate(run, protocol(sample={"num_items": 300, "blocks": 2}), device="cpu"))["FD-pixels"]
+    single = by_name(evaluate(run, protocol(sample={"num_items": 300}), device="cpu"))["FD-pixels"]
+    assert whole["n"] == 600 and whole["value"] != single["value"]
+    assert whole["references"] == single["references"]  # the floor is that of one block
+    assert abs(whole["value"] - single["value"]) < 4 * single["stderr"]
+
+
+def test_mean_over_blocks():
+    one = Estimate(1.0, 0.1, 10, "1", "lower", "x", {"floor": 0.5}, torch.zeros(10), ("a",))
+    two = Estimate(3.0, 0.1, 10, "1", "lower", "x", {"floor": 0.5}, torch.zeros(10), ("b",))
+    mean = mean_over_blocks([one, two])
+    assert (mean.value, mean.stderr, mean.n) == (2.0, pytest.approx(1.0), 20)
+    assert mean.flags == ("a", "b") and mean.items is None
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+def test_overrides_change_the_answer_and_the_identity(run):
+    plain = evaluate(run, protocol(), device="cpu")
+    other = evaluate(run, protocol(), overrides={"sample": {"passes": 5}}, device="cpu")
+    assert by_name(other)["nfe"]["value"] == 5 and other["answers"]["sample"] == {"passes": 5} and other["overridden"]
+    assert result_path(run.path, other).name.startswith("00000012-ema-0.999-")
+    assert len(list((run.path / "eval" / "fake").glob("*.json"))) == 2
+    same = evaluate(run, protocol(), overrides={"sample": {"passes": 3}}, device="cpu")
+    assert result_path(run.path, same) == result_path(run.path, plain)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train": {"steps": 1}}, "only sample.*apply to an evaluation"),
+        ({"predict": {"k": 1}}, "has no method `predict`"),
+        ({"sample": {"steps": 1}}, "unknown"),
+    ],
+)
+def test_overrides_that_make_no_sense(run, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(run, protocol(), overrides=overrides, device="cpu")
+
+
+def test_weights_name_the_file(run):
+    evaluate(run, protocol(["cost"]), weights="model", device="cpu")
+    assert (run.path / "eval" / "fake" / "00000012-model.json").is_file()
+
+
+def test_other_shapes_are_refused(run):
+    with pytest.raises(ConfigError, match=r"shape \[2\].*trained on \[3\]"):
+        evaluate(run, protocol(["cost"], Points()), device="cpu")
+
+
+class Short(UniformLevels):
+    def sample(self, seeds, *, condition=None):
+        return torch.zeros(len(seeds) - 1, 3)
+
+
+def test_answers_of_a_wrong_shape_are_explained(tmp_path):
+    with pytest.raises(ValueError, match=r"150 seeds with shape \[149, 3\]"):
+        evaluate(FakeRun(tmp_path / "short", Short()), protocol(), device="cpu")
+
+
+def test_samples_that_are_not_finite_fail_in_the_open(tmp_path):
+    result = evaluate(FakeRun(tmp_path / "broken", Broken()), protocol(["frechet", "authenticity"]), device="cpu")
+    assert all(m["value"] is None and "failed" in m["flags"] for m in result["metrics"])
+
+
+def test_two_metrics_of_one_name_are_refused(run):
+    with pytest.raises(ConfigError, match="both report 'FD-pixels'"):
+        evaluate(run, protocol(["frechet", {"name": "frechet", "features": "pixels"}]), device="cpu")
+    names = by_name(evaluate(run, protocol(["frechet", {"name": "frechet", "reference": "test"}]), device="cpu"))
+    assert list(names) == ["FD-pixels", "FD-pixels-test"]
+
+
+class Grows(UniformLevels):
+    """Differentiates inside likelihood, whatever the caller's grad mode."""
+
+    def likelihood(self, x, *, condition=None, seeds=None):
+        with torch.enable_grad():
+            y = x.double().requires_grad_()
+            slope = torch.autograd.grad((y**2).sum(), y)[0]
+        return Likelihood(-slope.sum(1), "exact")
+
+
+def test_gradients_inside_a_likelihood_work_and_nothing_is_kept(tmp_path):
+    model = Grows()
+    result = evaluate(FakeRun(tmp_path / "grows", model), protocol(["bits_per_dim"]), device="cpu")
+    assert by_name(result)["bits_per_dim"]["value"] == pytest.approx(
+        2 * Levels().all("test").x.double().sum(1).mean().item() / (3 * math.log(2))
+    )
+    assert not model.network._forward_hooks and isinstance(model.network, Tap)
+
+
+def test_publishing_copies_both_files(run, tmp_path):
+    result = evaluate(run, protocol(), device="cpu")
+    target = publish(result_path(run.path, result), result, tmp_path / "results")
+    assert target == tmp_path / "results" / "fake" / "uniform" / "00000012-ema-0.999.json"
+    assert read(target)[0]["id"] == result["id"] and set(read(target)[1]) == {"bits_per_dim"}
+
+
+# ---- protocols ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
+def test_protocols_of_the_repository_are_sound(path):
+    p = Protocol.load(path.stem)
+    assert p.name == path.stem and len(p.hash) == 12 and p.tree["description"]
+    assert [type(m) for m in Protocol.load(str(path)).metrics()] == [type(m) for m in p.metrics()]
+    assert Protocol.load(str(path)).hash == p.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": ["frechett"]}, r"metrics\[0\].name.*Did you mean 'frechet'"),
+        ({"metrics": [{"name": "frechet", "feature": "digits"}]}, r"metrics\[0\].*Did you mean: 'features'"),
+        ({"metrics": []}, "at least one"),
+        ({"version": "one"}, "version"),
+        ({"name": "a/b"}, "plain folder name"),
+        ({"sample": {"num_items": 0}}, "sample.num_items: must be at least 1"),
+        ({"sample": {"labels": "random"}}, "sample.labels"),
+        ({"likelihood": {"draws": -1}}, "likelihood.draws"),
+        ({"dataset": "digitz"}, "Did you mean 'digits'"),
+        ({"split": "test"}, "split"),
+        ({"imports": ["no_such_module_at_all"]}, "cannot import 'no_such_module_at_all'"),
+    ],
+)
+def test_malformed_protocols_say_what_is_wrong(change, message):
+    tree = {"name": "p", "version": 1, "dataset": "digits", "metrics": ["frechet"], **change}
+    with pytest.raises(ConfigError, match=message):
+        Protocol(tree)
+
+
+def test_protocols_that_do_not_exist(tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean 'digits'"):
+        Protocol.load("digit")
+    with pytest.raises(ConfigError, match="no such file"):
+        Protocol.load(tmp_path / "nothing.yaml")
+
+
+def test_hash_follows_everything_that_decides_a_number(monkeypatch):
+    tree = {"name": "p", "version": 1, "dataset": "digits", "metrics": [{"name": "frechet", "features": "digits"}]}
+    same = Protocol(tree | {"description": "words", "sample": {"num_items": 1000}})
+    assert same.hash == Protocol(tree).hash
+    others = [
+        Protocol(tree | change).hash
+        for change in ({"version": 2}, {"sample": {"num_items": 999}}, {"metrics": ["frechet"]}, {"name": "q"})
+    ]
+    metric = type(same.metrics()[0])
+    monkeypatch.setattr(metric, "version", 99)
+    others.append(Protocol(tree).hash)
+    monkeypatch.undo()
+    monkeypatch.setattr(type(same.metrics()[0].features), "identity", "digits-cnn-v1:other")
+    others.append(Protocol(tree).hash)
+    assert len({same.hash, *others}) == 7
+
+
+def test_hash_follows_the_data():
+    assert protocol().hash == protocol().hash != protocol(data=Levels((300, 20, 199))).hash
+
+
+def test_data_fingerprint_sees_contents_and_splits():
+    assert fingerprint(Levels()) == fingerprint(Levels())
+    moved = Levels()
+    moved.hold("test", moved.all("test")[torch.arange(200).flip(0)])
+    assert len({fingerprint(Levels()), fingerprint(moved), fingerprint(Levels((300, 20, 199)))}) == 3
+    points, shaken = Points(), Points()
+    shaken.hold("test", shaken.all("test").replace(x=shaken.all("test").x * (1 + 1e-7)))
+    assert fingerprint(points) == fingerprint(shaken)  # the last bits of simulated data differ between machines
+    shaken.hold("test", shaken.all("test").replace(x=shaken.all("test").x * 1.1))
+    assert fingerprint(points) != fingerprint(shaken)
+
+
+# ---- command -----------------------------------------------------------------------------------------------------
+
+
+def test_command(run, monkeypatch, capsys, tmp_path):
+    protocols = {"fake": protocol(["cost"])}
+    monkeypatch.setattr(module.Run, "open", classmethod(lambda cls, path: run))
+    monkeypatch.setattr(module.Protocol, "load", classmethod(lambda cls, name: protocols[name]))
+    assert module.main(["runs/x", "--protocol", "fake", "sample.passes=4", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "protocol fake (version 1" in out and "nfe" in out and "4 evaluations/item" in out
+    assert module.main(["runs/x"]) == 2 and "names no protocol" in capsys.readouterr().err
+    assert module.main(["sample.passes=4"]) == 2 and "no run was given" in capsys.readouterr().err
+    assert module.main(["runs/x", "--protocol", "fake", "train.steps=4"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_real_data_against_themselves_on_the_shipped_protocol(tmp_path):
+    """A model that replays the training digits: found out by every sign of copying, and below the floor by distance."""
+    data = Digits()
+    result = evaluate(FakeRun(tmp_path / "replay", Replay(data)), Protocol.load("digits_demo"), device="cpu")
+    found = by_name(result)
+    assert found["memorised"]["flags"] == found["copies"]["flags"] == ["overlap_suspected"]
+    assert found["FD-digits"]["value"] < found["FD-digits"]["references"]["floor"]

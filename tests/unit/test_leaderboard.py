@@ -1,0 +1,284 @@
+"""Rank intervals, what may share a table, and that the same results always give the same bytes."""
+
+import json
+import random
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from genmodels.evaluation import leaderboard as module
+from genmodels.evaluation.evaluate import evaluate
+from genmodels.evaluation.leaderboard import as_json, collect, difference_stderr, leaderboard, main, markdown
+from genmodels.evaluation.results import Items, write
+from tests.evaluation_fakes import FakeProtocol, FakeRun, Levels, UniformLevels
+from tests.unit.test_results import example, metric
+
+
+def run(name, value, stderr=0.1, seed=0, **more):
+    metrics = more.pop("metrics", None) or [metric(value=value, stderr=stderr, **more.pop("metric", {}))]
+    return example(run=name, metrics=metrics, seed=seed, config={"model": {"name": more.pop("model", name)}}, **more)
+
+
+def ranks(results, items=None):
+    (board,) = leaderboard(results, items)
+    return {row.name: row.rank for row in board.rows}
+
+
+def order(results):
+    return [row.name for row in leaderboard(results)[0].rows]
+
+
+# ---- ranks -------------------------------------------------------------------------------------------------------
+
+
+def test_clear_differences_give_single_places():
+    assert ranks([run("a", 3.0), run("b", 1.0), run("c", 2.0)]) == {"b": (1, 1), "c": (2, 2), "a": (3, 3)}
+
+
+def test_differences_within_the_error_share_places():
+    # 1.96·√2·0.1 = 0.277: a and b are tied, b and c are tied, a beats c
+    assert ranks([run("a", 1.0), run("b", 1.2), run("c", 1.4)]) == {"a": (1, 2), "b": (1, 3), "c": (2, 3)}
+
+
+def test_threshold_is_two_sided_five_per_cent():
+    width = 1.96 * np.sqrt(2) * 0.1
+    assert ranks([run("a", 1.0), run("b", 1.0 + 0.999 * width)]) == {"a": (1, 2), "b": (1, 2)}
+    assert ranks([run("a", 1.0), run("b", 1.0 + 1.001 * width)]) == {"a": (1, 1), "b": (2, 2)}
+
+
+def test_equal_values_are_tied_and_sorted_by_name():
+    results = [run("b", 1.0), run("a", 1.0)]
+    assert ranks(results) == {"a": (1, 2), "b": (1, 2)} and order(results) == ["a", "b"]
+
+
+def test_higher_may_be_better():
+    up = {"better": "higher"}
+    assert ranks([run("a", 0.9, 0.01, metric=up), run("b", 0.5, 0.01, metric=up)]) == {"a": (1, 1), "b": (2, 2)}
+
+
+def paired(noise):
+    """Two models whose per-item values move together; the second is worse by 0.05 for every item."""
+    shared = np.random.default_rng(0).normal(2.0, 1.0, 100)
+    values = [shared, shared + 0.05 + noise * np.random.default_rng(1).normal(size=100)]
+    results = [run(n, float(v.mean()), float(v.std(ddof=1) / 10)) for n, v in zip("ab", values, strict=True)]
+    return results, {r["id"]: {"FD-digits": Items(np.arange(100), v)} for r, v in zip(results, values, strict=True)}
+
+
+def test_items_in_common_sharpen_the_comparison():
+    results, items = paired(noise=0.05)
+    assert ranks(results) == {"a": (1, 2), "b": (1, 2)}
+    assert ranks(results, items) == {"a": (1, 1), "b": (2, 2)}
+    (board,) = leaderboard(results, items)
+    difference = np.subtract(*[items[r["id"]]["FD-digits"].values for r in results])
+    assert difference_stderr(*board.rows, "FD-digits", items) == pytest.approx(difference.std(ddof=1) / 10)
+
+
+def test_other_items_are_not_paired():
+    results, items = paired(noise=0.05)
+    items[results[1]["id"]]["FD-digits"] = items[results[1]["id"]]["FD-digits"]._replace(ids=np.arange(1, 101))
+    assert ranks(results, items) == {"a": (1, 2), "b": (1, 2)}
+
+
+def test_training_seeds_are_averaged_with_their_spread_and_not_paired():
+    results = [run(f"a{s}", v, seed=s, model="a") for s, v in enumerate((1.0, 2.0, 3.0))] + [run("b", 2.1)]
+    ids = {r["id"]: {"FD-digits": Items(np.arange(9), np.full(9, r["metrics"][0]["value"]))} for r in results}
+    (board,) = leaderboard(results, ids)
+    row = board.rows[0]
+    assert row.seeds == (0, 1, 2) and row.runs == ("a0", "a1", "a2")
+    assert row.cells["FD-digits"].value == pytest.approx(2.0)
+    assert row.cells["FD-digits"].stderr == pytest.approx(1 / np.sqrt(3))
+    assert [r.rank for r in board.rows] == [(1, 2), (1, 2)]
+    assert "a0 (mean of 3 seeds)" in markdown([board])
+
+
+# ---- what is not ranked ------------------------------------------------------------------------------------------
+
+
+def test_missing_values_come_last_and_take_no_place():
+    results = [run("a", None, None, metric={}, metrics=[metric("bits_per_dim", 2.0, entry=1)]), run("b", 9.0)]
+    assert ranks(results) == {"b": (1, 1), "a": None} and order(results) == ["b", "a"]
+    text = markdown(leaderboard(results))
+    assert "| 9.00 ± 0.10 |" in text.replace("  ", " ") and "a is not ranked: no FD-digits." in text
+
+
+def test_without_an_error_there_is_no_rank():
+    results = [run("a", 1.0, None), run("b", 2.0)]
+    assert ranks(results) == {"b": (1, 1), "a": None} and order(results) == ["b", "a"]
+
+
+@pytest.mark.parametrize("better", ["lower", "higher"])
+def test_unranked_rows_follow_in_order_of_value_and_missing_ones_last(better):
+    kind = {"better": better}
+    results = [run("gone", None, None, metrics=[metric("other", entry=1)]), run("x", 1.0, None, metric=kind)]
+    results += [run("y", 2.0, None, metric=kind), run("z", 3.0, metric=kind)]
+    assert order(results) == ["z", *(["x", "y"] if better == "lower" else ["y", "x"]), "gone"]
+
+
+def test_flagged_models_are_shown_and_not_ranked():
+    copied = metric("copies", 1.0, 0.0, entry=1, better="none", flags=["overlap_suspected"])
+    results = [run("cheat", 0.1, metrics=[metric(value=0.1), copied]), run("honest", 2.0)]
+    assert ranks(results) == {"honest": (1, 1), "cheat": None}
+    assert "cheat is not ranked: overlap suspected." in markdown(leaderboard(results))
+
+
+def test_a_failed_side_metric_does_not_cost_the_rank():
+    failed = metric("bits_per_dim", float("nan"), None, entry=1)
+    results = [run("a", 1.0, metrics=[metric(value=1.0), failed]), run("b", 2.0)]
+    assert ranks(results) == {"a": (1, 1), "b": (2, 2)}
+
+
+def test_no_other_metric_ranks_in_place_of_the_first():
+    second = [metric("bits_per_dim", 2.0, entry=1)]
+    assert ranks([run("a", 0, metrics=second), run("b", 0, metrics=second)]) == {"a": None, "b": None}
+    assert "a is not ranked: its first metric was not measured." in markdown(leaderboard([run("a", 0, metrics=second)]))
+
+
+def test_reported_figures_are_not_ranked_with_measured_ones():
+    assert ranks([run("paper", 0.1, provenance="reported"), run("a", 2.0)]) == {"a": (1, 1), "paper": None}
+
+
+# ---- rows and boards ---------------------------------------------------------------------------------------------
+
+
+def test_other_protocol_hashes_never_share_a_table():
+    boards = leaderboard([run("a", 1.0), run("b", 2.0, protocol_hash="bbbb"), run("c", 3.0, protocol="demo")])
+    assert [(b.protocol, b.hash, [r.name for r in b.rows]) for b in boards] == [
+        ("demo", "aaaa", ["c"]),
+        ("digits", "aaaa", ["a"]),
+        ("digits", "bbbb", ["b"]),
+    ]
+    assert markdown(boards).count("\n## ") == 3
+
+
+def test_weights_steps_and_options_are_rows_of_their_own():
+    base = run("a", 1.0)
+    others = [run("a", 2.0, weights="ema"), run("a", 3.0, step=200)]
+    others.append(run("a", 4.0, answers={"sample": {"num_steps": 10}}, overridden=True))
+    (board,) = leaderboard([base, *others])
+    assert len(board.rows) == 4 and board.rows[3].options == "sample.num_steps=10"
+    assert "a sample.num_steps=10" in markdown([board])
+
+
+def test_the_newest_result_of_a_seed_counts():
+    old, new = run("a", 9.0, created="2026-01-01T00:00:00Z"), run("a", 1.0, created="2026-02-01T00:00:00Z")
+    (board,) = leaderboard([new, old])
+    assert len(board.rows) == 1 and board.rows[0].cells["FD-digits"].value == 1.0
+
+
+def test_uncommitted_changes_and_costs_are_shown():
+    costs = [
+        metric("nfe", 50.0, None, 2),
+        metric("seconds_per_item", 0.01234, None, 2),
+        metric("parameters", 7e4, None, 2),
+    ]
+    training = {**example()["training"], "dirty": True}
+    text = markdown(leaderboard([run("a", 1.0, metrics=[metric(value=1.0), *costs], training=training)]))
+    assert "abcdef1+" in text and "| 70,000 |" in text.replace("     70", " 70") and "0.012" in text
+    assert "nfe ↓" not in text
+
+
+def test_references_stand_apart():
+    results = [run("a", 1.0, metric={"references": {"floor": 0.9, "uniform noise": 88.7}})]
+    text = markdown(leaderboard(results))
+    table, apart = text.split("to read them against")
+    assert "uniform noise" in apart and "88.7" in apart and "88.7" not in table
+    assert leaderboard(results)[0].references["floor"] == {"FD-digits": 0.9}
+
+
+def test_symbols_say_what_a_likelihood_is():
+    rows = [
+        run(k, 2.05, 0.01, metric={"name": "bits_per_dim", "kind": k})
+        for k in ("pmf", "bound", "numerical", "stochastic")
+    ]
+    text = markdown(leaderboard(rows))
+    assert all(f"{symbol} 2.050 ± 0.010" in text for symbol in "=≤≈~")
+
+
+def many():
+    rng = random.Random(0)
+    return [run(f"r{k}", round(rng.uniform(0, 2), 3), seed=k % 2, model=f"m{k // 2}") for k in range(12)]
+
+
+def test_same_results_same_bytes_in_any_order():
+    results = many()
+    text, data = markdown(leaderboard(results)), as_json(leaderboard(results))
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(results, len(results))
+        assert markdown(leaderboard(shuffled)) == text and as_json(leaderboard(shuffled)) == data
+    json.loads(data, parse_constant=lambda c: pytest.fail(c))
+
+
+def test_names_cannot_break_the_table():
+    header, _, line = [s for s in markdown(leaderboard([run("a|b", 1.0)])).splitlines() if s.startswith("|")]
+    assert "a\\|b" in line and line.replace("\\|", "").count("|") == header.count("|")
+
+
+def test_no_results():
+    assert leaderboard([]) == [] and "no results yet" in markdown([])
+
+
+# ---- files and command -------------------------------------------------------------------------------------------
+
+
+def test_the_published_board_is_what_its_results_say():
+    assert main(["--check"]) == 0
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "EVALS", tmp_path / "evals")
+    for k, result in enumerate(many()):
+        write(tmp_path / "evals" / "results" / "digits" / f"{k}.json", result, {})
+    return tmp_path / "evals"
+
+
+def test_published_board_is_regenerated_and_checked(published, capsys):
+    assert main(["--check"]) == 2 and "out of date" in capsys.readouterr().err
+    assert main([]) == 0
+    files = {p: p.read_bytes() for p in (published / "LEADERBOARD.md", published / "leaderboard.json")}
+    assert main(["--check"]) == 0 and main([]) == 0
+    assert files == {p: p.read_bytes() for p in files}
+    (published / "LEADERBOARD.md").write_text("typed by hand")
+    assert main(["--check"]) == 2
+    assert not [p for p in published.iterdir() if p.name.startswith(".")]
+
+
+def test_a_bad_published_file_is_an_error_and_a_bad_private_one_a_warning(published, tmp_path, capsys):
+    (published / "results" / "benchmarks").mkdir()
+    (published / "results" / "benchmarks" / "speed.json").write_text("{}")
+    assert main([]) == 0
+    (published / "results" / "digits" / "bad.json").write_text("{}")
+    assert main([]) == 2 and "bad.json" in capsys.readouterr().err
+    assert main([str(published / "results")]) == 0
+    shown = capsys.readouterr()
+    assert "left out" in shown.err and "## digits" in shown.out
+    assert main([str(published / "results"), "--out", str(tmp_path / "board")]) == 0
+    assert (tmp_path / "board" / "LEADERBOARD.md").read_text() + "\n" == capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 2 and "no results" in capsys.readouterr().err
+
+
+def test_from_model_to_table(tmp_path):
+    """The whole way: two samplers evaluated, compared pairwise by their items."""
+    data = Levels()
+    protocol = FakeProtocol(data, ["bits_per_dim", "frechet", "cost"], sample={"num_items": 300})
+    for name in ("one", "two"):
+        fake = FakeRun(tmp_path / "runs" / name, UniformLevels())
+        fake.config.tree["model"] = {"name": name}
+        (fake.path).mkdir(parents=True)
+        (fake.path / "config.yaml").write_text("")
+        evaluate(fake, protocol, device="cpu")
+    (board,) = collect(sorted((tmp_path / "runs").iterdir()), strict=True)
+    assert [(row.name, row.rank) for row in board.rows] == [("one", (1, 2)), ("two", (1, 2))]
+    assert [c.name for c in board.columns] == ["bits_per_dim", "FD-pixels"]
+    text = markdown([board])
+    assert "= 2.322" in text and "uniform" in text
+
+
+def test_markdown_needs_no_html():
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append(tag)
+    parser.feed(markdown(leaderboard(many())))
+    assert not found

@@ -1,0 +1,213 @@
+"""The result schema: what is written can be read, and what does not follow it is refused with the name of the key."""
+
+import contextlib
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from genmodels.evaluation.results import (
+    Items,
+    ResultError,
+    check,
+    combine,
+    describe_estimate,
+    find,
+    identify,
+    read,
+    write,
+)
+from genmodels.evaluation.tables import describe_result, show, table
+from genmodels.types import Estimate
+
+
+def metric(name="FD-digits", value=4.2, stderr=0.1, entry=0, better="lower", **more):
+    estimate = Estimate(value, stderr, 100, "1", better, more.pop("kind", "plug-in"), more.pop("references", None))
+    return {**describe_estimate(entry, "frechet", 1, name, estimate), **more}
+
+
+def example(run="try", metrics=None, seed=0, protocol="digits", protocol_hash="aaaa", **more):
+    """A valid result; keyword arguments replace parts of it."""
+    config = {"name": run, "seed": seed, "sample": {"num_steps": 50}, "model": {"name": "flow"}} | more.pop(
+        "config", {}
+    )
+    result = {
+        "schema": "genmodels.result/1",
+        "created_utc": more.pop("created", "2026-01-31T12:00:00Z"),
+        "run": run,
+        "model": {
+            "name": "flow",
+            "dataset": "digits",
+            "config_hash": "cafe",
+            "config": config,
+            "seed": seed,
+            "step": more.pop("step", 100),
+            "samples_seen": 6400,
+            "weights": more.pop("weights", "model"),
+            "parameters": 72842,
+            "trainable": 72842,
+        },
+        "protocol": {
+            "name": protocol,
+            "version": 1,
+            "hash": protocol_hash,
+            "data_fingerprint": "beef",
+            "tree": {"description": "Some digits."},
+        },
+        "answers": more.pop("answers", {"sample": {"num_steps": 50}}),
+        "overridden": False,
+        "metrics": [metric()] if metrics is None else metrics,
+        "not_applicable": {"bits_per_dim": "needs likelihood"},
+        "cost": {"sample": {"items": 100, "nfe": 50.0, "seconds": 2.5, "batch_size": 50}},
+        "training": {"commit": "abcdef123", "dirty": False, "hardware": None, "seconds": 9.5, "world_size": 1},
+        "environment": {
+            "commit": "abcdef123",
+            "dirty": False,
+            "versions": {"torch": "2.13.0"},
+            "hardware": "a machine",
+            "device": "cpu",
+            "threads": 1,
+        },
+        "seconds": 3.0,
+        "provenance": "measured",
+        **more,
+    }
+    return {**result, "id": identify(result)}
+
+
+def changed(path, value):
+    """The example with one value replaced (or removed), and its id made right again."""
+    result = copy.deepcopy(example())
+    *parents, last = path
+    node = result
+    for key in parents:
+        node = node[key]
+    if value is KeyError:
+        del node[last]
+    else:
+        node[last] = value
+    if path != ("id",):
+        with contextlib.suppress(ValueError, TypeError):  # what has no canonical form has no id
+            result["id"] = identify(result)
+    return result
+
+
+def test_example_is_valid_and_survives_a_round_trip(tmp_path):
+    items = {"FD-digits": Items(np.arange(3), np.array([0.1, 0.2, 0.3]))}
+    result = example(metrics=[metric(per_item=True)])
+    write(tmp_path / "eval" / "x.json", result, items)
+    back, found = read(tmp_path / "eval" / "x.json")
+    assert back == result
+    assert all(np.array_equal(getattr(found["FD-digits"], f), getattr(items["FD-digits"], f)) for f in Items._fields)
+    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == ["x.json", "x.npz"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("unheard",), 1, "'unheard' is unknown"),
+        (("metrics", 0, "valu"), 1, r"metrics\[0\].*'valu' is unknown"),
+        (("run",), KeyError, "'run' is missing"),
+        (("metrics", 0, "value"), math.nan, r"metrics\[0\].value: nan is not allowed"),
+        (("seconds",), math.inf, "result.seconds: inf"),
+        (("metrics", 0, "references"), {"floor": "low"}, "references.floor: int or float is needed, found 'low'"),
+        (("metrics", 0, "n"), 1.5, "n: int is needed"),
+        (("metrics", 0, "n"), True, "n: int is needed, found True"),
+        (("metrics", 0, "better"), "up", "one of higher, lower, none"),
+        (("overridden",), 1, "overridden: bool"),
+        (("schema",), "genmodels.result/9", "genmodels.result/1"),
+        (("metrics",), {}, "metrics: list"),
+        (("model",), None, "model: dict"),
+        (("answers",), {"sample": {1, 2}}, "no plain finite JSON"),
+        (("id",), "0" * 64, "edited after it was written"),
+    ],
+)
+def test_what_does_not_follow_the_schema_is_named(path, value, message):
+    with pytest.raises(ResultError, match=message):
+        check(changed(path, value))
+
+
+def test_own_keys_are_free():
+    result = example(**{"x-note": {"anything": [1, 2]}})
+    assert check(result) is result
+
+
+def test_a_value_that_is_not_finite_becomes_null_and_failed():
+    row = describe_estimate(0, "m", 1, "m", Estimate(math.nan, math.nan, 5, "1", "lower", "x", items=torch.zeros(5)))
+    assert row["value"] is None and row["stderr"] is None and row["flags"] == ["failed"] and not row["per_item"]
+    row = describe_estimate(0, "m", 1, "m", Estimate(1.0, math.inf, 5, "1", "lower", "x", {"a": math.nan, "b": 2.0}))
+    assert row["stderr"] is None and row["references"] == {"b": 2.0} and row["flags"] == []
+
+
+def test_an_invalid_result_is_not_written(tmp_path):
+    path = tmp_path / "x.json"
+    write(path, example(), {})
+    before = path.read_bytes()
+    with pytest.raises(ResultError):
+        write(path, example() | {"seconds": "long"}, {})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_failing_disk_leaves_no_half_files(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    path = tmp_path / "x.json"
+    write(path, example(), {})
+    before = path.read_bytes()
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(path, example(run="other"), {"FD-digits": Items(np.arange(2), np.zeros(2))})
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.npz"))
+
+
+def test_reading_names_the_file(tmp_path):
+    (tmp_path / "bad.json").write_text('{"schema": 3')
+    with pytest.raises(ResultError, match=r"bad\.json"):
+        read(tmp_path / "bad.json")
+    with pytest.raises(ResultError, match=r"gone\.json"):
+        read(tmp_path / "gone.json")
+
+
+def test_results_are_found_in_runs_folders_and_files(tmp_path):
+    run = tmp_path / "runs" / "a"
+    for path in (run / "eval" / "p" / "1.json", tmp_path / "published" / "p" / "b" / "2.json"):
+        write(path, example(), {})
+    (run / "config.yaml").write_text("")
+    (run / "meta.json").write_text("{}")
+    (tmp_path / "runs" / "leaderboard.json").write_text("{}")
+    (tmp_path / "runs" / "notes.txt").write_text("")
+    places = [*(tmp_path / "runs").iterdir(), tmp_path / "published"]
+    assert [p.name for p in find(places)] == ["2.json", "1.json"]
+    with pytest.raises(ResultError, match="no such"):
+        find([tmp_path / "nowhere"])
+
+
+def test_mean_over_seeds_and_blocks():
+    assert combine([2.0], [0.5]) == (2.0, 0.5)
+    assert combine([1.0, 3.0], [0.1, 0.1]) == (2.0, pytest.approx(1.0))  # spread between: √2/√2
+    assert combine([2.0, 2.0], [0.3, 0.4]) == (2.0, pytest.approx(0.25))  # errors within: √(0.09 + 0.16)/2
+    assert combine([1.0, 3.0], [None, 0.1]) == (2.0, pytest.approx(1.0))
+    assert combine([1.0], [None]) == (1.0, None)
+
+
+def test_numbers_show_what_is_known():
+    assert show(88.7218, 1.34) == "88.7 ± 1.3"
+    assert show(1234.4, 56.0) == "1234 ± 56"
+    assert show(2.05, 0.0102, "stochastic") == "~ 2.050 ± 0.010"
+    assert show(1.0, 0.0) == "1" and show(None, 0.1) == "–"
+
+
+def test_table_is_markdown_and_aligned():
+    lines = table(["rank", "run"], [["1", "a|b"], ["10", "c"]], left=(1,)).split("\n")
+    assert lines == ["| rank | run  |", "|-----:|:-----|", "|    1 | a\\|b |", "|   10 | c    |"]
+
+
+def test_summary_says_everything_that_was_measured():
+    text = describe_result(example(metrics=[metric(references={"floor": 0.9}, flags=["overlap_suspected"])]))
+    assert "FD-digits" in text and "4.20 ± 0.10" in text and "floor 0.9" in text and "overlap suspected" in text
+    assert "bits_per_dim  not applicable: needs likelihood" in text
+    assert json.dumps(example())
