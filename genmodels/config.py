@@ -4,27 +4,26 @@ Files are merged in order (each after the files of its `base:`), then command-li
 against the registry and every default is filled in, so that the result says everything about a run.
 """
 
-import dataclasses
-import difflib
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from . import registry
-from .data.dataset import Dataset
+from .data.dataset import Dataset, context
 from .model import Model
 from .registry import ConfigError
+from .schema import convert, near
 from .training.ema import Average
 from .training.optim import Adam, Constant, LearningRate, Optimizer
-from .types import SupportsLogProb, SupportsPredict, SupportsSample
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,13 @@ class Train:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1), ("accumulate", 1), ("keep", 2), ("eval_items", 1)):
+        cadences = [(name, 0) for name in ("log_every", "sample_every", "eval_every", "save_every")]
+        sizes = [("steps", 0), ("batch_size", 1), ("accumulate", 1), ("keep", 2), ("eval_items", 1)]
+        for name, least in cadences + sizes:
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}: must be at least {least}, found {getattr(self, name)}.")
+        if self.clip is not None and self.clip <= 0:
+            raise ConfigError(f"train.clip: must be above 0, or null for none, found {self.clip}.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ class Sections:
     eval: Eval = field(default_factory=Eval)
 
 
-ANSWERS = {"sample": SupportsSample, "likelihood": SupportsLogProb, "predict": SupportsPredict}
+Answer = Literal["sample", "likelihood", "predict"]
+ANSWERS: tuple[str, ...] = get_args(Answer)  # sections that hold the keyword arguments of the model's method so named
+
+_ABSENT = object()
 
 
 class Config:
@@ -101,21 +107,10 @@ class Config:
     """
 
     def __init__(self, tree: dict) -> None:
-        for module in tree.get("imports") or ():
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise ConfigError(f"imports: cannot import '{module}': {error}.") from error
+        import_code(tree)
         self.tree = registry.validate(Sections, tree, "")
-        model = registry.member(Model, self.tree["model"]["name"], "model")
-        for section, capability in ANSWERS.items():
-            method = getattr(model, section, None)
-            if method is None and self.tree[section]:
-                raise ConfigError(
-                    f"{section}: {model.__name__} has no method `{section}`, so there is nothing to configure."
-                )
-            if method is not None and issubclass(model, capability):
-                self.tree[section] = registry.validate(method, self.tree[section], section)
+        for section in ANSWERS:
+            self.tree[section] = self.answer(section)
         self.train  # noqa: B018  (its own checks run now, not at the first step)
 
     @property
@@ -138,26 +133,21 @@ class Config:
         """The dataset of the `data:` section."""
         return registry.build(Dataset, self.tree["data"])
 
-    def model(self, dataset: Dataset) -> Model:
-        """A freshly initialised model for a dataset (parameters come from torch's global generator)."""
-        return registry.build(Model, self.tree["model"], **dataset.context())
+    def model(self, facts: dict[str, Any]) -> Model:
+        """A freshly initialised model for a data set's `facts()` (parameters come from torch's global generator)."""
+        return registry.build(Model, self.tree["model"], **context(facts))
 
-    def options(
-        self, section: Literal["sample", "likelihood", "predict"], overrides: dict | None = None
-    ) -> dict[str, Any]:
+    def options(self, section: Answer, overrides: dict | None = None) -> dict[str, Any]:
         """The keyword arguments of the model's method of that name, components built."""
-        node = self.answer(section, overrides)
-        method = getattr(registry.member(Model, self.tree["model"]["name"], "model"), section, None)
-        return registry.values(method, node) if method is not None else {}
+        method = _method(self.tree, section)
+        return registry.values(method, self.answer(section, overrides)) if method else {}
 
-    def answer(self, section: Literal["sample", "likelihood", "predict"], overrides: dict | None = None) -> dict:
-        """The section with overrides applied, resolved."""
-        method = getattr(registry.member(Model, self.tree["model"]["name"], "model"), section, None)
-        return (
-            registry.validate(method, overlay(self.tree[section], overrides or {}, (section,)), section)
-            if method
-            else {}
-        )
+    def answer(self, section: Answer, overrides: dict | None = None) -> dict:
+        """The section with overrides applied, resolved; ConfigError if a key does not fit or the method is missing."""
+        node, method = overlay(self.tree[section], overrides or {}, section), _method(self.tree, section)
+        if method is None and node:
+            raise ConfigError(f"{section}: model '{self.tree['model']['name']}' has no such method to configure.")
+        return registry.validate(method, node, section) if method else {}
 
     @cached_property
     def hash(self) -> str:
@@ -168,7 +158,31 @@ class Config:
         return Config(overlay(self.tree, overrides))
 
     def save(self, path: Path) -> None:
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create(self.tree)))
+        """Write the resolved configuration as a file that loads to the same hash."""
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(self.tree)), encoding="utf-8")
+
+
+def import_code(tree: dict) -> None:
+    """Import the modules of `imports:`, which register components from outside genmodels."""
+    for module in convert(tuple[str, ...], tree.get("imports") or (), "imports"):
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            hint = " Run from the folder that holds it, or add that folder to PYTHONPATH." if absent else ""
+            raise ConfigError(f"imports: cannot import '{module}': {type(error).__name__}: {error}.{hint}") from error
+
+
+def _method(tree: dict, section: Answer) -> Callable | None:
+    return getattr(registry.member(Model, tree["model"]["name"], "model"), section, None)
+
+
+def components_of(tree: dict) -> Iterator[tuple[type, type]]:
+    """(kind, class) of every component of a resolved configuration."""
+    yield from registry.components(Sections, tree)
+    for section in ANSWERS:
+        if method := _method(tree, section):
+            yield from registry.components(method, tree[section])
 
 
 def canonical(tree: Any) -> str:
@@ -181,20 +195,24 @@ def digest(tree: Any) -> str:
     return hashlib.sha256(canonical(tree).encode()).hexdigest()[:12]
 
 
-def overlay(old: Any, new: Any, path: tuple = ()) -> Any:
+def overlay(old: Any, new: Any, where: str = "") -> Any:
     """`new` laid over `old`: mappings merge, list items are reached by index, and a node that changes its `name` is
     replaced whole, so that arguments of the old component do not leak into the new one."""
     if isinstance(old, (list, tuple)) and isinstance(new, dict) and new and all(str(i).isdigit() for i in new):
-        bad = [i for i in new if int(i) >= len(old)]
-        if bad:
-            raise ConfigError(f"{'.'.join(map(str, path))}[{bad[0]}]: the list has only {len(old)} items.")
-        merged = {int(i): value for i, value in new.items()}
-        return [overlay(item, merged[i], (*path, i)) if i in merged else item for i, item in enumerate(old)]
+        given = {int(i): value for i, value in new.items()}
+        if max(given) >= len(old):
+            raise ConfigError(f"{where}[{max(given)}]: there are only {len(old)} items, counted from 0.")
+        return [overlay(item, given[i], f"{where}[{i}]") if i in given else item for i, item in enumerate(old)]
+    if where and isinstance(old, str) and isinstance(new, dict):
+        old = {"name": old}  # a bare string is a node
+    if where and isinstance(new, str) and isinstance(old, dict) and "name" in old:
+        new = {"name": new}
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
-    if path and "name" in new and new["name"] != old.get("name", new["name"]):
+    if where and "name" in new and new["name"] != old.get("name", new["name"]):
         return new
-    return {**old, **{k: overlay(old[k], v, (*path, k)) if k in old else v for k, v in new.items()}}
+    merged = {k: overlay(old[k], v, f"{where}.{k}".lstrip(".")) if k in old else v for k, v in new.items()}
+    return {**old, **merged}
 
 
 def read(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -203,9 +221,8 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     if path in seen:
         raise ConfigError(f"base: {' -> '.join(map(str, (*seen, path)))} is a circle.")
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.4)
         named = f" (named by {seen[-1]})" if seen else ""
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        hint = near(path.name, (p.name for p in path.parent.glob("*.y*ml")))
         raise ConfigError(f"{path}: there is no such file{named}.{hint}")
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -214,7 +231,8 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a mapping is needed at the top level, found {type(tree).__name__}.")
     merged: dict = {}
-    for parent in tree.pop("base", None) or ():
+    base = tree.pop("base", None) or ()
+    for parent in convert(tuple[str, ...], [base] if isinstance(base, str) else base, f"{path}: base"):
         merged = overlay(merged, read(path.parent / parent, (*seen, path)))
     return overlay(merged, tree)
 
@@ -227,15 +245,15 @@ def dotlist(overrides: Iterable[str]) -> dict:
             raise ConfigError(f"'{item}' is neither a configuration file nor an override key=value.")
         try:
             node = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, ValueError, YAMLError) as error:
             raise ConfigError(f"override '{item}': {error}") from None
         out = overlay(out, node)
     return out
 
 
-def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
+def load(files: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
     """The configuration of some files and overrides, later ones over earlier ones; interpolations are resolved."""
-    files = list(files)
+    files = [files] if isinstance(files, str | Path) else list(files)
     tree: dict = {}
     for path in files:
         tree = overlay(tree, read(path))
@@ -243,22 +261,19 @@ def load(files: Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
     try:
         tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        where = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]} (it must be in a file or an override)") from None
     if not tree.get("name") and files:
-        tree["name"] = "-".join((Path(files[-1]).parent.name, Path(files[-1]).stem))
+        tree["name"] = "-".join((Path(files[-1]).resolve().parent.name, Path(files[-1]).stem))
     return Config(tree)
 
 
-def diff(old: dict, new: dict, path: str = "") -> list[str]:
-    """Lines `key: old -> new` where two trees differ."""
+def diff(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines `key: old -> new` where two trees differ; there are none exactly if their hashes agree."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [line for k in keys for line in diff(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+        keys = sorted(old.keys() | new.keys(), key=str)
+        return [x for k in keys for x in diff(old.get(k, _ABSENT), new.get(k, _ABSENT), f"{path}.{k}".lstrip("."))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for i, (a, b) in enumerate(zip(old, new, strict=True)) for line in diff(a, b, f"{path}[{i}]")]
-    return [] if old == new else [f"{path}: {canonical(old)} -> {canonical(new)}"]
-
-
-def section_names() -> list[str]:
-    """The keys of the top level, for `--describe`."""
-    return [f.name for f in dataclasses.fields(Sections)]
+    was, now = ("(absent)" if tree is _ABSENT else canonical(tree) for tree in (old, new))
+    return [] if was == now else [f"{path}: {was} -> {now}"]
