@@ -1,0 +1,50 @@
+# make demo, make test, make lint: everything from a fresh clone; `make test PY=python` uses an interpreter that is set up.
+PYTHON ?= python3
+VENV := .venv
+ifdef PY
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/installed
+endif
+DEMO := runs/demo
+
+.PHONY: demo test slow lint board clean
+
+demo: $(READY)
+	$(PY) train.py configs/digits/flow_matching.yaml --root $(DEMO)
+	$(PY) train.py configs/digits/nsf.yaml --root $(DEMO)
+	$(PY) sample.py $(DEMO)/digits-flow_matching --out $(DEMO)/flow_matching
+	$(PY) sample.py $(DEMO)/digits-nsf --out $(DEMO)/nsf
+	$(PY) -m evals.evaluate $(DEMO)/digits-flow_matching --protocol digits_demo
+	$(PY) -m evals.evaluate $(DEMO)/digits-nsf --protocol digits_demo
+	$(PY) -m evals.leaderboard $(DEMO)/digits-flow_matching $(DEMO)/digits-nsf --out $(DEMO)
+	@echo
+	@echo "Look at:"
+	@echo "  $(DEMO)/flow_matching.png            flow matching, one class a row"
+	@echo "  $(DEMO)/nsf.png                      neural spline flow"
+	@echo "  $(DEMO)/LEADERBOARD.md               both beside each other"
+	@echo "  $(DEMO)/digits-flow_matching/        configuration, log, checkpoints and results of a run"
+
+test: $(READY)
+	$(PY) -m pytest
+
+slow: $(READY)
+	$(PY) -m pytest -m slow
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+board: $(READY)
+	$(PY) -m evals.leaderboard
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
