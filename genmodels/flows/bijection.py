@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Chain(Bijection):
             x, _ = bijection(x, condition)
 
 
-def chain(layers: tuple[Callable[..., Bijection], ...], shape: Shape, **context) -> Chain:
+def chain(layers: tuple[Callable[..., Bijection], ...], shape: Shape, **context: Any) -> Chain:
     """Build layers one after another, each for the shape that the one before it leaves."""
     built: list[Bijection] = []
     for layer in layers:
@@ -103,7 +104,7 @@ class Repeat(Chain):
 
 @register(Bijection, "inverse")
 class Inverse(Bijection):
-    """A bijection run backwards (an autoregressive layer becomes inverse-autoregressive: fast samples, slow density)."""
+    """A bijection run backwards (an autoregressive one becomes inverse-autoregressive: fast samples, slow density)."""
 
     def __init__(
         self, of: Callable[..., Bijection], *, shape: Shape, num_classes: int | None, condition_shape: Shape | None

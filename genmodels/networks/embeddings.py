@@ -35,7 +35,8 @@ class ConditionEmbedding(nn.Module):
     """Class labels or vectors as [B, width]; zeros if the network is unconditional.
 
     Labels 0 … num_classes-1 and the label num_classes, which means "none", each have a row of a table. Vectors (any
-    shape, flattened) pass through a linear layer. `None` is the label "none", or a learned row for vectors.
+    shape, flattened) pass through a linear layer. `None` is the label "none", or the vector 0, in every row; a model
+    that drops single vectors owns the one that replaces them, and no parameter here is left without a gradient.
     """
 
     def __init__(self, width: int, *, num_classes: int | None, condition_shape: Shape | None) -> None:
@@ -46,7 +47,6 @@ class ConditionEmbedding(nn.Module):
             nn.init.normal_(self.table.weight, std=0.02)
         elif condition_shape is not None:
             self.linear = nn.Linear(math.prod(condition_shape), width)
-            self.none = nn.Parameter(torch.zeros(width))
 
     def forward(self, condition: Tensor | None, batch: int, like: Tensor) -> Tensor:
         """[batch, width] from labels [batch], vectors [batch, *condition_shape], or None.
@@ -58,9 +58,9 @@ class ConditionEmbedding(nn.Module):
             none = torch.full((batch,), self.num_classes, device=like.device)
             return self.table(none if condition is None else condition)
         if self.condition_shape is not None:
-            return (
-                self.none.expand(batch, -1) if condition is None else self.linear(condition.flatten(1).to(like.dtype))
-            )
+            weight = self.linear.weight
+            none = weight.new_zeros(batch, weight.shape[1])
+            return self.linear(none if condition is None else condition.flatten(1).to(weight.dtype))
         if condition is not None:
             raise ValueError(
                 "a condition was given to a network that was built without num_classes or condition_shape."

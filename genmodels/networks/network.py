@@ -14,8 +14,8 @@ class Network(nn.Module, ABC):
     """A neural network from items of `in_shape` to items of `out_shape`.
 
     Constructors take configuration arguments first; the parent supplies `in_shape`, `out_shape`, `timed` (whether t is
-    given), `num_classes` and `condition_shape` by keyword. A condition of class labels may hold the value `num_classes`,
-    which stands for "no label"; `condition=None` stands for that in every row.
+    given), `num_classes` and `condition_shape` by keyword. A condition of class labels may hold the value
+    `num_classes`, which stands for "no label"; `condition=None` stands for that in every row.
 
     Attributes:
         autocast: dtype for the arithmetic inside, None for the parameters' own. Inputs arrive and outputs leave in the

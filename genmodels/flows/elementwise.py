@@ -1,0 +1,128 @@
+"""Bijections that act on each component by itself: channel-wise normalisation and splines."""
+
+import math
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..registry import register
+from ..types import Condition, Shape
+from .bijection import Bijection
+from .splines import Knots, bounded, durkan, rational_quadratic
+
+Parametrization = Literal["durkan", "bounded"]
+
+
+def per_channel(shape: Shape, where: str) -> Shape:
+    """(C, 1, …, 1): what broadcasts against items of `shape` with one number per component or channel."""
+    if not shape:
+        raise ValueError(f"{where}: items need at least one axis, found shape=().")
+    return (shape[0], *(1,) * (len(shape) - 1))
+
+
+@register(Bijection, "act_norm")
+class ActNorm(Bijection):
+    """z = exp(log_scale) x + shift per component, or per channel of an image; log_det = pixels · Σ log_scale.
+
+    `initialize` makes its batch zero-mean with (unbiased) unit variance per channel, once; later calls change nothing,
+    and until then the map is the identity. Channels that do not vary in that batch keep their scale.
+
+    Source: Kingma & Dhariwal 2018 (Glow), section 3.1.
+    """
+
+    def __init__(self, *, shape: Shape, num_classes: int | None, condition_shape: Shape | None) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.log_scale = nn.Parameter(torch.zeros(per_channel(self.shape, "act_norm")))
+        self.shift = nn.Parameter(torch.zeros(per_channel(self.shape, "act_norm")))
+        self.register_buffer("initialized", torch.tensor(False))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, condition: Condition | None = None) -> None:
+        """Set scale and shift from x [B, *shape].
+
+        Raises:
+            ValueError: if there are fewer than two items.
+        """
+        if self.initialized:
+            return
+        if len(x) < 2:
+            raise ValueError(f"act_norm: at least two items are needed to measure a scale, found {len(x)}.")
+        values = x.double()
+        axes = [0, *range(2, x.ndim)]
+        mean, std = values.mean(axes, keepdim=True)[0], values.std(axes, keepdim=True)[0]
+        # the mean is rounded, so even a constant channel shows a spread of the size of rounding
+        std = torch.where(std > 1e-6 * mean.abs(), std, torch.ones_like(std))
+        self.log_scale.copy_(-std.log())
+        self.shift.copy_(-mean / std)
+        self.initialized.fill_(True)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        total = self.log_scale.sum(dtype=torch.float64) * math.prod(self.shape[1:])
+        return total.expand(len(x))
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return x * self.log_scale.exp() + self.shift, self._log_det(x)
+
+    def inverse(self, z: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return (z - self.shift) * (-self.log_scale).exp(), -self._log_det(z)
+
+
+def knots_of(raw: Tensor, bound: float, parametrization: Parametrization, identity: bool, scale: float = 1.0) -> Knots:
+    """The knots of raw parameters in one of the two parametrisations of `splines`."""
+    if parametrization == "bounded":
+        return bounded(raw, bound, scale=scale)
+    return durkan(raw, bound, identity=identity, scale=scale)
+
+
+def transform_items(x: Tensor, knots: Knots, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    """x [B, C, …] through splines with knots [K, C, …, B]; returns y [B, C, …] and log_det [B] in float64."""
+    inner = rearrange(x, "b c ... -> c ... b").contiguous()
+    y, log_slope = rational_quadratic(inner, knots, bound, inverse=inverse)
+    return rearrange(y, "c ... b -> b c ..."), log_slope.flatten(0, -2).sum(0, dtype=torch.float64)
+
+
+def check_spline(where: str, bins: int, bound: float) -> None:
+    if bins < 1 or not 0 < bound < math.inf:
+        raise ValueError(f"{where}: at least one bin and a bound > 0 are needed, found bins={bins} and bound={bound}.")
+
+
+@register(Bijection, "spline")
+class Spline(Bijection):
+    """z_i = rational-quadratic spline of x_i, one per component, or per channel of an image, with free parameters.
+
+    It starts as the identity and stays it outside [-bound, bound].
+
+    Args:
+        bins: K.
+        bound: half the width of the interval, in model units.
+        parametrization: how parameters become knots, see `splines.durkan` and `splines.bounded`.
+    Source: Durkan et al. 2019 (Neural Spline Flows), section 3.1.
+    """
+
+    def __init__(
+        self,
+        bins: int = 8,
+        bound: float = 3.0,
+        parametrization: Parametrization = "durkan",
+        *,
+        shape: Shape,
+        num_classes: int | None,
+        condition_shape: Shape | None,
+    ) -> None:
+        super().__init__()
+        check_spline("spline", bins, bound)
+        self.shape, self.bound, self.parametrization = tuple(shape), bound, parametrization
+        self.raw = nn.Parameter(torch.zeros(3 * bins - 1, *per_channel(self.shape, "spline"), 1))
+        knots_of(self.raw, bound, parametrization, True)
+
+    def _map(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return transform_items(x, knots_of(self.raw, self.bound, self.parametrization, True), self.bound, inverse)
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(x, False)
+
+    def inverse(self, z: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return self._map(z, True)
