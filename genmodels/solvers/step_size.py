@@ -1,0 +1,308 @@
+"""Step control: every row of the batch has its own time, step and verdict on each attempt."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..registry import ConfigError, member, names, register
+from ..types import expand_like
+from .base import (
+    RUNNING,
+    Controller,
+    Heuristics,
+    Problem,
+    Result,
+    Solution,
+    Solver,
+    State,
+    Step,
+    finite_rows,
+    rms,
+    title,
+    worst,
+)
+from .fields import Counted, Selectable, narrow
+
+
+class Rows(NamedTuple):
+    """The rows that still run: [n] each, but for x [n, *shape] and the solver's memory."""
+
+    index: Tensor  # which row of the batch
+    t: Tensor
+    h: Tensor  # the length of the step that the controller wants
+    goal: Tensor  # the next requested time
+    previous: Tensor  # error norm of the last accepted step
+    status: Tensor
+    nfe: Tensor
+    steps: Tensor
+    rejected: Tensor
+    sums: Heuristics
+    x: Tensor
+    state: State
+
+
+class Attempt(NamedTuple):
+    """A step that was tried: its end s, its length, its error norm, and where it is not finite."""
+
+    step: Step
+    s: Tensor
+    h: Tensor
+    lands: Tensor
+    error: Tensor
+    bad: Tensor
+
+
+class Verdict(NamedTuple):
+    """What becomes of an attempt, [n] each."""
+
+    counted: Tensor
+    accept: Tensor
+    h: Tensor
+    status: Tensor
+
+
+class Log(NamedTuple):
+    """What left the loop: rows that ended, and (time, row, state) of the requested times that were reached."""
+
+    ended: list[Rows]
+    landed: list[tuple[Tensor, Tensor, Tensor]]
+
+
+@register(Controller, "pi")
+class PI(Controller):
+    """Proportional-integral control of each row's own steps by its own error.
+
+    E = rms(error / (atol + rtol max(|x|, |x⁺|))) over the row; a step with E <= 1 is accepted. With k the order of the
+    solver and (p, q) the exponents, h⁺ = h clip(safety E^{-p/k} E₋^{q/k}, min_factor, max_factor), where E₋ (at least
+    1e-4) belongs to the row's last accepted step; after a rejection h⁺ = h clip(safety E^{-p/k}, min_factor, 1). The
+    first step is Hairer's automatic choice, for one evaluation more. Step lengths are constants to autograd.
+
+    Steps are shortened to land on the requested times, rather than interpolated between: every method keeps its order
+    there, in values and in gradients, and the field is never evaluated beyond the last time. A grid finer than the
+    steps costs at least a step for each interval.
+
+    Args:
+        rtol: relative tolerance; in float32 below about 1e-6 it buys evaluations, not accuracy.
+        atol: absolute tolerance, in units of the state.
+        safety: factor below 1 on the predicted step.
+        min_factor: least factor between steps.
+        max_factor: greatest factor between steps.
+        exponents: (p, q): (0.85, 0.2) is Hairer's DOPRI5 control, (0.7, 0.4) the smoother one of SciML for Tsit5,
+            (1, 0) the elementary integral control.
+        first_step: length of the first step, None for the automatic choice.
+        max_step: longest step; set it where the error estimate is blind (a narrow event, a fast forcing).
+    Raises:
+        ValueError: if an argument is out of its range.
+    Source: Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, section II.4; Gustafsson 1991.
+    """
+
+    def __init__(
+        self,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        safety: float = 0.9,
+        min_factor: float = 0.2,
+        max_factor: float = 10.0,
+        exponents: tuple[float, float] = (0.85, 0.2),
+        first_step: float | None = None,
+        max_step: float | None = None,
+    ) -> None:
+        rules = (
+            (rtol >= 0 and atol > 0, "rtol >= 0 and atol > 0", (rtol, atol)),
+            (0 < safety <= 1, "0 < safety <= 1", safety),
+            (0 < min_factor < 1 < max_factor, "0 < min_factor < 1 < max_factor", (min_factor, max_factor)),
+            (exponents[0] > 0 and exponents[1] >= 0, "exponents (p, q) with p > 0 and q >= 0", exponents),
+            (first_step is None or first_step > 0, "first_step > 0", first_step),
+            (max_step is None or max_step > 0, "max_step > 0", max_step),
+        )
+        for holds, rule, found in rules:
+            if not holds:
+                raise ValueError(f"pi: {rule} is needed, found {found}.")
+        self.rtol, self.atol, self.safety = rtol, atol, safety
+        self.min_factor, self.max_factor, self.exponents = min_factor, max_factor, tuple(exponents)
+        self.first_step, self.max_step = first_step, max_step
+
+    def check(self, solver: Solver) -> None:
+        if not solver.adaptive:
+            usable = [name for name in names(Solver) if member(Solver, name, "solver").adaptive]
+            raise ConfigError(
+                f"integrate: controller '{title(self)}' needs an error estimate, which solver '{title(solver)}' does "
+                f"not have. Use one of: {', '.join(usable)}; or controller 'fixed'."
+            )
+
+    def solve(self, problem: Problem) -> Solution:
+        times = problem.times.detach()
+        field = Counted(problem.field, problem.solver.counts)
+        rows = self._begin(problem, field, times)
+        log = Log([], [(torch.zeros_like(rows.index), rows.index, problem.x)])
+        while len(rows.index):
+            calls = field.calls
+            attempt = self._attempt(problem, field, rows, times)
+            verdict = self._judge(problem, rows, attempt, len(times))
+            # the only wait for the device in a step
+            flags = torch.stack(
+                (verdict.accept, verdict.accept & attempt.lands, verdict.status != RUNNING, verdict.status > 0)
+            ).cpu()
+            rows = _move(rows, attempt, verdict, flags[0], field.calls - calls)
+            if problem.keep_path and flags[1].any():
+                where = flags[1].nonzero()[:, 0].to(rows.t.device)
+                log.landed.append((rows.goal[where] - 1, rows.index[where], rows.x[where]))
+            rows = _drop(problem, field, rows, log, flags[2], bool(flags[3].any()))
+        return _collect(problem, log)
+
+    def _begin(self, problem: Problem, field: Counted, times: Tensor) -> Rows:
+        x, n = problem.x, len(problem.x)
+        t = times[:1].expand(n)
+        state, h = (), t
+        if n:
+            state = problem.solver.start(field, t, x)
+            h = self._first_step(problem, field, t, x, state)
+        zero = torch.zeros(n, dtype=torch.int64, device=x.device)
+        return Rows(
+            index=torch.arange(n, device=x.device),
+            t=t,
+            h=h,
+            goal=zero + 1,
+            previous=torch.full_like(t, 1e-4),
+            status=zero + RUNNING,
+            nfe=zero + field.calls,
+            steps=zero,
+            rejected=zero,
+            sums=Heuristics.zeros(x),
+            x=x,
+            state=state,
+        )
+
+    def _norm(self, problem: Problem, error: Tensor, x: Tensor, new: Tensor) -> Tensor:
+        scale = self.atol + self.rtol * torch.maximum(x.abs(), new.abs())
+        return rms(problem.seminorm(error / scale))
+
+    @torch.no_grad()
+    def _first_step(self, problem: Problem, field: Counted, t: Tensor, x: Tensor, state: State) -> Tensor:
+        """[n] length of the first step: Hairer, Nørsett & Wanner, section II.4, 'starting step size'."""
+        longest = min(problem.span, self.max_step or problem.span)
+        if self.first_step is not None:
+            return torch.full_like(t, min(self.first_step, longest))
+        slope = problem.solver.slope(field, t, x, state)
+        d0, d1 = self._norm(problem, x, x, x), self._norm(problem, slope, x, x)
+        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=longest)
+        wide = problem.direction * expand_like(h0, x).to(x.dtype)
+        probe = field(t + problem.direction * h0, x + wide * slope)
+        steepest = torch.maximum(d1, self._norm(problem, probe - slope, x, x) / h0)
+        h1 = (0.01 / steepest) ** (1 / problem.solver.order)
+        h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), h1)
+        h = torch.minimum(100 * h0, h1).clamp(max=longest)
+        return torch.where(h.isfinite() & (h > 0), h, 1e-3 * longest)  # an infinite slope: the attempts will tell
+
+    def _attempt(self, problem: Problem, field: Counted, rows: Rows, times: Tensor) -> Attempt:
+        goal = times[rows.goal.clamp(max=len(times) - 1)]
+        lands = rows.h * (1 + 1e-9) >= (goal - rows.t).abs()  # no sliver is left over by rounding
+        s = torch.where(lands, goal, rows.t + problem.direction * rows.h)
+        s = torch.where(rows.status == RUNNING, s, rows.t)
+        step = problem.solver.step(field, rows.t, s, rows.x, rows.state, None)
+        error = self._norm(problem, step.error, rows.x, step.x)
+        bad = ~(error.detach().isfinite() & finite_rows(step.x))
+        return Attempt(step, s, (s - rows.t).abs(), lands, error, bad)
+
+    def _judge(self, problem: Problem, rows: Rows, attempt: Attempt, length: int) -> Verdict:
+        running, bad = rows.status == RUNNING, attempt.bad
+        # A row that is not finite makes gradients of shared parameters nan even where it is masked. In a graph such an
+        # attempt is thrown away whole and made again with that row's shorter step; for other rows it does not count.
+        spoilt = (running & bad).any() & torch.is_grad_enabled()
+        counted = running & (bad | ~spoilt)
+        error = torch.where(bad, 1.0, attempt.error.detach()).clamp(min=1e-30)
+        accept = counted & ~bad & (error <= 1)
+        p, q = (exponent / problem.solver.order for exponent in self.exponents)
+        grown = attempt.h * self.safety * error**-p * rows.previous**q
+        # a step that was cut short to land may be followed by one as long as was wanted before, if its error allows
+        most = torch.maximum(self.max_factor * attempt.h, rows.h)
+        grown = torch.minimum(torch.maximum(grown, self.min_factor * attempt.h), most)
+        shrunk = attempt.h * (self.safety * error**-p).clamp(self.min_factor, 1.0)
+        shrunk = torch.where(bad, self.min_factor * attempt.h, shrunk)
+        h = torch.where(accept, grown, shrunk).clamp(max=self.max_step or problem.span)
+        status = torch.where(accept & attempt.lands & (rows.goal == length - 1), Result.success, rows.status)
+        shortest = 10 * torch.finfo(torch.float64).eps * rows.t.abs().clamp(min=problem.span)
+        stuck = counted & ~accept & (h < shortest)
+        status = torch.where(stuck, torch.where(bad, Result.non_finite, Result.step_underflow), status)
+        spent = (rows.steps + rows.rejected + counted >= problem.max_steps) & (status == RUNNING)
+        status = torch.where(spent, Result.max_steps_reached, status)
+        return Verdict(counted, accept, torch.where(counted, h, rows.h), status)
+
+
+def _move(rows: Rows, attempt: Attempt, verdict: Verdict, accepted: Tensor, calls: int) -> Rows:
+    """The rows after an attempt; `accepted` is the verdict's on the CPU."""
+    step, accept = attempt.step, verdict.accept
+    x, state, sums = rows.x, rows.state, rows.sums
+    if accepted.all():
+        x, state = step.x, step.state
+    elif accepted.any():
+        x = torch.where(expand_like(accept, x), step.x, x)
+        state = tuple(
+            torch.where(expand_like(accept, new), new, old) for new, old in zip(step.state, state, strict=True)
+        )
+    if accepted.any():
+        sums = sums.add(attempt.error, step.stiffness, attempt.h, accept)
+    return rows._replace(
+        t=torch.where(accept, attempt.s, rows.t),
+        h=verdict.h,
+        goal=rows.goal + (accept & attempt.lands),
+        previous=torch.where(accept, attempt.error.detach().clamp(min=1e-4), rows.previous),
+        status=verdict.status,
+        nfe=rows.nfe + calls * verdict.counted,
+        steps=rows.steps + accept,
+        rejected=rows.rejected + (verdict.counted & ~accept),
+        sums=sums,
+        x=x,
+        state=state,
+    )
+
+
+def _drop(problem: Problem, field: Counted, rows: Rows, log: Log, ended: Tensor, failed: bool) -> Rows:
+    """Take rows that have ended out of the batch, if the field can be narrowed; `ended` is on the CPU."""
+    if ended.all() or (failed and problem.stop_at_failure):
+        log.ended.append(rows._replace(state=()))
+        return narrow(rows, rows.index[:0])
+    if not ended.any() or not isinstance(problem.field, Selectable):
+        return rows
+    out, stay = (mask.nonzero()[:, 0].to(rows.t.device) for mask in (ended, ~ended))
+    log.ended.append(narrow(rows._replace(state=()), out))
+    rows = narrow(rows, stay)
+    field.field = problem.field.select(rows.index)
+    return rows
+
+
+def _join(parts: list[Any], order: Tensor) -> Any:
+    """Rows that ended at different times, in the order of the batch."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)[order]
+    if isinstance(parts[0], tuple) and hasattr(parts[0], "_fields"):
+        return type(parts[0])(*(_join(list(each), order) for each in zip(*parts, strict=True)))
+    return parts[0]
+
+
+def _collect(problem: Problem, log: Log) -> Solution:
+    x, n = problem.x, len(problem.x)
+    if not log.ended:  # an empty batch
+        empty = torch.zeros(0, dtype=torch.int64, device=x.device)
+        time, sums = empty.double(), Heuristics.zeros(x)
+        rows = Rows(empty, time, time, empty, time, empty, empty, empty, empty, sums, x, ())
+    else:
+        order = torch.cat([part.index for part in log.ended]).argsort()
+        rows = _join(log.ended, order)
+    path = None
+    if problem.keep_path:
+        goals, index, states = (torch.cat(each) for each in zip(*log.landed, strict=True))
+        path = x.new_full((len(problem.times) * n, *x.shape[1:]), torch.nan)
+        path = path.index_copy(0, goals * n + index, states).reshape(len(problem.times), *x.shape)
+    return Solution(
+        x=rows.x,
+        path=path,
+        nfe=rows.nfe,
+        steps=rows.steps,
+        rejected=rows.rejected,
+        result=worst(rows.status),
+        time=rows.t,
+        status=rows.status,
+        **rows.sums._asdict(),
+    )

@@ -1,0 +1,336 @@
+"""Step control row by row: accuracy, cost, landing, outcomes, gradients; numbers of an independent implementation."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from genmodels.registry import build, names
+from genmodels.rng import generator
+from genmodels.solvers.base import Controller, Result, Solver, SolverError, integrate
+from genmodels.solvers.fields import RowField
+from genmodels.solvers.runge_kutta import Dopri5, Heun
+from genmodels.solvers.step_size import PI
+from genmodels.types import expand_like
+from tests.oracles import GAUSSIAN, LINEAR, probability_flow
+
+ADAPTIVE = [name for name in names(Solver) if build(Solver, name).adaptive]
+PLANE = torch.randn(5, 2, generator=generator("plane"), dtype=torch.float64)
+SPIRAL = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=torch.float64)
+UNIT = torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+
+def bump(t: Tensor, x: Tensor) -> Tensor:
+    """A pulse of width 0.01 at t = 0.5: x(1) - x(0) = its integral, 0.01 √(2π)."""
+    return expand_like((-((t - 0.5) ** 2) / (2 * 0.01**2)).exp(), x) * torch.ones_like(x)
+
+
+class Rates:
+    """x' = -rate x (row by row), which counts the rows that it evaluates."""
+
+    def __init__(self, rate: Tensor, counts: list[int]) -> None:
+        self.rate, self.counts = rate, counts
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        assert t.shape == x.shape[:1] and t.dtype == torch.float64
+        self.counts.append(len(x))
+        return -self.rate[:, None] * x
+
+    def select(self, rows: Tensor) -> "Rates":
+        return Rates(self.rate[rows], self.counts)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_error_follows_the_tolerance(name):
+    solver, exact = build(Solver, name), LINEAR.solution(1.0, PLANE)
+    errors, evaluations = [], []
+    for tolerance in (1e-3, 1e-4, 1e-5, 1e-6):
+        out = integrate(LINEAR.field, PLANE, UNIT, solver=solver, controller=PI(tolerance, tolerance))
+        errors.append(float((out.x - exact).abs().max()))
+        evaluations.append(float(out.nfe.double().mean()))
+        assert errors[-1] < 10 * tolerance
+    # over three decades of tolerance the error must fall by well more than one, at a cost of tolerance^(-1/order)
+    assert errors[0] / errors[-1] > 50
+    assert evaluations[-1] / evaluations[0] < 1.5 * 1000 ** (1 / solver.order)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_runs_backwards_and_along_a_probability_flow(name):
+    solver, control = build(Solver, name), PI(1e-5, 1e-5)
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        return GAUSSIAN.velocity(x, 1 - t, t, -torch.ones_like(t), torch.ones_like(t))
+
+    out = integrate(field, PLANE, UNIT.flip(0), solver=solver, controller=control)
+    exact = probability_flow(GAUSSIAN, PLANE, (0.0, 1.0), (1.0, 0.0))
+    torch.testing.assert_close(out.x, exact, rtol=0, atol=1e-4)
+    back = integrate(field, out.x, UNIT, solver=solver, controller=control)
+    torch.testing.assert_close(back.x, PLANE, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("exponents", "evaluations", "accepted", "error", "squared"),
+    [((0.7, 0.4), 332, 55, 0.72990366, 1.206471), ((0.85, 0.2), 266, 44, None, None)],
+)
+def test_same_steps_as_an_independent_implementation(exponents, evaluations, accepted, error, squared):
+    start = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
+    firsts = []
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        firsts.append(float(t))
+        return x @ SPIRAL.T
+
+    out = integrate(field, start, 5 * UNIT, solver=Dopri5(), controller=PI(1e-6, 1e-6, exponents=exponents))
+    assert (out.nfe.item(), out.steps.item(), out.rejected.item()) == (evaluations, accepted, 0)
+    first = firsts[7]  # after the start, Hairer's probe and five stages inside, the first step's end
+    assert first == pytest.approx(0.0204022911, abs=1e-10)
+    if error:
+        assert out.error.item() == pytest.approx(error, rel=1e-7)
+        assert out.error_squared.item() == pytest.approx(squared, rel=1e-6)
+    assert out.stiffness_max.item() == pytest.approx(2.0024984, abs=1e-6)
+    assert out.stiffness.item() == pytest.approx(5 * 2.0024984, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rate", "end", "exponents", "evaluations", "accepted"),
+    [(1.0, 10.0, (0.7, 0.4), 206, 34), (1.0, 10.0, (0.85, 0.2), 152, 25), (1000.0, 1.0, (0.7, 0.4), 2006, 332)],
+)
+def test_same_cost_as_an_independent_implementation(rate, end, exponents, evaluations, accepted):
+    one = torch.ones(1, 1, dtype=torch.float64)
+    out = integrate(
+        lambda t, x: -rate * x, one, end * UNIT, solver=Dopri5(), controller=PI(1e-6, 1e-6, exponents=exponents)
+    )
+    assert (out.nfe.item(), out.steps.item()) == (evaluations, accepted)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_rejected_steps_happen_on_a_pulse_and_are_counted(name):
+    calls = []
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        calls.append(float(t))
+        return bump(t, x)
+
+    solver, x = build(Solver, name), torch.zeros(1, 3, dtype=torch.float64)
+    control = PI(1e-6, 1e-6, max_step=0.05)  # longer steps would pass over the pulse unseen
+    out = integrate(field, x, UNIT, solver=solver, controller=control)
+    assert out.rejected.item() > 0 and out.steps.item() >= 20
+    start = len(calls) - solver.stages * (out.steps.item() + out.rejected.item())
+    assert out.nfe.item() == len(calls) and start in (1, 2)  # what FSAL starts with, and Hairer's choice
+    assert max(calls) <= 1.0
+    torch.testing.assert_close(out.x, torch.full_like(x, 0.01 * math.sqrt(2 * math.pi)), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("selectable", [True, False])
+def test_rows_are_independent_and_evaluations_honest(name, selectable):
+    solver, control = build(Solver, name), PI(1e-4, 1e-4)
+    rate, x = torch.tensor([300.0, 0.5, 20.0, 0.0], dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64)
+    times = torch.tensor([0.0, 0.3, 0.4], dtype=torch.float64)
+
+    def solve(rows: list[int], counts: list[int], narrowed: bool):
+        field = Rates(rate[rows], counts)
+        plain = lambda t, x: field(t, x)  # noqa: E731
+        return integrate(field if narrowed else plain, x[rows], times, solver=solver, controller=control, save="all")
+
+    counts: list[int] = []
+    whole = solve([0, 1, 2, 3], counts, selectable)
+    assert sum(counts) == (int(whole.nfe.sum()) if selectable else 4 * int(whole.nfe.max()))
+    assert whole.nfe[0] > 2 * whole.nfe[1], "the stiff row alone pays for its stiffness"
+    for rows in ([0], [1], [3, 2], [2, 0, 1]):
+        part = solve(rows, [], True)
+        for name_ in ("nfe", "steps", "rejected", "status"):
+            assert getattr(part, name_).tolist() == getattr(whole, name_)[rows].tolist()
+        torch.testing.assert_close(part.path, whole.path[:, rows], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(part.error, whole.error[rows], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_lands_on_every_requested_time(name):
+    solver, control = build(Solver, name), PI(1e-6, 1e-6)
+    times = torch.tensor([0.0, 1e-4, 0.05, 0.9, 1.0, 1.0 + 1e-9], dtype=torch.float64)
+    out = integrate(LINEAR.field, PLANE, times, solver=solver, controller=control, save="all")
+    for t, x in zip(times, out.path, strict=True):
+        torch.testing.assert_close(x, LINEAR.solution(float(t), PLANE), rtol=0, atol=2e-5)
+    torch.testing.assert_close(out.path[-1], out.x, rtol=0, atol=0)
+    torch.testing.assert_close(out.path[0], PLANE, rtol=0, atol=0)
+    assert (out.time == times[-1]).all()
+    # steps cut short to land are followed by long ones: four more times cost a few steps, not a new start each
+    direct = integrate(LINEAR.field, PLANE, times[[0, -1]], solver=solver, controller=control)
+    assert (out.steps + out.rejected <= direct.steps + direct.rejected + 10).all()
+
+
+def test_float32_keeps_its_dtype_and_agrees():
+    control = PI(1e-4, 1e-4)
+    single = integrate(LINEAR.field, PLANE.float(), UNIT, solver=Dopri5(), controller=control)
+    double = integrate(LINEAR.field, PLANE, UNIT, solver=Dopri5(), controller=control)
+    assert single.x.dtype == torch.float32 and single.error.dtype == torch.float64
+    torch.testing.assert_close(single.x.double(), double.x, rtol=1e-4, atol=1e-4)
+    assert single.nfe.tolist() == double.nfe.tolist()
+
+
+def test_seminorm_leaves_components_out_of_the_control():
+    rate = torch.tensor([1.0, 50.0], dtype=torch.float64)
+    x = torch.ones(1, 2, dtype=torch.float64)
+    control = PI(1e-6, 1e-6)
+    full = integrate(lambda t, y: -rate * y, x, UNIT, solver=Dopri5(), controller=control)
+    part = integrate(lambda t, y: -rate * y, x, UNIT, solver=Dopri5(), controller=control, seminorm=lambda y: y[:, :1])
+    alone = integrate(lambda t, y: -y, x[:, :1], UNIT, solver=Dopri5(), controller=control)
+    assert part.steps.item() == alone.steps.item() < full.steps.item() / 2
+    torch.testing.assert_close(part.x[:, :1], alone.x, rtol=1e-13, atol=0)
+
+
+# ---- outcomes --------------------------------------------------------------------------------------------------------
+
+
+def explode(t: Tensor, x: Tensor) -> Tensor:
+    """x' = x²: x(t) = 1 / (1/x(0) - t)."""
+    return x.square()
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_a_pole_is_reported_with_row_and_time(name):
+    x = torch.tensor([[0.5], [2.0], [-1.0]], dtype=torch.float64)  # the second has its pole at t = 0.5
+    control = PI(1e-3, 1e-3)
+    with pytest.raises(SolverError, match=r"row 1 of 3 .*on_failure=\"return\"") as e:
+        integrate(explode, x, UNIT, solver=build(Solver, name), controller=control, max_steps=500)
+    assert e.value.result in (Result.step_underflow, Result.non_finite, Result.max_steps_reached)
+    assert e.value.row == 1 and e.value.time == pytest.approx(0.5, abs=2e-2)
+    settings = {"max_steps": 500, "on_failure": "return", "save": "all"}
+    out = integrate(explode, x, UNIT, solver=build(Solver, name), controller=control, **settings)
+    assert out.x.isfinite().all() and out.x[1] > 50 and out.status.tolist()[::2] == [0, 0]
+    torch.testing.assert_close(out.x[[0, 2]], 1 / (1 / x[[0, 2]] - 1), rtol=1e-2, atol=0)
+    assert out.path[1, 1].isnan().all() and out.path[1, [0, 2]].isfinite().all()
+
+
+def test_the_three_failures():
+    x = torch.ones(2, 1, dtype=torch.float64)
+    stiff = integrate(
+        lambda t, x: -1000 * x, x, UNIT, solver=Dopri5(), controller=PI(), max_steps=20, on_failure="return"
+    )
+    assert stiff.result is Result.max_steps_reached and (stiff.steps + stiff.rejected).tolist() == [20, 20]
+    assert stiff.time.lt(0.2).all() and "max_steps" in stiff.result.advice
+    nowhere = integrate(
+        lambda t, x: x / torch.zeros_like(x), x, UNIT, solver=Dopri5(), controller=PI(), on_failure="return"
+    )
+    assert nowhere.result is Result.non_finite and nowhere.steps.tolist() == [0, 0]
+    assert nowhere.x.tolist() == x.tolist() and nowhere.time.tolist() == [0.0, 0.0]
+    noisy = generator("noisy")
+    rough = lambda t, x: 1e9 * torch.randn(x.shape, generator=noisy, dtype=x.dtype)  # noqa: E731
+    assert (
+        integrate(rough, x, UNIT, solver=Heun(), controller=PI(1e-12, 1e-12), on_failure="return").result
+        is Result.step_underflow
+    )
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def pendulum(t: Tensor, x: Tensor, theta: Tensor) -> Tensor:
+    return torch.stack((x[:, 1], -theta[0] * x[:, 0].sin() - theta[1] * t * x[:, 1]), 1)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_gradients_are_those_of_the_accepted_steps(name):
+    """Value, error sums and gradients equal those of a fixed run on the grid that the control chose."""
+    theta = torch.tensor([4.0, 0.3], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0, -0.5]], dtype=torch.float64, requires_grad=True)
+    solver, seen = build(Solver, name), []
+
+    class Recording(type(solver)):
+        def step(self, field, t, s, x, state, noise=None):
+            out = super().step(field, t, s, x, state, noise)
+            seen.append((float(t), float(s)))
+            return out
+
+    control = PI(1e-4, 1e-4)
+    field = lambda t, x: pendulum(t, x, theta)  # noqa: E731
+    out = integrate(field, x, 1.5 * UNIT, solver=Recording(), controller=control)
+    starts = {t: s for t, s in seen}  # the last attempt from a time is the accepted one
+    times = [0.0]
+    while times[-1] < 1.5:
+        times.append(starts[times[-1]])
+    assert len(times) == out.steps.item() + 1
+    again = integrate(field, x, torch.tensor(times, dtype=torch.float64), solver=solver)
+    torch.testing.assert_close(out.x, again.x, rtol=1e-13, atol=0)
+    assert torch.is_grad_enabled() and out.error.requires_grad
+    for a, b in zip(
+        torch.autograd.grad(out.x.square().sum(), (x, theta)),
+        torch.autograd.grad(again.x.square().sum(), (x, theta)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=0)
+
+
+def test_gradcheck_at_a_tight_tolerance():
+    x = PLANE[:2].clone().requires_grad_()
+    theta = torch.tensor([1.0, 0.3], dtype=torch.float64, requires_grad=True)
+    control, times = PI(1e-11, 1e-11), torch.tensor([0.0, 0.1, 0.3], dtype=torch.float64)
+
+    def solve(x: Tensor, theta: Tensor) -> Tensor:
+        field = lambda t, y: pendulum(t, y, theta)  # noqa: E731
+        return integrate(field, x, times, solver=Dopri5(), controller=control, save="all").path
+
+    # the steps react to the inputs, but with them the result changes by less than the tolerance
+    assert torch.autograd.gradcheck(solve, (x, theta), eps=1e-4, atol=1e-5)
+
+
+def test_the_error_sum_is_differentiable_with_steps_held():
+    """Σ E h of one step: its gradient equals finite differences with h fixed by first_step."""
+    theta = torch.tensor([4.0, 0.3], dtype=torch.float64, requires_grad=True)
+    control = PI(0.1, 0.1, first_step=0.5)
+
+    def heuristics(theta: Tensor) -> tuple[Tensor, ...]:
+        field = lambda t, y: pendulum(t, y, theta)  # noqa: E731
+        out = integrate(field, PLANE[:2], 0.5 * UNIT, solver=Dopri5(), controller=control)
+        assert out.steps.tolist() == [1, 1] and out.rejected.tolist() == [0, 0]
+        return out.error, out.error_squared, out.stiffness, out.stiffness_max
+
+    assert torch.autograd.gradcheck(heuristics, (theta,))
+    rest = integrate(lambda t, x: theta[0] * 0 * x, PLANE[:2], UNIT, solver=Dopri5(), controller=control)
+    (gradient,) = torch.autograd.grad((rest.error + rest.stiffness).sum(), theta)
+    assert gradient.tolist() == [0.0, 0.0], "finite where error and stiffness vanish"
+
+
+def test_an_overflowing_attempt_leaves_gradients_finite():
+    """Row 0's first step leaves the domain of √; the others' gradients, and its own, must not become nan."""
+    theta = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0], [9.0]], dtype=torch.float64)
+
+    def solve(rows: list[int]):
+        field = lambda t, y: -theta * y.sqrt()  # noqa: E731
+        return integrate(field, x[rows], 1.8 * UNIT, solver=Dopri5(), controller=PI(1e-9, 1e-9, first_step=3.0))
+
+    both, alone = solve([0, 1]), solve([1])
+    exact = (x.sqrt() - 0.9) ** 2  # x(t) = (√x₀ - θ t / 2)²
+    torch.testing.assert_close(both.x, exact, rtol=1e-6, atol=0)
+    assert both.rejected[0] > 0 and both.nfe[1] == alone.nfe[0] and both.rejected[1] == alone.rejected[0]
+    (gradient,) = torch.autograd.grad(both.x.sum(), theta)
+    torch.testing.assert_close(gradient, (-1.8 * (x.sqrt() - 0.9)).sum(), rtol=1e-6, atol=0)
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_builds_from_configuration():
+    control = build(Controller, {"name": "pi", "rtol": 1e-3, "exponents": [1.0, 0.0]})
+    assert (control.rtol, control.atol, control.exponents) == (1e-3, 1e-5, (1.0, 0.0))
+    assert type(build(Controller, "fixed")).__name__ == "Fixed"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"rtol": -1.0}, {"atol": 0.0}, {"safety": 1.5}, {"min_factor": 1.0}, {"exponents": (0.0, 0.1)}, {"max_step": 0.0}],
+)
+def test_arguments_are_checked(arguments):
+    with pytest.raises(ValueError, match=rf"pi: .*{next(iter(arguments))}.* is needed, found"):
+        PI(**arguments)
+
+
+def test_conditions_follow_their_rows():
+    label = torch.tensor([200.0, 1.0, 5.0], dtype=torch.float64)
+    field = RowField(lambda t, x, label: -label[:, None] * x, label)
+    out = integrate(field, torch.ones(3, 2, dtype=torch.float64), UNIT, solver=Dopri5(), controller=PI(1e-6, 1e-6))
+    torch.testing.assert_close(out.x, (-label).exp()[:, None].expand(3, 2), rtol=0, atol=1e-5)
+    assert len(set(out.nfe.tolist())) == 3
