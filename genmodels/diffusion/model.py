@@ -1,0 +1,375 @@
+"""Diffusion and flow matching as one model: any path, prediction, weighting and law of times."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..model import Model
+from ..networks.network import Network
+from ..registry import ConfigError, register
+from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
+from ..solvers.base import Controller, Fixed, Solver, integrate
+from ..solvers.divergence import transport
+from ..solvers.fields import RowField
+from ..solvers.runge_kutta import Dopri5, Heun
+from ..solvers.step_size import PI
+from ..transforms import Transform
+from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, expand_like, sum_items
+from .denoiser import Denoiser, Guided, Preconditioned
+from .parametrization import Target, target
+from .schedules import Linear, Schedule
+from .times import LogitNormal, TimeLaw
+from .weightings import Uniform, Weighting
+
+LARGEST_INPUT = 5.0  # standard deviation beyond which a network should not be fed x_t as it is
+
+
+@register(Model, "diffusion")
+class DiffusionModel(Model):
+    """A denoiser of x_t = α(t) T(x) + σ(t) ε, and the ODE between noise (t = 1) and data (t = 0) that it defines.
+
+    loss = w(t) |p̂(t, x_t) - p|²/D with ε ~ N(0, I), t from the law of times, and p what the network predicts. The
+    schedule "linear" with the prediction "velocity" is flow matching (rectified flow), "vp" with "eps" is score-based
+    diffusion, and "edm" with "edm" and the times "log_normal" is EDM.
+
+    The model's law is that of the ODE run from N(0, σ(t_max)²) at t_max to t_min, where times end at which the schedule
+    or the prediction is singular: "vp" and "cosine" begin at 1e-5, "edm" at σ = 0.002, x, score and edm at σ/α = 1e-3,
+    and eps, score and edm end at α/σ = 1e-3. So its likelihood is that of items with noise of this size.
+
+    Args:
+        network: the network to train, built for items of the data's shape.
+        schedule: the path.
+        prediction: what the network predicts; "edm" also scales its input and its time.
+        times: law of the times in training.
+        weighting: on the squared error.
+        conditional: whether the network sees the conditions of the data (labels, embeddings), if there are any.
+        condition_dropout: share of items whose condition is hidden in training, item by item; 0 gives up guidance and
+            unconditional answers.
+        sigma_data: root mean square of T(x), for the prediction and the weighting "edm"; null to measure it.
+    Raises:
+        ConfigError: if a number is out of its range, or if the network would be fed inputs of a very large scale.
+    Source: Lipman et al. 2023 (Flow Matching); Song et al. 2021 (Score-based generative modeling through SDEs),
+        section 4.3 and appendix D; Karras et al. 2022 (EDM).
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Network],
+        schedule: Schedule = Linear(),
+        prediction: Target = "velocity",
+        times: TimeLaw = LogitNormal(),
+        weighting: Weighting = Uniform(),
+        conditional: bool = True,
+        condition_dropout: float = 0.1,
+        sigma_data: float | None = None,
+        *,
+        shape: Shape,
+        num_classes: int | None,
+        condition_shape: Shape | None,
+        transform: Transform,
+        bin_width: float | None,
+    ) -> None:
+        super().__init__()
+        _check(schedule, prediction, condition_dropout, sigma_data)
+        self.shape, self.bin_width, self.transform = tuple(shape), bin_width, transform
+        self.conditional = conditional and (num_classes is not None or condition_shape is not None)
+        if not self.conditional:
+            num_classes, condition_shape = None, None
+        self.times, self.weighting, self.condition_dropout = times, weighting, condition_dropout
+        self.measures = sigma_data is None
+        sizes = {"in_shape": self.shape, "out_shape": self.shape, "timed": True}
+        built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
+        scale = 1.0 if sigma_data is None else sigma_data
+        self.denoiser = (
+            Preconditioned(built, schedule, scale)
+            if prediction == "edm"
+            else Denoiser(built, schedule, prediction, scale)
+        )
+        if num_classes is None and condition_shape is not None:
+            # without dropout nothing would ever train it
+            self.null = nn.Parameter(torch.zeros(condition_shape), requires_grad=condition_dropout > 0)
+        else:
+            null = None if num_classes is None else torch.tensor(num_classes)
+            self.register_buffer("null", null, persistent=False)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.denoiser.schedule
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters: what the network computes in."""
+        return next((p.dtype for p in self.denoiser.parameters()), torch.get_default_dtype())
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
+        """Fit the transform, then measure the root mean square of the data in model space if it was not given."""
+        self.transform.fit(batches)
+        if self.measures:
+            total, count = 0.0, 0
+            for batch in batches:
+                noise = BatchNoise(len(batch), generator=generator, device=self.device)
+                y, _ = self._to_model_space(batch.x.to(self.device), noise)
+                total, count = total + float(y.double().square().sum()), count + y.numel()
+            if not total > 0:
+                raise ValueError("diffusion: the training data are empty, or 0 everywhere in model space.")
+            self.denoiser.sigma_data.fill_(math.sqrt(total / count))
+        return {"sigma_data": self.denoiser.sigma_data.clone()}
+
+    def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
+        self.check_items(batch.x, "loss")
+        denoiser, noise = self.denoiser, BatchNoise(len(batch), generator=generator, device=batch.x.device)
+        x, _ = self._to_model_space(batch.x, noise)
+        span = (denoiser.t_min, denoiser.t_max)
+        t = self.times.sample(noise, self.schedule, span)
+        scales, eps = self.schedule(t), noise.normal(*self.shape, dtype=x.dtype)
+        condition = self._drop(batch.condition, noise) if self.conditional else None
+        alpha, sigma = (expand_like(c, x).to(x.dtype) for c in (scales.alpha, scales.sigma))
+        wanted = target(denoiser.prediction, x, eps, scales, denoiser.sigma_data)
+        error = (denoiser.answer(t, alpha * x + sigma * eps, condition) - wanted).square()
+        density = self.times.density(t, self.schedule, span)
+        weight = self.weighting(denoiser.prediction, scales, density, denoiser.sigma_data)
+        error = error.reshape(len(batch), math.prod(self.shape)).mean(1)
+        return Loss(weight.to(error.dtype) * error, {"squared_error": error.detach().mean()})
+
+    def _drop(self, condition: Condition | None, noise: Noise) -> Tensor:
+        """The conditions with a share of them replaced by "no condition", item by item."""
+        condition = self._checked(condition, noise.n, "loss", required=True)
+        if self.condition_dropout == 0:
+            return condition
+        hidden = expand_like(noise.uniform() < self.condition_dropout, condition)
+        return torch.where(hidden, self.null.to(condition), condition)
+
+    def _to_model_space(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
+        y, log_det = self.transform(x.to(torch.promote_types(x.dtype, self.dtype)), noise)
+        return y.to(self.dtype), log_det
+
+    # ---- samples and latents -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Seeds,
+        *,
+        condition: Condition | None = None,
+        num_steps: int = 50,
+        solver: Solver = Heun(),
+        controller: Controller = Fixed(),
+        guidance: float = 1.0,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """[n, *shape] items in data units; item i depends on seed i (and condition i) alone.
+
+        Args:
+            seeds: n, or n seeds.
+            condition: [n, *] one per seed; None draws unconditionally.
+            num_steps: steps of equal length, of as many evaluations as the solver has stages; without meaning under
+                step control.
+            solver: of the ODE.
+            controller: "pi" chooses the steps of each item by its tolerances.
+            guidance: 1 is off; other values double the cost (0, which ignores the condition, does not).
+            batch_size: how many are drawn at once.
+        Raises:
+            ValueError: if the conditions do not fit, or guidance meets a model without conditions.
+        """
+        seeds = as_seeds(seeds)
+        condition = self._checked(condition, len(seeds), "sample")
+        _at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
+        ode = {"num_steps": num_steps, "solver": solver, "controller": controller, "guidance": guidance}
+        drawn = []
+        for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
+            noise = SeedNoise(seeds[rows], device=self.device)
+            z = self.prior_scale() * noise.normal(*self.shape, dtype=self.dtype)
+            drawn.append(self.decode(z, condition=None if condition is None else condition[rows], **ode))
+        return torch.cat(drawn)
+
+    def encode(
+        self,
+        x: Tensor,
+        *,
+        condition: Condition | None = None,
+        num_steps: int = 50,
+        solver: Solver = Dopri5(),
+        controller: Controller = PI(),
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """[B, *shape] where the ODE takes x at t_max; of law N(0, σ(t_max)²) for items of the model's law.
+
+        Discrete data are placed in the middle of their cells. Gradients flow through the solver's steps.
+        """
+        self.check_items(x, "encode")
+        y, _ = self._to_model_space(x, None)
+        condition = self._checked(condition, len(x), "encode")
+        return self._solve(y, condition, False, num_steps, solver, controller, guidance)
+
+    def decode(
+        self,
+        z: Tensor,
+        *,
+        condition: Condition | None = None,
+        num_steps: int = 50,
+        solver: Solver = Dopri5(),
+        controller: Controller = PI(),
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
+        self.check_items(z, "decode")
+        condition = self._checked(condition, len(z), "decode")
+        y = self._solve(z.to(self.dtype), condition, True, num_steps, solver, controller, guidance)
+        return self.transform.inverse(y)
+
+    def _solve(
+        self,
+        x: Tensor,
+        condition: Tensor | None,
+        to_data: bool,
+        num_steps: int,
+        solver: Solver,
+        controller: Controller,
+        guidance: float,
+    ) -> Tensor:
+        times = self._grid(num_steps, controller)
+        denoiser = self.denoiser if guidance == 1 else self._guided(guidance)
+        field = RowField(denoiser.velocity, condition)
+        return integrate(field, x, times.flip(0) if to_data else times, solver=solver, controller=controller).x
+
+    def _guided(self, scale: float) -> Guided:
+        if not self.conditional or self.condition_dropout == 0:
+            raise ValueError(
+                f"guidance {scale} needs a conditional model trained with condition_dropout > 0; this one has "
+                f"conditional={self.conditional}, condition_dropout={self.condition_dropout}. Use guidance=1."
+            )
+        return Guided(self.denoiser, scale, self.null)
+
+    def _grid(self, num_steps: int, controller: Controller) -> Tensor:
+        """Evenly spaced times from t_min to t_max; step control, which lands on every one, is given the ends alone."""
+        _at_least_one("diffusion", num_steps=num_steps)
+        steps = num_steps if isinstance(controller, Fixed) else 1
+        return torch.linspace(self.denoiser.t_min, self.denoiser.t_max, steps + 1, dtype=torch.float64)
+
+    def prior_scale(self) -> float:
+        """σ(t_max): the standard deviation of the noise that sampling starts from."""
+        return float(self.schedule.scales(torch.tensor(self.denoiser.t_max, dtype=torch.float64))[1])
+
+    def velocity(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
+        """[B, *shape] dx/dt of the probability-flow ODE, in model space per unit time."""
+        return self.denoiser.velocity(t, x, self._checked(condition, len(x), "velocity"))
+
+    def score(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
+        """[B, *shape] ∇ log p_t(x), in model space."""
+        return self.denoiser.score(t, x, self._checked(condition, len(x), "score"))
+
+    # ---- likelihood --------------------------------------------------------------------------------------------------
+
+    def likelihood(
+        self,
+        x: Tensor,
+        *,
+        condition: Condition | None = None,
+        seeds: Seeds | None = None,
+        divergence: Literal["exact", "hutchinson"] = "exact",
+        probes: int = 1,
+        draws: int = 1,
+        num_steps: int = 50,
+        solver: Solver = Dopri5(),
+        controller: Controller = PI(),
+        batch_size: int = 256,
+    ) -> Likelihood:
+        """log p(x) = log N(z; 0, σ(t_max)²) + ∫ div v dt + log|det ∂T/∂x| in nats, along the ODE from T(x) to z.
+
+        The path starts at t_min instead of 0. For discrete data the value is E_u[log p(x + u)], a bound. Gradients flow
+        if they are enabled, and need the memory of every step: score data under `torch.no_grad`.
+
+        Args:
+            x: [B, *shape] in data units.
+            condition: [B, *]; None scores unconditionally.
+            seeds: [B] for dequantisation noise and probes; 0 … B-1 if not given.
+            divergence: exact costs a backward pass for each component, hutchinson one for each probe.
+            probes: how many, for hutchinson; two or more give a standard error.
+            draws: how many values of the dequantisation noise are averaged over, each with probes of its own.
+            num_steps: of a fixed grid; without meaning under step control.
+            solver, controller: of the ODE; tolerances are the controller's.
+            batch_size: how many are scored at once.
+        Returns:
+            kind numerical for the exact divergence, stochastic for hutchinson.
+        Raises:
+            NotApplicable: if the transform to model space has no volume.
+            ValueError: if conditions, seeds or counts do not fit.
+        Source: Song et al. 2021 (Score-based generative modeling through SDEs), section 4.3; Grathwohl et al. 2019
+            (FFJORD), section 3.1.
+        """
+        self.check_items(x, "likelihood")
+        if not self.transform.volume:
+            raise NotApplicable("the transform to model space has no log-determinant, so data have no density.")
+        condition = self._checked(condition, len(x), "likelihood")
+        _at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
+        seeds = as_seeds(len(x) if seeds is None else seeds)
+        if len(seeds) != len(x):
+            raise ValueError(f"likelihood: one seed per item is needed, found {len(seeds)} for {len(x)} items.")
+        times = self._grid(num_steps, controller)
+        ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
+        parts = []
+        for rows in torch.arange(len(x)).split(batch_size):
+            given = None if condition is None else condition[rows]
+            noise = [SeedNoise(seeds[rows], purpose=p, device=x.device) for p in ("dequantise", "probe")]
+            parts.append(torch.stack([self._log_prob(x[rows], given, *noise, times, ode) for _ in range(draws)]))
+        values = torch.cat(parts, 2)  # [draws, probes, B]
+        if divergence == "exact":
+            return Likelihood(values.mean((0, 1)), "numerical")
+        stderr = (values.var(1).sum(0) / probes).sqrt() / draws if probes > 1 else None
+        return Likelihood(values.mean((0, 1)), "stochastic", stderr)
+
+    def log_prob(
+        self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
+    ) -> Tensor:
+        """[B] nats: the value of `likelihood`, with its options."""
+        return self.likelihood(x, condition=condition, seeds=seeds, **options).value
+
+    def _log_prob(
+        self, x: Tensor, condition: Tensor | None, noise: Noise, probe_noise: Noise, times: Tensor, ode: dict[str, Any]
+    ) -> Tensor:
+        """[P, B] one value for each probe; P = 1 for the exact divergence."""
+        y, log_volume = self._to_model_space(x, None if self.bin_width is None else noise)
+        moved = transport(RowField(self.denoiser.velocity, condition), y, times, noise=probe_noise, **ode)
+        scale = self.prior_scale()
+        normalizer = math.prod(self.shape) * (math.log(scale) + 0.5 * math.log(2 * math.pi))
+        log_prior = -0.5 * sum_items((moved.z.double() / scale).square()) - normalizer
+        return (log_prior + log_volume + moved.log_det).reshape(-1, len(x))
+
+    def _checked(self, condition: Condition | None, n: int, where: str, required: bool = False) -> Tensor | None:
+        """One condition for each of n items: "no condition" if None, and None for an unconditional model."""
+        if not self.conditional:
+            if condition is not None:
+                raise ValueError(f"{where}: a condition was given to an unconditional model. Drop it.")
+            return None
+        if condition is None and self.condition_dropout > 0 and not required:
+            return self.null.expand(n, *self.null.shape)
+        if not isinstance(condition, Tensor) or len(condition) != n:
+            found = f"{list(condition.shape)}" if isinstance(condition, Tensor) else type(condition).__name__
+            advice = "" if self.condition_dropout else " A model trained with condition_dropout=0 needs one."
+            raise ValueError(f"{where}: a tensor of {n} conditions is needed, one per item, found {found}.{advice}")
+        return condition
+
+
+def _check(schedule: Schedule, prediction: Target, dropout: float, sigma_data: float | None) -> None:
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"model.condition_dropout: 0 <= condition_dropout < 1 is needed, found {dropout}.")
+    if sigma_data is not None and not sigma_data > 0:
+        raise ConfigError(f"model.sigma_data: a number > 0, or null to measure it, is needed, found {sigma_data}.")
+    largest = float(schedule.scales(torch.tensor(schedule.t_max))[1])
+    if prediction != "edm" and largest > LARGEST_INPUT:
+        raise ConfigError(
+            f"model.prediction: with this schedule the network would be fed noise of standard deviation {largest:g}. "
+            "Use prediction: edm, which scales its inputs to 1, or a schedule that ends near 1."
+        )
+
+
+def _at_least_one(where: str, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{where}: {name} must be at least 1, found {count}.")
