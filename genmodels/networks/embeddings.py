@@ -19,7 +19,7 @@ class TimeEmbedding(nn.Module):
         highest: largest frequency, in periods per unit time; the lowest is 1/4.
     """
 
-    def __init__(self, width: int, frequencies: int = 64, highest: float = 1000.0) -> None:
+    def __init__(self, width: int, frequencies: int = 64, highest: float = 64.0) -> None:
         super().__init__()
         octaves = torch.linspace(math.log(0.25), math.log(highest), frequencies, dtype=torch.float64)
         self.register_buffer("frequency", octaves.exp(), persistent=False)

@@ -406,7 +406,7 @@ def test_dense_networks_use_time_and_condition_row_by_row(name):
     out.sum().backward()
     g = network(name, timed=True, condition_shape=(2, 2))
     g(t, x, items(4, 2, 2)).square().sum().backward()
-    assert [k for k, p in g.named_parameters() if p.grad is None] == ["embeddings.condition.none"]
+    assert all(p.grad is not None for p in g.parameters())
 
 
 @pytest.mark.parametrize("name", DENSE)

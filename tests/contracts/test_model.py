@@ -1,0 +1,210 @@
+"""The contract of every registered model, on points of the plane and on images that are neither square nor grey."""
+
+import copy
+
+import pytest
+import torch
+
+from genmodels import registry
+from genmodels.config import Config, overlay
+from genmodels.data.dataset import Dataset
+from genmodels.data.memory import InMemory
+from genmodels.model import Model
+from genmodels.rng import BatchNoise, generator
+from genmodels.schema import MEMBERS
+from genmodels.solvers.step_size import PI
+from genmodels.types import Batch, SupportsEncode, SupportsLogProb, SupportsSample
+from tests.oracles import MIXTURE, grid
+
+SPLINES = {"name": "spline_coupling", "bins": 6, "network": {"name": "residual_mlp", "hidden": 24, "blocks": 1}}
+FLOW = [{"name": "repeat", "count": 2, "layers": ["act_norm", "lu_linear", SPLINES]}]
+RESIDUAL = {"name": "residual_mlp", "hidden": 24}
+DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
+# name -> (data set, arguments); a new model needs a line here
+EXAMPLES = {
+    "flow": [
+        ("contract_plane", {"layers": FLOW}),
+        ("contract_plane", {"layers": FLOW, "conditional": True}),
+        ("contract_images", {"layers": ["lu_linear", "flatten", SPLINES]}),
+    ],
+    "diffusion": [
+        ("contract_plane", {"network": {"name": "mlp", "hidden": [24, 24]}}),
+        (
+            "contract_plane",
+            {"network": RESIDUAL, "schedule": "trigonometric", "prediction": "v"},
+        ),
+        ("contract_images", {"network": DIT, "prediction": "edm", "schedule": "edm", "times": "log_normal"}),
+    ],
+}
+# the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
+TIGHT, LOOSE = {"controller": PI(rtol=1e-7, atol=1e-7)}, {"controller": PI(rtol=1e-5, atol=1e-5)}
+CASES = [(name, k) for name, cases in EXAMPLES.items() for k in range(len(cases))]
+
+
+@pytest.fixture(autouse=True)
+def data_sets():
+    """Two small data sets, registered for one test."""
+    kept = dict(MEMBERS[Dataset])
+
+    @registry.register(Dataset, "contract_plane")
+    class Plane(InMemory):
+        """A Gaussian mixture of the plane with arbitrary labels."""
+
+        shape, num_classes, transform = (2,), 3, "standardize"
+
+        def __init__(self) -> None:
+            for split, n in {"train": 600, "val": 20, "test": 20}.items():
+                noise = BatchNoise(n, generator=generator("contract", split))
+                self.hold(split, Batch(MIXTURE.sample(noise), condition=torch.arange(n) % 3))
+
+    @registry.register(Dataset, "contract_images")
+    class Images(InMemory):
+        """Random levels 0 … 3 on 3x8x12 pixels, with vectors as conditions."""
+
+        shape, condition_shape, levels, bin_width = (3, 8, 12), (5,), 4, 1.0
+
+        def __init__(self) -> None:
+            parts = [{"name": "dequantize", "levels": 4}, {"name": "affine", "loc": 2.0, "scale": 2.0}]
+            self.transform = {"name": "compose", "parts": parts}
+            for split, n in {"train": 40, "val": 4, "test": 4}.items():
+                noise = BatchNoise(n, generator=generator("contract", split))
+                self.hold(split, Batch((noise.uniform(3, 8, 12) * 4).floor(), condition=noise.normal(5)))
+
+    yield
+    MEMBERS[Dataset].clear()
+    MEMBERS[Dataset].update(kept)
+
+
+def built(name: str, k: int, *, perturb: float = 0.03) -> tuple[Model, Dataset, Batch]:
+    """A prepared model whose zero-initialised parameters have been moved, its data, and a batch."""
+    data, arguments = EXAMPLES[name][k]
+    config = Config({"name": name, "data": data, "model": {"name": name, **arguments}})
+    dataset = config.dataset()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = config.model(dataset.facts())
+        model.prepare(list(dataset.batches("train", 64)), generator=generator("prepare"))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(perturb * torch.randn_like(parameter))
+    return model.eval(), dataset, dataset.take("train", torch.arange(7))
+
+
+def given(model: Model, batch: Batch) -> torch.Tensor | None:
+    return batch.condition if model.conditional else None
+
+
+def test_every_registered_model_has_an_example():
+    ours = {n for n in registry.names(Model) if registry.member(Model, n, "model").__module__.startswith("genmodels.")}
+    assert ours == set(EXAMPLES)
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_loss_has_one_finite_value_per_item_and_a_gradient_for_every_parameter(name, k):
+    model, _, batch = built(name, k)
+    model.train()
+    value = model.loss(batch, generator=generator("loss")).value
+    assert value.shape == (7,)
+    torch.testing.assert_close(value, model(batch, generator=generator("loss")).value)  # forward is the loss
+    wide = Batch(*(torch.cat([v] * 6) if v is not None else None for v in (batch.x, batch.condition)))
+    model.loss(wide, generator=generator("loss", 1)).value.mean().backward()
+    silent = [
+        n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+    ]
+    assert value.isfinite().all()
+    assert silent == []
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_item_i_depends_on_seed_i_alone(name, k):
+    model, _, batch = built(name, k)
+    if not isinstance(model, SupportsSample):
+        pytest.skip("does not sample")
+    condition = None if given(model, batch) is None else batch.condition[:5]
+    alone = None if condition is None else condition[3:4]
+    together = model.sample([9, 4, 7, 12, 3], condition=condition)
+    one = model.sample([12], condition=alone)
+    torch.testing.assert_close(together[3:4], one, rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+    torch.testing.assert_close(
+        model.sample([9, 4, 7, 12, 3], condition=condition, batch_size=2), together, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_likelihood_of_a_batch_is_that_of_its_items_and_float32_is_enough(name, k):
+    model, _, batch = built(name, k)
+    if not isinstance(model, SupportsLogProb):
+        pytest.skip("has no likelihood")
+    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} | TIGHT if name == "diffusion" else {}
+    c = given(model, batch)
+    double, x = copy.deepcopy(model).double(), batch.x.double()
+    with torch.no_grad():
+        full = double.likelihood(x, condition=c, seeds=range(7), **options).value
+        row = double.likelihood(x[4:5], condition=None if c is None else c[4:5], seeds=[4], **options).value
+        narrow = model.likelihood(batch.x, condition=c, seeds=range(7), **{**options, **LOOSE} if options else {}).value
+    torch.testing.assert_close(full[4:5], row, rtol=1e-5, atol=1e-5)
+    assert narrow.dtype == torch.float64
+    torch.testing.assert_close(narrow, full, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "k"), [(n, k) for n, k in CASES if EXAMPLES[n][k][0] == "contract_plane"])
+def test_density_of_the_plane_integrates_to_one(name, k):
+    model, _, _ = built(name, k)
+    if not isinstance(model, SupportsLogProb):
+        pytest.skip("has no likelihood")
+    points, area = grid(-9, 9, 61)
+    options = {"controller": PI(rtol=1e-3, atol=1e-3)} if name == "diffusion" else {}
+    c = torch.zeros(len(points), dtype=torch.int64) if model.conditional else None
+    with torch.no_grad():
+        total = model.double().log_prob(points, condition=c, **options).exp().sum() * area
+    # a midpoint rule at 0.3 resolves the mixture's narrowest width, 0.3, to 1e-3; step control here is good to 1e-3
+    assert abs(float(total) - 1) < 5e-3
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_decode_undoes_encode(name, k):
+    model, _, batch = built(name, k)
+    if not isinstance(model, SupportsEncode):
+        pytest.skip("has no latent")
+    options = TIGHT if name == "diffusion" else {}
+    with torch.no_grad():
+        z = model.double().encode(batch.x.double(), condition=given(model, batch), **options)
+        back = model.decode(z, condition=given(model, batch), **options)
+    torch.testing.assert_close(back, batch.x.double(), rtol=0, atol=1e-3)
+    assert z.shape[0] == 7
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_weights_round_trip(name):
+    model, dataset, batch = built(name, 0)
+    config = Config({"name": name, "data": "contract_plane", "model": {"name": name, **EXAMPLES[name][0][1]}})
+    other = config.model(dataset.facts()).eval()
+    other.load_state_dict(model.state_dict())
+    a, b = (m.loss(batch, generator=generator("loss")).value for m in (model, other))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_items_of_another_shape_are_refused(name, k):
+    model, _, batch = built(name, k)
+    with pytest.raises(ValueError, match="built for"):
+        model.loss(batch.replace(x=batch.x[..., :-1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_training_reaches_the_entropy_of_a_mixture(name, tmp_path):
+    """600 steps on a mixture of the plane: NLL of fresh data within 0.08 nats of the truth."""
+    from genmodels.training.loop import train
+
+    tree = {"name": name, "data": "eight_gaussians", "model": {"name": name, **EXAMPLES[name][0][1]}}
+    settings = {"steps": 1500, "batch_size": 512, "optimizer": {"name": "adam", "lr": 3e-3}, "learning_rate": "cosine"}
+    wide = {"network": {"name": "residual_mlp", "hidden": 128, "blocks": 2}} if name == "diffusion" else {}
+    config = Config(overlay(tree, {"train": settings, "model": wide, "data": {"name": "eight_gaussians"}}))
+    run = train(config, root=tmp_path, quiet=True)
+    dataset = config.dataset()
+    x = dataset.all("test").x[:1000]
+    with torch.no_grad():
+        gap = (dataset.log_prob(x) - run.load().log_prob(x)).mean()
+    assert -0.02 < float(gap) < 0.15
