@@ -277,42 +277,26 @@ def integrate(
         x: [B, *shape] state at times[0]; its dtype is kept.
         times: [L] real, strictly increasing, or strictly decreasing to run backwards. Under `Fixed` each interval is
             one step and the field gets t of shape []; under step control steps land on the times and t has shape [B].
-        controller: chooses the steps.
-        noise: of stochastic solvers.
         save: "all" keeps the states at every time.
         max_steps: most steps of a row, rejected ones included.
         on_failure: raise a SolverError, or return the last finite state.
-        seminorm: the part [B, *] of a state-like [B, *shape] that error norms see; None for all of it. Components that
-            nothing else depends on (accumulated integrals) may be left out.
+        seminorm: the part [B, *] of a state-like [B, *shape] that error norms see, None for all of it; accumulated
+            integrals, on which nothing else depends, may be left out.
     Raises:
         ValueError: if times or x cannot be integrated over.
         ConfigError: if the solver needs another field, or step control an error estimate that it does not have.
         SolverError: if a row does not reach the last time.
     """
-    if x.ndim == 0 or not x.is_floating_point():
-        raise ValueError(f"integrate: x must be [B, *shape] of floating point, found {x.dtype} {list(x.shape)}.")
-    if save not in ("last", "all") or on_failure not in ("raise", "return"):
-        raise ValueError(
-            f"integrate: save is 'last' or 'all' and on_failure 'raise' or 'return', found {save!r} and {on_failure!r}."
-        )
+    _check_arguments(x, save, on_failure)
     _check_field(solver, field)
     controller.check(solver)
     start, end = _check_times(times)
-    problem = Problem(
-        field=field,
-        x=x,
-        times=times.to(x.device, torch.float64),
-        direction=1 if end > start else -1,
-        span=abs(end - start),
-        solver=solver,
-        noise=noise,
-        keep_path=save == "all",
-        max_steps=max_steps,
-        stop_at_failure=on_failure == "raise",
-        seminorm=seminorm or (lambda y: y),
+    grid, direction = times.to(x.device, torch.float64), 1 if end > start else -1
+    keep, stop, part = save == "all", on_failure == "raise", seminorm or _whole
+    solution = controller.solve(
+        Problem(field, x, grid, direction, abs(end - start), solver, noise, keep, max_steps, stop, part)
     )
-    solution = controller.solve(problem)
-    if on_failure == "raise" and solution.result != Result.success:
+    if stop and solution.result != Result.success:
         raise SolverError(solution)
     return solution
 
@@ -320,6 +304,19 @@ def integrate(
 def title(component: Solver | Controller) -> str:
     """The registered name of a component, or that of its class."""
     return getattr(component, "registered_name", type(component).__name__)
+
+
+def _whole(y: Tensor) -> Tensor:
+    return y
+
+
+def _check_arguments(x: Tensor, save: str, on_failure: str) -> None:
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(f"integrate: x must be [B, *shape] of floating point, found {x.dtype} {list(x.shape)}.")
+    if save not in ("last", "all") or on_failure not in ("raise", "return"):
+        raise ValueError(
+            f"integrate: save is 'last' or 'all' and on_failure 'raise' or 'return', found {save!r} and {on_failure!r}."
+        )
 
 
 def _check_field(solver: Solver, field: Any) -> None:

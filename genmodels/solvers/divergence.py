@@ -129,7 +129,7 @@ def transport(
     Args:
         x: [B, *shape] points at times[0].
         times: [L] as in `integrate`.
-        divergence: exact costs a backward pass for each component of an item, hutchinson one for each probe.
+        divergence: costs a backward pass for each component of an item (exact) or each probe (hutchinson).
         probes: how many to draw, or the probes themselves [P, B, *shape]; fixed over the solve.
         noise: draws the probes.
     Raises:
@@ -137,11 +137,9 @@ def transport(
         SolverError: as in `integrate`.
     Source: Chen et al. 2018 (Neural ODE), theorem 1; Grathwohl et al. 2019 (FFJORD).
     """
-    drawn = None
-    if divergence == "hutchinson":
-        drawn = probes if isinstance(probes, Tensor) else _draw(noise, probes, x, law)
-    elif divergence != "exact":
+    if divergence not in ("exact", "hutchinson"):
         raise ValueError(f"transport: divergence is 'exact' or 'hutchinson', found {divergence!r}.")
+    drawn = None if divergence == "exact" else probes if isinstance(probes, Tensor) else _draw(noise, probes, x, law)
     size, columns = math.prod(x.shape[1:]), 1 if drawn is None else len(drawn)
     joint = torch.cat((x.reshape(len(x), size).double(), x.new_zeros(len(x), columns, dtype=torch.float64)), 1)
     solution = integrate(

@@ -59,6 +59,7 @@ class Verdict(NamedTuple):
     counted: Tensor
     accept: Tensor
     h: Tensor
+    previous: Tensor
     status: Tensor
 
 
@@ -199,7 +200,6 @@ class PI(Controller):
         goal = times[rows.goal.clamp(max=len(times) - 1)]
         lands = rows.h * (1 + 1e-9) >= (goal - rows.t).abs()  # no sliver is left over by rounding
         s = torch.where(lands, goal, rows.t + problem.direction * rows.h)
-        s = torch.where(rows.status == RUNNING, s, rows.t)
         step = problem.solver.step(field, rows.t, s, rows.x, rows.state, None)
         error = self._norm(problem, step.error, rows.x, step.x)
         bad = ~(error.detach().isfinite() & finite_rows(step.x))
@@ -214,10 +214,11 @@ class PI(Controller):
         error = torch.where(bad, 1.0, attempt.error.detach()).clamp(min=1e-30)
         accept = counted & ~bad & (error <= 1)
         p, q = (exponent / problem.solver.order for exponent in self.exponents)
-        grown = attempt.h * self.safety * error**-p * rows.previous**q
-        # a step that was cut short to land may be followed by one as long as was wanted before, if its error allows
-        most = torch.maximum(self.max_factor * attempt.h, rows.h)
-        grown = torch.minimum(torch.maximum(grown, self.min_factor * attempt.h), most)
+        grown = attempt.h * (self.safety * error**-p * rows.previous**q).clamp(self.min_factor, self.max_factor)
+        # what a step that was cut very short to land has to say drowns in rounding: the step wanted before it stands
+        cut = self.max_factor * attempt.h < rows.h
+        grown = torch.where(cut, rows.h, grown)
+        previous = torch.where(accept & ~cut, error.clamp(min=1e-4), rows.previous)
         shrunk = attempt.h * (self.safety * error**-p).clamp(self.min_factor, 1.0)
         shrunk = torch.where(bad, self.min_factor * attempt.h, shrunk)
         h = torch.where(accept, grown, shrunk).clamp(max=self.max_step or problem.span)
@@ -227,7 +228,7 @@ class PI(Controller):
         status = torch.where(stuck, torch.where(bad, Result.non_finite, Result.step_underflow), status)
         spent = (rows.steps + rows.rejected + counted >= problem.max_steps) & (status == RUNNING)
         status = torch.where(spent, Result.max_steps_reached, status)
-        return Verdict(counted, accept, torch.where(counted, h, rows.h), status)
+        return Verdict(counted, accept, torch.where(counted, h, rows.h), previous, status)
 
 
 def _move(rows: Rows, attempt: Attempt, verdict: Verdict, accepted: Tensor, calls: int) -> Rows:
@@ -247,7 +248,7 @@ def _move(rows: Rows, attempt: Attempt, verdict: Verdict, accepted: Tensor, call
         t=torch.where(accept, attempt.s, rows.t),
         h=verdict.h,
         goal=rows.goal + (accept & attempt.lands),
-        previous=torch.where(accept, attempt.error.detach().clamp(min=1e-4), rows.previous),
+        previous=verdict.previous,
         status=verdict.status,
         nfe=rows.nfe + calls * verdict.counted,
         steps=rows.steps + accept,

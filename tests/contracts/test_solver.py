@@ -100,6 +100,29 @@ def test_evaluations_are_counted_and_as_many_as_stated(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_stages_at_the_end_of_a_step_are_at_its_very_end(name):
+    """t + (s - t) may differ from s by rounding; a schedule that ends at s must not be asked beyond it."""
+    solver = build(Solver, name)
+    for ends in torch.rand(60, 2, generator=generator("ends"), dtype=torch.float64) ** 3:  # draws alone differ exactly
+        inside = lambda t, x, ends=ends: ((ends[1] - t) * (ends[1] - ends[0]).sign()).sqrt() * x  # noqa: E731
+        out = integrate(inside, PLANE, ends, solver=solver)
+        assert out.x.isfinite().all() and (out.error is None or out.error.isfinite().all())
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_error_and_stiffness_sums_do_not_know_the_direction(name):
+    solver = build(Solver, name)
+    ahead = integrate(LINEAR.field, PLANE, grid(6), solver=solver)
+    mirrored = integrate(lambda t, x: -LINEAR.field(-t, x), PLANE, -grid(6), solver=solver)
+    for each in ("error", "error_squared", "stiffness", "stiffness_max"):
+        a, b = getattr(ahead, each), getattr(mirrored, each)
+        assert (a is None) == (b is None) == (not solver.adaptive or ("stiff" in each and solver.order < 5))
+        if a is not None:
+            assert (a > 0).all()
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_rows_do_not_see_each_other_and_dtypes_are_kept(name):
     solver = build(Solver, name)
     whole = integrate(riccati, -1 - PLANE.abs(), grid(9), solver=solver, save="all")
@@ -107,6 +130,8 @@ def test_rows_do_not_see_each_other_and_dtypes_are_kept(name):
         alone = integrate(riccati, -1 - PLANE[i : i + 1].abs(), grid(9), solver=solver, save="all")
         torch.testing.assert_close(alone.path[:, 0], whole.path[:, i], rtol=1e-14, atol=0)
     torch.testing.assert_close(whole.path[-1], whole.x, rtol=0, atol=0)
+    wide = integrate(lambda t, x: -x.double(), PLANE.float(), grid(3), solver=solver)
+    assert wide.x.dtype == torch.float32, "a field of another precision does not change the state's"
     half = integrate(riccati, (-1 - PLANE.abs()).float(), grid(9), solver=solver)
     assert half.x.dtype == torch.float32
     torch.testing.assert_close(half.x.double(), whole.x, rtol=1e-5, atol=1e-6)
@@ -122,7 +147,7 @@ def test_gradients_are_those_of_the_steps(name):
 
     def end(x: Tensor, matrix: Tensor, last: Tensor) -> tuple[Tensor, ...]:
         times = torch.stack((torch.zeros_like(last), last / 3, last))
-        out = integrate(lambda t, y: torch.tanh(y @ matrix.T) + t * y, x, times, solver=solver)
+        out = integrate(lambda t, y: torch.tanh(y @ matrix.T) + t * y, x, times, solver=solver, save="all")
         return tuple(
             v for v in (out.x, out.error, out.error_squared, out.stiffness, out.stiffness_max) if v is not None
         )
@@ -305,6 +330,9 @@ def test_mismatches_are_named_early():
 
 def test_evaluations_of_another_method_can_be_counted():
     class Drift:
+        def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+            return x
+
         def drift(self, t: Tensor, x: Tensor) -> Tensor:
             return -x
 
@@ -312,7 +340,7 @@ def test_evaluations_of_another_method_can_be_counted():
         needs, counts = Drift, "drift"
 
         def slope(self, field, t, x, state):
-            return field.drift(t, x)
+            return field.drift(t, x) + 0 * field(t, x)
 
     out = integrate(Drift(), PLANE, grid(6), solver=DriftEuler())
     assert out.nfe.tolist() == [6] * 5

@@ -1,5 +1,6 @@
 """Step control row by row: accuracy, cost, landing, outcomes, gradients; numbers of an independent implementation."""
 
+import itertools
 import math
 
 import pytest
@@ -93,15 +94,39 @@ def test_same_steps_as_an_independent_implementation(exponents, evaluations, acc
 
 
 @pytest.mark.parametrize(
-    ("rate", "end", "exponents", "evaluations", "accepted"),
-    [(1.0, 10.0, (0.7, 0.4), 206, 34), (1.0, 10.0, (0.85, 0.2), 152, 25), (1000.0, 1.0, (0.7, 0.4), 2006, 332)],
+    ("rate", "end", "exponents", "evaluations", "accepted", "rejected"),
+    [
+        (1.0, 10.0, (0.7, 0.4), 206, 34, 0),
+        (1.0, 10.0, (0.85, 0.2), 152, 25, 0),
+        (1000.0, 1.0, (0.7, 0.4), 2006, 332, 2),
+        (1.0, 10.0, (1.0, 0.0), 134, 22, 0),
+    ],
 )
-def test_same_cost_as_an_independent_implementation(rate, end, exponents, evaluations, accepted):
+def test_same_cost_as_an_independent_implementation(rate, end, exponents, evaluations, accepted, rejected):
     one = torch.ones(1, 1, dtype=torch.float64)
     out = integrate(
         lambda t, x: -rate * x, one, end * UNIT, solver=Dopri5(), controller=PI(1e-6, 1e-6, exponents=exponents)
     )
-    assert (out.nfe.item(), out.steps.item()) == (evaluations, accepted)
+    assert (out.nfe.item(), out.steps.item(), out.rejected.item()) == (evaluations, accepted, rejected)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_a_step_is_accepted_if_and_only_if_its_error_norm_is_at_most_1(name):
+    solver, attempts, tolerance = build(Solver, name), [], 1e-4
+
+    class Recording(type(solver)):
+        def step(self, field, t, s, x, state, noise=None):
+            out = super().step(field, t, s, x, state, noise)
+            scale = tolerance + tolerance * torch.maximum(x.abs(), out.x.abs())
+            attempts.append((float(t), float(s), float((out.error / scale).square().mean().sqrt())))
+            return out
+
+    x, rate = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64), torch.tensor([300.0, 1.0, 20.0]).double()
+    control = PI(tolerance, tolerance, safety=1.0, exponents=(1.0, 0.0))  # so bold that half of the steps fail
+    out = integrate(lambda t, x: rate * (t.cos() - x), x, UNIT, solver=Recording(), controller=control)
+    accepted = [s == after for (_, s, _), (after, _, _) in itertools.pairwise((*attempts, (1.0, 1.0, 0.0)))]
+    assert accepted == [error <= 1 for _, _, error in attempts]
+    assert sum(accepted) == out.steps.item() and len(accepted) - sum(accepted) == out.rejected.item() > 3
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -148,17 +173,36 @@ def test_rows_are_independent_and_evaluations_honest(name, selectable):
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_lands_on_every_requested_time(name):
-    solver, control = build(Solver, name), PI(1e-6, 1e-6)
+    solver, control = build(Solver, name), PI(1e-4, 1e-4)
     times = torch.tensor([0.0, 1e-4, 0.05, 0.9, 1.0, 1.0 + 1e-9], dtype=torch.float64)
     out = integrate(LINEAR.field, PLANE, times, solver=solver, controller=control, save="all")
     for t, x in zip(times, out.path, strict=True):
-        torch.testing.assert_close(x, LINEAR.solution(float(t), PLANE), rtol=0, atol=2e-5)
+        torch.testing.assert_close(x, LINEAR.solution(float(t), PLANE), rtol=0, atol=1e-3)
     torch.testing.assert_close(out.path[-1], out.x, rtol=0, atol=0)
     torch.testing.assert_close(out.path[0], PLANE, rtol=0, atol=0)
     assert (out.time == times[-1]).all()
-    # steps cut short to land are followed by long ones: four more times cost a few steps, not a new start each
-    direct = integrate(LINEAR.field, PLANE, times[[0, -1]], solver=solver, controller=control)
-    assert (out.steps + out.rejected <= direct.steps + direct.rejected + 10).all()
+    # a step cut short to land is followed by one as long as was wanted before, not by a slow recovery
+    direct = integrate(LINEAR.field, PLANE, UNIT, solver=solver, controller=control)
+    halting = torch.tensor([0.0, 0.5, 0.5 + 1e-12, 1.0], dtype=torch.float64)
+    out = integrate(LINEAR.field, PLANE, halting, solver=solver, controller=control)
+    assert (out.steps + out.rejected <= direct.steps + direct.rejected + 6).all()
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_control_does_not_know_the_unit_of_time(name):
+    control = {unit: PI(1e-4, 1e-4, first_step=unit) for unit in (1.0, 1e-12)}
+    slow, fast = (
+        integrate(
+            lambda t, x, unit=unit: LINEAR.field(t, x) / unit,
+            PLANE,
+            unit * UNIT,
+            solver=build(Solver, name),
+            controller=control[unit],
+        )
+        for unit in control
+    )
+    assert slow.nfe.tolist() == fast.nfe.tolist() and (slow.rejected > 0).any()
+    torch.testing.assert_close(slow.x, fast.x, rtol=1e-9, atol=1e-12)
 
 
 def test_float32_keeps_its_dtype_and_agrees():
@@ -194,12 +238,12 @@ def test_a_pole_is_reported_with_row_and_time(name):
     x = torch.tensor([[0.5], [2.0], [-1.0]], dtype=torch.float64)  # the second has its pole at t = 0.5
     control = PI(1e-3, 1e-3)
     with pytest.raises(SolverError, match=r"row 1 of 3 .*on_failure=\"return\"") as e:
-        integrate(explode, x, UNIT, solver=build(Solver, name), controller=control, max_steps=500)
+        integrate(explode, x, UNIT, solver=build(Solver, name), controller=control, max_steps=250)
     assert e.value.result in (Result.step_underflow, Result.non_finite, Result.max_steps_reached)
-    assert e.value.row == 1 and e.value.time == pytest.approx(0.5, abs=2e-2)
-    settings = {"max_steps": 500, "on_failure": "return", "save": "all"}
+    assert e.value.row == 1 and e.value.time == pytest.approx(0.5, abs=3e-2)
+    settings = {"max_steps": 250, "on_failure": "return", "save": "all"}
     out = integrate(explode, x, UNIT, solver=build(Solver, name), controller=control, **settings)
-    assert out.x.isfinite().all() and out.x[1] > 50 and out.status.tolist()[::2] == [0, 0]
+    assert out.x.isfinite().all() and out.x[1] > 30 and out.status.tolist()[::2] == [0, 0]
     torch.testing.assert_close(out.x[[0, 2]], 1 / (1 / x[[0, 2]] - 1), rtol=1e-2, atol=0)
     assert out.path[1, 1].isnan().all() and out.path[1, [0, 2]].isfinite().all()
 
@@ -300,14 +344,15 @@ def test_an_overflowing_attempt_leaves_gradients_finite():
 
     def solve(rows: list[int]):
         field = lambda t, y: -theta * y.sqrt()  # noqa: E731
-        return integrate(field, x[rows], 1.8 * UNIT, solver=Dopri5(), controller=PI(1e-9, 1e-9, first_step=3.0))
+        return integrate(field, x[rows], 1.8 * UNIT, solver=Dopri5(), controller=PI(1e-3, 1e-3, first_step=3.0))
 
     both, alone = solve([0, 1]), solve([1])
+    assert alone.steps.item() == 1, "row 1 is accepted in the attempt that is undefined for row 0"
     exact = (x.sqrt() - 0.9) ** 2  # x(t) = (√x₀ - θ t / 2)²
-    torch.testing.assert_close(both.x, exact, rtol=1e-6, atol=0)
-    assert both.rejected[0] > 0 and both.nfe[1] == alone.nfe[0] and both.rejected[1] == alone.rejected[0]
+    torch.testing.assert_close(both.x, exact, rtol=1e-2, atol=1e-3)
+    assert both.rejected[0] > 0 and both.nfe[1] == alone.nfe[0] and both.rejected[1] == 0
     (gradient,) = torch.autograd.grad(both.x.sum(), theta)
-    torch.testing.assert_close(gradient, (-1.8 * (x.sqrt() - 0.9)).sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, (-1.8 * (x.sqrt() - 0.9)).sum(), rtol=1e-2, atol=0)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
