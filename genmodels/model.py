@@ -61,3 +61,15 @@ class Model(nn.Module, ABC):
                 f"{where}: x has shape {list(x.shape)}, but this model was built for [{wanted}]. "
                 "Add the batch axis, or rebuild the model for the other shape."
             )
+
+
+def check_labels(condition: Tensor, num_classes: int | None, where: str) -> None:
+    """Raises ValueError if a class label is outside 0 … num_classes, the last of which means "no label"."""
+    if num_classes is None or condition.is_floating_point() or condition.numel() == 0:
+        return
+    low, high = condition.min().item(), condition.max().item()
+    if low < 0 or high > num_classes:
+        raise ValueError(
+            f"{where}: the condition holds the class {low if low < 0 else high}, but there are only {num_classes} "
+            f"classes, 0 … {num_classes - 1} ({num_classes} stands for no class)."
+        )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from ..model import Model
+from ..model import Model, check_labels
 from ..networks.network import Network
 from ..registry import ConfigError, register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
@@ -78,6 +78,7 @@ class DiffusionModel(Model):
         self.conditional = conditional and (num_classes is not None or condition_shape is not None)
         if not self.conditional:
             num_classes, condition_shape = None, None
+        self.num_classes = num_classes
         self.times, self.weighting, self.condition_dropout = times, weighting, condition_dropout
         self.measures = sigma_data is None
         sizes = {"in_shape": self.shape, "out_shape": self.shape, "timed": True}
@@ -353,6 +354,8 @@ class DiffusionModel(Model):
             found = f"{list(condition.shape)}" if isinstance(condition, Tensor) else type(condition).__name__
             advice = "" if self.condition_dropout else " A model trained with condition_dropout=0 needs one."
             raise ValueError(f"{where}: a tensor of {n} conditions is needed, one per item, found {found}.{advice}")
+        if where not in ("loss", "velocity", "score"):  # asked often, and reading labels waits for the device
+            check_labels(condition, self.num_classes, where)
         return condition
 
 

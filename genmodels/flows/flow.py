@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..distributions import Distribution, StandardNormal
-from ..model import Model
+from ..model import Model, check_labels
 from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..transforms import Transform
@@ -54,6 +54,7 @@ class NormalizingFlow(Model):
             raise ValueError("flow: conditional=True, but the data set has no conditions. Set conditional: false.")
         self.shape, self.conditional, self.bin_width = tuple(shape), conditional, bin_width
         sizes = {"num_classes": num_classes, "condition_shape": condition_shape}
+        self.num_classes = num_classes if conditional else None
         self.transform = transform
         self.layers = chain(layers, self.shape, **(sizes if conditional else dict.fromkeys(sizes)))
         self.base = (base or StandardNormal)(shape=self.layers.out_shape)
@@ -178,6 +179,8 @@ class NormalizingFlow(Model):
             raise ValueError(f"{where}: {problem}")
         if isinstance(condition, Tensor) and len(condition) != n:
             raise ValueError(f"{where}: one condition per item is needed, found {len(condition)} for {n} items.")
+        if isinstance(condition, Tensor) and where != "loss":  # there, reading labels would wait for the device
+            check_labels(condition, self.num_classes, where)
         return condition
 
 

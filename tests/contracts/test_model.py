@@ -192,6 +192,15 @@ def test_items_of_another_shape_are_refused(name, k):
         model.loss(batch.replace(x=batch.x[..., :-1]))
 
 
+@pytest.mark.parametrize("name", ["flow", "diffusion"])
+def test_a_class_out_of_range_is_named(name):
+    model, _, batch = built(name, {"flow": 1, "diffusion": 0}[name])
+    with pytest.raises(ValueError, match="class 7, but there are only 3"):
+        model.sample(2, condition=torch.tensor([1, 7]))
+    with pytest.raises(ValueError, match="class -1"):
+        model.likelihood(batch.x[:1], condition=torch.tensor([-1]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_training_reaches_the_entropy_of_a_mixture(name, tmp_path):
