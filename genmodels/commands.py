@@ -1,42 +1,96 @@
 """The commands: `train`, `sample`, `evaluate`, `leaderboard`; the scripts at the top level only call them."""
 
 import argparse
+import functools
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """examples:
   python train.py configs/digits/flow_matching.yaml train.steps=500 name=try
   python train.py configs/digits/flow_matching.yaml model.network.depth=6 --dry-run
+  python train.py runs/try                                 (continues that run)
   python train.py --list solver
   python train.py --describe network.dit
 """
 
 
 def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | None], int]:
-    """Run a command; a mistake of the user's is one message on stderr and exit status 2, without a traceback."""
+    """Run a command; a mistake of the user's is one message on stderr and exit status 2, without a traceback.
 
+    Interrupted commands exit with 130. With the environment variable GENMODELS_DEBUG set, errors keep their traceback.
+    """
+
+    @functools.wraps(command)
     def run(argv: Sequence[str] | None = None) -> int:
         from .registry import ConfigError
         from .training.checkpoint import CheckpointError
-        from .training.loop import TrainingFailed
+        from .training.guard import TrainingFailed
         from .types import NotApplicable
 
         try:
-            command(sys.argv[1:] if argv is None else argv)
-        except (ConfigError, CheckpointError, TrainingFailed, NotApplicable, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                command(sys.argv[1:] if argv is None else argv)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of a pipe has seen enough; nothing may be written to it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (ConfigError, CheckpointError, TrainingFailed, NotApplicable, ValueError, OSError) as error:
+            if os.environ.get("GENMODELS_DEBUG"):
+                raise
+            told = isinstance(error, (ConfigError, CheckpointError, TrainingFailed, NotApplicable))
+            hint = "" if told else f"\n({type(error).__name__}; set GENMODELS_DEBUG=1 to see where it was raised.)"
+            print(f"{_process()}error: {error}{hint}", file=sys.stderr)
             return 2
         return 0
 
     return run
 
 
+def _process() -> str:
+    """Which of several processes speaks."""
+    return f"[process {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """Our own warnings as one line; those of other packages with their place."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent) or category.__module__.startswith("genmodels")
+    place = "" if ours else f" ({category.__name__}, {filename}:{lineno})"
+    print(f"warning: {message}{place}", file=sys.stderr)
+
+
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Configuration files and overrides."""
-    files = [w for w in words if "=" not in w or Path(w).is_file()]
-    return files, [w for w in words if w not in files]
+    """Configuration files and overrides; a folder stands for its config.yaml.
+
+    Raises:
+        ConfigError: if a word is neither a file nor key=value.
+    """
+    from .config import dotlist
+
+    files, overrides = [], []
+    for word in words:
+        if Path(word).is_dir() and (Path(word) / "config.yaml").is_file():
+            files.append(str(Path(word) / "config.yaml"))
+        elif Path(word).is_file() or ("=" not in word and Path(word).suffix in (".yaml", ".yml")):
+            files.append(word)
+        else:
+            dotlist([word])
+            overrides.append(word)
+    return files, overrides
+
+
+def _run_of(files: Sequence[str]) -> Path | None:
+    """The folder of the run whose own config.yaml was given alone: training that means to continue there."""
+    path = Path(files[0]).resolve() if len(files) == 1 else Path()
+    return path.parent if path.name == "config.yaml" and (path.parent / "checkpoints").is_dir() else None
 
 
 @guarded
@@ -44,9 +98,9 @@ def train(argv: Sequence[str]) -> None:
     """Train a configuration, or continue its run; list and describe components."""
     parser = argparse.ArgumentParser("train.py", description=train.__doc__, epilog=EXAMPLES, formatter_class=_Formatter)
     parser.add_argument(
-        "config", nargs="*", help="configuration files and overrides key=value, later ones over earlier ones"
+        "config", nargs="*", help="configuration files (or a run) and overrides key=value, later ones over earlier ones"
     )
-    parser.add_argument("--root", default="runs", help="folder of runs (default: runs)")
+    parser.add_argument("--root", help="folder of runs (default: runs, or where the given run is)")
     parser.add_argument("--fresh", action="store_true", help="set an existing run of that name aside and start again")
     parser.add_argument(
         "--dry-run", action="store_true", help="show configuration, size, one loss and speed; write nothing"
@@ -57,7 +111,7 @@ def train(argv: Sequence[str]) -> None:
     given = parser.parse_intermixed_args(list(argv))
 
     from . import registry
-    from .config import load
+    from .config import dotlist, load
 
     if given.list is not None:
         print(registry.listing(given.list or None))
@@ -70,17 +124,22 @@ def train(argv: Sequence[str]) -> None:
         raise registry.ConfigError(
             "no configuration file was given. Try: python train.py configs/digits/flow_matching.yaml"
         )
-    config = load(files, overrides)
+    config, of_run = load(files, overrides), _run_of(files)
+    if of_run is not None and "name" not in dotlist(overrides):
+        config = config.replace({"name": of_run.name})  # the folder may have been renamed
+    root = Path(given.root or (of_run.parent if of_run is not None else "runs"))
     if given.cite:
         print("\n".join(registry.cite(config.tree)))
     elif given.dry_run:
         from .training.dry_run import dry_run
 
-        print(dry_run(config, Path(given.root)))
+        print(dry_run(config, root))
     else:
+        from .training import processes
         from .training.loop import train as run
 
-        run(config, root=given.root, fresh=given.fresh)
+        run(config, root=root, fresh=given.fresh)
+        processes.leave()
 
 
 @guarded
@@ -97,8 +156,6 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="file to write without its suffix (default: in the run's samples/)")
     given = parser.parse_intermixed_args(list(argv))
 
-    import torch
-
     from .config import digest, dotlist
     from .registry import ConfigError
     from .sampling import default_seeds, draw, parse_seeds, request, write_arrays, write_picture
@@ -110,22 +167,39 @@ def sample(argv: Sequence[str]) -> None:
     seeds = parse_seeds(given.seeds) if given.seeds else None
     run = Run.open(given.run)
     options = run.config.options("sample", overrides.get("sample"))
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, dataset = run.load(given.weights, device), run.config.dataset()
+    model, dataset = run.load(given.weights, _device(given.device)), run.config.dataset()
     seeds = default_seeds(model, dataset) if seeds is None else seeds
     began = time.monotonic()
     x, condition = draw(model, dataset, seeds, options, given.condition)
     seconds = time.monotonic() - began
     answer, weights = run.config.answer("sample", overrides.get("sample")), run.weights_name(given.weights)
     notes = request(seeds, condition, answer, weights, run.step)
-    label = f"{run.step:08d}-{weights}-seeds{(given.seeds or f'0-{len(seeds) - 1}').replace(',', '_')}"
+    which = (given.seeds or f"0-{len(seeds) - 1}").replace(",", "_").replace(" ", "")
+    label = f"{run.step:08d}-{weights}-seeds{which if len(which) < 60 else f'-{digest(seeds)}'}"
     label += f"-class{given.condition}" if given.condition is not None else ""
     label += f"-{digest(answer)}" if overrides else ""
     stem = given.out or run.folder("samples") / label
+    stem = stem.with_suffix("") if stem.suffix in (".png", ".npz") else stem
     stem.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{write_picture(stem, x, dataset, notes)}  ({len(seeds)} samples in {seconds:.1f} s)")
-    if given.npz:
+    written = write_picture(stem, x, dataset, notes)
+    print(f"{written}  ({len(seeds)} samples in {seconds:.1f} s)")
+    if given.npz and not written.suffix == ".npz":
         print(write_arrays(stem.with_name(stem.name + ".npz"), x, notes))
+
+
+def _device(name: str | None) -> Any:
+    """The device of a name, cuda if there is one for None."""
+    import torch
+
+    from .registry import ConfigError
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device: {name} was asked for, and torch finds no CUDA device here.")
+    return device
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -18,6 +18,7 @@ from .rng import as_seeds
 from .types import Condition, SupportsSample
 
 COLUMNS = 8
+MOST_SEEDS = 1_000_000  # of one request; they are held in memory
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -29,10 +30,17 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise ConfigError(f"--seeds: '{part}' is no seed and no range like 0-63 (in '{text}').")
-        seeds += range(int(first), int(last if dash else first) + 1)
+        last = last if dash else first
+        if not (_is_number(first) and _is_number(last)) or int(last) < int(first):
+            raise ConfigError(f"--seeds: '{part.strip()}' is no seed and no range like 0-63 (in '{text}').")
+        if int(last) >= 2**63 or len(seeds) + int(last) - int(first) >= MOST_SEEDS:
+            raise ConfigError(f"--seeds: '{part.strip()}' is out of range: at most {MOST_SEEDS:,} seeds below 2^63.")
+        seeds += range(int(first), int(last) + 1)
     return seeds
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def default_seeds(model: Model, dataset: Dataset) -> list[int]:
@@ -41,8 +49,8 @@ def default_seeds(model: Model, dataset: Dataset) -> list[int]:
 
 
 def conditions(model: Model, dataset: Dataset, seeds: list[int], chosen: int | None = None) -> Condition | None:
-    """What each seed's sample is drawn given: the chosen class; else class (seed // 8) mod classes, so that a grid has a
-    class in each row; else the condition of validation item (seed mod items).
+    """What each seed's sample is drawn given: the chosen class; else class (seed // 8) mod classes, so that a grid has
+    a class in each row; else the condition of validation item (seed mod items), or of a training item without those.
 
     Raises:
         ConfigError: if a class is chosen that the model does not know, or if it takes none.
@@ -53,7 +61,8 @@ def conditions(model: Model, dataset: Dataset, seeds: list[int], chosen: int | N
         return None
     index = as_seeds(seeds)
     if dataset.num_classes is None:
-        return dataset.take("val", index % dataset.size("val")).condition
+        split = "val" if dataset.size("val") else "train"
+        return dataset.take(split, index % dataset.size(split)).condition
     if chosen is not None and not 0 <= chosen < dataset.num_classes:
         raise ConfigError(f"--condition: class {chosen} is out of range; there are 0 … {dataset.num_classes - 1}.")
     return index // COLUMNS % dataset.num_classes if chosen is None else torch.full_like(index, chosen)
@@ -70,7 +79,8 @@ def draw(
     if not isinstance(model, SupportsSample):
         raise ConfigError(f"{type(model).__name__} does not draw samples (it has no method `sample`).")
     condition = conditions(model, dataset, seeds, chosen)
-    return model.sample(seeds, condition=to_device(condition, model.device), **options).cpu(), condition
+    x = model.sample(seeds, condition=to_device(condition, model.device), **options)
+    return x.detach().cpu(), condition
 
 
 def request(
@@ -85,7 +95,7 @@ def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]
     """Images as a grid, points of the plane as a scatter plot, anything else as .npz; notes go into the metadata.
 
     Args:
-        stem: path without its suffix.
+        stem: path without its suffix; its folder must exist.
     """
     if len(dataset.shape) == 3 and dataset.shape[0] in (1, 3):
         return _grid(stem.with_name(stem.name + ".png"), x, dataset, notes)
@@ -101,12 +111,15 @@ def write_arrays(path: Path, x: Tensor, notes: dict[str, Any]) -> Path:
 
 
 def _grid(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
-    """Nearest-neighbour enlarged images with a margin of one pixel; row by row in the order of the seeds."""
+    """Nearest-neighbour enlarged images with a margin of one pixel; row by row in the order of the seeds.
+
+    Levels 0 … top become black … white; continuous data are scaled by the range of the training items.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    top = (dataset.levels or 256) - 1
-    pixels = (x.float() / ((dataset.bin_width or 1.0) * top) * 255).round().clamp(0, 255).to(torch.uint8)
+    low, high = _range(dataset)
+    pixels = ((x.float() - low) / (high - low) * 255).nan_to_num(0).round().clamp(0, 255).to(torch.uint8)
     channels, height, width = dataset.shape
     columns = min(COLUMNS, len(x))
     rows = math.ceil(len(x) / columns)
@@ -122,16 +135,29 @@ def _grid(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Pat
     return path
 
 
+def _range(dataset: Dataset) -> tuple[float, float]:
+    """The values that are drawn black and white."""
+    if dataset.levels:
+        return 0.0, (dataset.bin_width or 1.0) * (dataset.levels - 1)
+    low, high = dataset.take("train", torch.arange(min(256, dataset.size("train")))).x.aminmax()
+    return low.item(), max(high.item(), low.item() + torch.finfo(torch.float32).tiny)
+
+
 def _scatter(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
-    """Samples beside data on the same axes."""
+    """Samples beside data on the data's axes; the title counts samples that fall outside."""
     from matplotlib.figure import Figure
 
     data = dataset.take("train", torch.arange(min(len(x), dataset.size("train")))).x
     figure = Figure(figsize=(8, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, points, title in zip(panels, (data, x), ("data", "samples"), strict=True):
+    low, high = data.amin(0), data.amax(0)
+    low, high = low - 0.1 * (high - low), high + 0.1 * (high - low)
+    outside = int((~((x >= low) & (x <= high)).all(1)).sum())  # NaN counts as outside
+    title = f"samples ({outside} of {len(x)} outside)" if outside else "samples"
+    (left, bottom), (right, top) = low.tolist(), high.tolist()
+    for axes, points, heading in zip(panels, (data, x), ("data", title), strict=True):
         axes.scatter(*points.numpy().T, s=4, linewidths=0)
-        axes.set(title=title, aspect="equal")
+        axes.set(title=heading, aspect="equal", xlim=(left, right), ylim=(bottom, top))
     figure.savefig(path, dpi=120, metadata=_texts(notes))
     return path
 

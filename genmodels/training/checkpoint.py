@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, written whole or not at all, verified before they are read.
 
 A checkpoint is a folder `<step>` with one safetensors file per set of tensors (`model`, one per average of the weights,
-`optimizer`) and `state.json`: the step, the clock, and size and SHA-256 of every file. It is written under a temporary name
-and renamed when complete. No pickle is involved in either direction.
+`optimizer`) and `state.json`: the step, the clock, and size and SHA-256 of every file. It is written under a temporary
+name and renamed when complete. No pickle is involved in either direction.
 """
 
 import hashlib
@@ -30,11 +30,15 @@ class CheckpointError(RuntimeError):
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync(path: Path) -> None:
@@ -51,17 +55,22 @@ def _sha256(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> None:
-    """A safetensors file; tensors that share memory (tied weights) are stored once, their other names in the header."""
+    """A safetensors file; equal views of one memory (tied weights) are stored once, their other names in the header."""
     kept: Tensors = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple, str] = {}
+    memories: set[int] = set()
     for name, value in tensors.items():
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
+        key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
         if key in seen:
             aliases[name] = seen[key]
-        else:
-            seen[key] = name
-            kept[name] = value.detach().to("cpu").contiguous()
+            continue
+        seen[key] = name
+        kept[name] = value.detach().to("cpu").contiguous()
+        memory = kept[name].untyped_storage().data_ptr()
+        if memory in memories:  # another view of a stored tensor: the format takes no overlaps
+            kept[name] = kept[name].clone()
+        memories.add(memory)
     save_file(kept, path, metadata={**header, "aliases": json.dumps(aliases)})
     _sync(path)
 
@@ -123,29 +132,42 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the first file that is missing, truncated or altered.
     """
+    path = folder / "state.json"
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'state.json'} cannot be read: {error}") from None
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder} has checkpoint format {state.get('format')}; this version reads format {FORMAT}."
-        )
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {found}; this version reads format {FORMAT}.")
+    if not (isinstance(state.get("files"), dict) and {"step", "samples", "seconds"} <= state.keys()):
+        raise CheckpointError(f"{path} is incomplete.")
+    if state["step"] != int(folder.name) or "model.safetensors" not in state["files"]:
+        raise CheckpointError(f"{path} describes step {state['step']} with {', '.join(state['files']) or 'no files'}.")
     for name, wanted in state["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != wanted["bytes"]:
-            raise CheckpointError(f"{path} has {found or 'no'} bytes, {wanted['bytes']} were written.")
-        if _sha256(path) != wanted["sha256"]:
-            raise CheckpointError(f"{path} was altered after it was written (its checksum differs).")
+        _check_file(folder / name, wanted)
     return state
 
 
+def _check_file(path: Path, wanted: dict[str, Any]) -> None:
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        sound = size == wanted["bytes"] and _sha256(path) == wanted["sha256"]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if size is None:
+        raise CheckpointError(f"{path} is missing.")
+    if size != wanted["bytes"]:
+        raise CheckpointError(f"{path} has {size:,} bytes, {wanted['bytes']:,} were written.")
+    if not sound:
+        raise CheckpointError(f"{path} was altered after it was written (its checksum differs).")
+
+
 def newest(root: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """The newest sound checkpoint, its state, and what was wrong with newer ones; None if there is no checkpoint at all.
+    """The newest sound checkpoint, its state, and what was wrong with newer ones; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: if there are checkpoints and all are damaged.
+        CheckpointError: if there are checkpoints and all are damaged, with the ways out.
     """
     problems: list[str] = []
     for step in reversed(steps_in(root)):
@@ -154,7 +176,11 @@ def newest(root: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
-        raise CheckpointError("every checkpoint is damaged:\n  " + "\n  ".join(problems))
+        listed = "\n  ".join(problems)
+        raise CheckpointError(
+            f"every checkpoint of {root.parent} is damaged:\n  {listed}\nPut a sound copy of one of these folders "
+            "back, or start again: the train command with --fresh sets this run aside. Nothing was changed."
+        )
     return None
 
 

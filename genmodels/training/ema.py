@@ -1,8 +1,8 @@
 """Averages of the weights over training, kept beside the weights and never mixed into them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class ConstantDecay(Average):
 
     @property
     def label(self) -> str:
-        return f"ema-{self.value:g}"
+        return f"ema-{self.value!r}"  # every digit: two averages must not share a file
 
     def decay(self, step: int) -> float:
         return min(self.value, step / (step + 9))
@@ -51,17 +51,20 @@ class WeightAverage:
     def __init__(self, rule: Average, model: nn.Module) -> None:
         self.rule = rule
         self.tensors = {name: _wide(value) for name, value in model.state_dict().items()}
-        self.averaged = {name for name, p in model.named_parameters() if p.is_floating_point()}
+        # Every name of a tied weight: if one were copied instead, loading it would undo the average of the other.
+        named = model.named_parameters(remove_duplicate=False)
+        self.averaged = [name for name, p in named if p.is_floating_point() and name in self.tensors]
+        self.copied = sorted(self.tensors.keys() - set(self.averaged))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step`."""
         beta = self.rule.decay(step)
         state = model.state_dict()
-        names = [name for name in self.tensors if name in self.averaged]
-        wide = [state[name].to(self.tensors[name].dtype) for name in names]
-        torch._foreach_lerp_([self.tensors[name] for name in names], wide, 1 - beta)
-        for name in self.tensors.keys() - self.averaged:
+        if self.averaged:
+            wide = [state[name].to(self.tensors[name].dtype) for name in self.averaged]
+            torch._foreach_lerp_([self.tensors[name] for name in self.averaged], wide, 1 - beta)
+        for name in self.copied:
             self.tensors[name].copy_(state[name])
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -79,6 +82,12 @@ class WeightAverage:
                 yield
         finally:
             model.load_state_dict(own)
+
+
+def best(averages: Mapping[str, WeightAverage], model: nn.Module) -> AbstractContextManager[None]:
+    """The model in eval mode with the first average of its weights, or with its own if there is none."""
+    first = next(iter(averages.values()), None)
+    return evaluating(model) if first is None else first.applied(model)
 
 
 @contextmanager

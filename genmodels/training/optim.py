@@ -34,7 +34,8 @@ class Adam(Optimizer):
 
     def __init__(
         self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
-    ):
+    ) -> None:
+        _check_rate("adam", lr)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -48,6 +49,7 @@ class SGD(Optimizer):
     def __init__(
         self, lr: float = 1e-2, momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
     ) -> None:
+        _check_rate("sgd", lr)
         self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -60,8 +62,8 @@ class SGD(Optimizer):
 class LearningRate(ABC):
     """A factor on the optimiser's learning rate.
 
-    Args of every member:
-        warmup: steps over which the factor first rises linearly from 0.
+    Attributes:
+        warmup: the shape is multiplied by (step + 1)/warmup in the first `warmup` steps.
     """
 
     warmup: int = 0
@@ -78,9 +80,14 @@ class LearningRate(ABC):
 
 @register(LearningRate, "constant")
 class Constant(LearningRate):
-    """Factor 1, after the warm-up."""
+    """Factor 1, after a linear warm-up.
+
+    Args:
+        warmup: steps of the warm-up.
+    """
 
     def __init__(self, warmup: int = 0) -> None:
+        _check_warmup("constant", warmup)
         self.warmup = warmup
 
     def shape(self, step: int, steps: int) -> float:
@@ -89,12 +96,16 @@ class Constant(LearningRate):
 
 @register(LearningRate, "cosine")
 class Cosine(LearningRate):
-    """Cosine annealing from 1 to `final` over the run: final + (1 - final)(1 + cos(π k/K))/2.
+    """Cosine annealing over the run of K steps: final + (1 - final)(1 + cos(π k/K))/2 at step k = 0 … K-1.
 
+    Args:
+        warmup: steps of a linear warm-up, during which the cosine falls already.
+        final: the factor that step K would have.
     Source: Loshchilov & Hutter 2017 (SGDR), equation 5 with one cycle.
     """
 
     def __init__(self, warmup: int = 0, final: float = 0.0) -> None:
+        _check_warmup("cosine", warmup)
         self.warmup, self.final = warmup, final
 
     def shape(self, step: int, steps: int) -> float:
@@ -103,8 +114,14 @@ class Cosine(LearningRate):
 
 @register(LearningRate, "one_cycle")
 class OneCycle(LearningRate):
-    """Cosine rise from `start` to 1 over the first `rise` of the run, then cosine fall to `final`.
+    """Cosine rise from `start` to 1, then cosine fall to `final`: torch's `OneCycleLR` without its momentum cycle.
 
+    In a run of K steps, counted from 0, the factor is 1 at step rise·K - 1 and `final` at step K - 1.
+
+    Args:
+        rise: fraction of the run in which the factor rises, in (0, 1).
+        start: factor of step 0 (torch: 1/div_factor).
+        final: factor of the last step (torch: 1/(div_factor final_div_factor)).
     Source: Smith & Topin 2018 (super-convergence).
     """
 
@@ -114,11 +131,21 @@ class OneCycle(LearningRate):
         self.rise, self.start, self.final = rise, start, final
 
     def shape(self, step: int, steps: int) -> float:
-        top = self.rise * steps
+        top, last = self.rise * steps - 1, steps - 1  # last - top = (1 - rise) steps > 0
         if step < top:
             return self._ease(self.start, 1.0, step / top)
-        return self._ease(1.0, self.final, (step - top) / max(steps - top, 1))
+        return self._ease(1.0, self.final, (step - top) / (last - top))
 
     @staticmethod
     def _ease(a: float, b: float, fraction: float) -> float:
         return b + (a - b) * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def _check_rate(name: str, lr: float) -> None:
+    if lr <= 0:
+        raise ValueError(f"{name}: lr must be above 0, found {lr}.")
+
+
+def _check_warmup(name: str, warmup: int) -> None:
+    if warmup < 0:
+        raise ValueError(f"{name}: warmup must be at least 0, found {warmup}.")

@@ -12,20 +12,21 @@ runs/<name>/
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
-from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from ..config import Config, canonical, diff
+from ..config import Config, canonical, diff, read
 from ..model import Model
 from ..networks.network import set_autocast
 from ..registry import ConfigError
@@ -37,6 +38,10 @@ class RunConflict(ConfigError):
     """A run of this name exists with another configuration."""
 
 
+class CheckpointWarning(UserWarning):
+    """A newer checkpoint is damaged, and an older one is used."""
+
+
 class Run:
     """A training run: `Run.create` to train, `Run.open` to use what was trained.
 
@@ -45,6 +50,9 @@ class Run:
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path, self.config = path, config
+        self._verified: tuple[Path, dict[str, Any], list[str]] | None = None
+        self._seen: list[int] = []  # the newest step on disk when it was verified: another process may train this run
+        self._warned = False
 
     @property
     def name(self) -> str:
@@ -53,31 +61,55 @@ class Run:
     # ---- making and finding ----------------------------------------------------------------------------------------
 
     @classmethod
+    def check(cls, config: Config, root: str | Path = "runs", *, fresh: bool = False) -> "Run | None":
+        """The existing run that `create` would return, None if it would make one; changes nothing.
+
+        Raises:
+            RunConflict: if the existing run has another configuration.
+            ConfigError: if the name is no plain folder name, or if there is something else in its place.
+        """
+        if not config.name or Path(config.name).name != config.name or config.name.startswith("."):
+            raise ConfigError(f"name: a plain folder name is needed, found {config.name!r}.")
+        path = Path(root) / config.name
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file where the run needs a folder. Choose another name (name=…).")
+        if fresh or not path.exists():
+            return None
+        if not (path / "config.yaml").exists():
+            found = sorted(p.name for p in path.iterdir() if not p.name.startswith(".config.yaml."))
+            if found:
+                shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+                raise ConfigError(
+                    f"{path} is no run (it has no config.yaml) but holds {shown}. Choose another name (name=…), or set "
+                    "that folder aside with --fresh. Nothing was changed."
+                )
+            return None
+        old = cls.open(path)
+        if old.config.hash == config.hash:
+            return old
+        changes = "\n  ".join(diff(_unnamed(old.config.tree), _unnamed(config.tree)))
+        free, aside = _next(path, "-", 2).name, _next(path, ".old-", 1)
+        raise RunConflict(
+            f"{path} exists with another configuration:\n  {changes}\n"
+            f"Choose another name (name={free}), or start again with --fresh (the old run is kept as {aside}). "
+            "Nothing was changed."
+        )
+
+    @classmethod
     def create(cls, config: Config, root: str | Path = "runs", *, fresh: bool = False) -> "Run":
         """The run of a configuration: a new folder, or the existing one if its configuration is the same.
 
         Args:
             fresh: set an existing run aside as `<name>.old-<k>` and start again.
         Raises:
-            RunConflict: if the existing run has another configuration; nothing is touched.
-            ConfigError: if the name is empty or no plain folder name.
+            RunConflict, ConfigError: what `check` raises; nothing is touched then.
         """
-        if not config.name or Path(config.name).name != config.name or config.name.startswith("."):
-            raise ConfigError(f"name: a plain folder name is needed, found {config.name!r}.")
+        existing = cls.check(config, root, fresh=fresh)
+        if existing is not None:
+            return existing
         path = Path(root) / config.name
         if path.exists() and fresh:
-            k = next(k for k in range(1, 10_000) if not path.with_name(f"{path.name}.old-{k}").exists())
-            path.rename(path.with_name(f"{path.name}.old-{k}"))
-        if (path / "config.yaml").exists():
-            old = cls.open(path)
-            if old.config.hash != config.hash:
-                changes = "\n  ".join(diff(_unnamed(old.config.tree), _unnamed(config.tree)))
-                raise RunConflict(
-                    f"{path} exists with another configuration:\n  {changes}\n"
-                    f"Choose another name (name={config.name}-2), or start again with --fresh (the old run is kept as "
-                    f"{path}.old-1). Nothing was changed."
-                )
-            return old
+            path.rename(_next(path, ".old-", 1))
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.tree)))
         return cls(path, config)
@@ -87,7 +119,7 @@ class Run:
         """An existing run.
 
         Raises:
-            ConfigError: if there is none at that path, naming the runs beside it.
+            ConfigError: if there is none at that path, naming the runs beside it, or if its configuration is unusable.
         """
         path = Path(path)
         path = path.parent if path.name == "config.yaml" else path
@@ -95,7 +127,11 @@ class Run:
         if not file.is_file():
             near = sorted(p.parent.name for p in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
             raise ConfigError(f"{path} is no run (it has no config.yaml). Runs beside it: {', '.join(near) or 'none'}.")
-        return cls(path, Config(OmegaConf.to_container(OmegaConf.load(file))))
+        tree = read(file)
+        try:
+            return cls(path, Config(tree))
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -103,7 +139,7 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @cached_property
+    @property
     def state(self) -> dict[str, Any]:
         """Step, samples seen and seconds of the newest sound checkpoint."""
         return self._newest()[1]
@@ -117,15 +153,35 @@ class Run:
         return self.state["samples"]
 
     def _newest(self) -> tuple[Path, dict[str, Any]]:
-        found = checkpoint.newest(self.checkpoints)
-        if found is None:
+        """Folder and state of the newest sound checkpoint; a CheckpointWarning once if a newer one is damaged."""
+        verified = self._verify()
+        for problem in self.problems() if not self._warned else ():
+            warnings.warn(problem, CheckpointWarning, stacklevel=3)
+        self._warned = True
+        return verified
+
+    def _verify(self) -> tuple[Path, dict[str, Any]]:
+        """The same in silence; files are read and compared with their checksums once."""
+        newest = checkpoint.steps_in(self.checkpoints)[-1:]
+        if self._verified is None or newest != self._seen:
+            self._verified, self._seen, self._warned = checkpoint.newest(self.checkpoints), newest, False
+        if self._verified is None:
             raise CheckpointError(
                 f"{self.path} has no checkpoint yet. Train it: python train.py {self.path}/config.yaml"
             )
-        folder, state, problems = found
-        for problem in problems:
-            warnings.warn(f"{problem} Falling back to step {state['step']}.", stacklevel=3)
-        return folder, state
+        return self._verified[:2]
+
+    def problems(self) -> list[str]:
+        """What is wrong with checkpoints that are newer than the one in use, and which that is."""
+        _, state, problems = self._verified or (None, {}, [])
+        return [f"{problem} The checkpoint of step {state['step']:,} is used instead." for problem in problems]
+
+    def saved(self) -> str:
+        """A sentence on the newest checkpoint."""
+        steps = checkpoint.steps_in(self.checkpoints)
+        if not steps:
+            return f"Nothing is saved yet in {self.path}."
+        return f"Step {steps[-1]:,} is saved in {checkpoint.folder_of(self.checkpoints, steps[-1])}."
 
     def has_checkpoint(self) -> bool:
         return bool(checkpoint.steps_in(self.checkpoints))
@@ -134,22 +190,20 @@ class Run:
         """Write a checkpoint; the header of each file is enough to rebuild the model."""
         header = {"config": canonical(self.config.tree), "facts": canonical(facts)}
         checkpoint.save(self.checkpoints, sets, state, header, self.config.train.keep)
-        self.__dict__.pop("state", None)
+        self._verified = None
 
     def restore(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """Every set of tensors of the newest sound checkpoint, and its state; log lines after it are cut.
+        """Every set of tensors of the newest sound checkpoint, and its state; `problems` says if that is not the last.
 
         Raises:
             CheckpointError: if there is none, or if all are damaged.
         """
-        folder, state = self._newest()
-        sets = {p.stem: checkpoint.read_tensors(p)[0] for p in sorted(folder.glob("*.safetensors"))}
-        return sets, state
+        folder, state = self._verify()
+        return {p.stem: checkpoint.read_tensors(p)[0] for p in _tensor_files(folder, state)}, state
 
     def weights_names(self) -> list[str]:
         """`model` and the averages that the newest checkpoint holds."""
-        folder, _ = self._newest()
-        return sorted(p.stem for p in folder.glob("*.safetensors") if p.stem != "optimizer")
+        return [p.stem for p in _tensor_files(*self._newest()) if p.stem != "optimizer"]
 
     def weights_name(self, weights: str | None = None) -> str:
         """The weights meant by a name; None means the first configured average, or the raw weights if there is none.
@@ -169,8 +223,8 @@ class Run:
         Args:
             weights: "model", "ema-0.999", …; None for the first average if there is one.
         """
-        folder, _ = self._newest()
-        tensors, header = checkpoint.read_tensors(folder / f"{self.weights_name(weights)}.safetensors")
+        name = self.weights_name(weights)
+        tensors, header = checkpoint.read_tensors(self._newest()[0] / f"{name}.safetensors")
         with torch.random.fork_rng():  # the fresh parameters are overwritten; the caller's random state is not theirs
             model = self.config.model(json.loads(header["facts"]))
         model.load_state_dict(tensors)
@@ -181,41 +235,58 @@ class Run:
 
     @property
     def meta(self) -> dict[str, Any]:
-        path = self.path / "meta.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        """What meta.json says; nothing if it is missing or unreadable."""
+        try:
+            found = json.loads((self.path / "meta.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def record(self, **facts: Any) -> None:
         """Add facts to meta.json."""
         write_text(self.path / "meta.json", json.dumps({**self.meta, **facts}, indent=1) + "\n")
 
     def log(self, step: int, **values: Any) -> None:
-        """Append a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append a line to metrics.jsonl; numbers that are not finite become null, which is what JSON has for them."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
         lines = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
-                lines.append(json.loads(line))
+                found = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                lines.append(found)
         return lines
 
     def rewind(self, step: int) -> None:
-        """Cut metrics.jsonl after a step, so that a resumed run logs no step twice."""
-        lines = self.metrics()
-        if lines:
-            kept = [json.dumps(line) for line in lines if line["step"] <= step]
-            write_text(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
+        """Cut metrics.jsonl after a step, so that a resumed run logs no step twice, and lines cut short by a crash."""
+        path = self.path / "metrics.jsonl"
+        kept = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step)
+        if path.exists() and path.read_bytes() != kept.encode():
+            write_text(path, kept)
 
     def folder(self, name: str) -> Path:
         """A folder of the run, made if missing."""
         path = self.path / name
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def _tensor_files(folder: Path, state: dict[str, Any]) -> list[Path]:
+    """The tensor files that were written with a checkpoint; anything else in its folder was never verified."""
+    return [folder / name for name in sorted(state["files"]) if name.endswith(".safetensors")]
+
+
+def _next(path: Path, separator: str, first: int) -> Path:
+    """The first path `<path><separator><k>`, k = first, first + 1, …, that is free."""
+    return next(p for k in count(first) if not (p := path.with_name(f"{path.name}{separator}{k}")).exists())
 
 
 def _unnamed(tree: dict) -> dict:

@@ -299,7 +299,13 @@ def test_on_a_terminal_there_is_one_live_line(here):
     """What a reader sees on a terminal of 80 columns: plain lines stay, one line moves and never wraps."""
     child, terminal = pty.fork()
     if child == 0:
-        words = ["lab/small.yaml", "train.steps=400", "train.log_every=50", "train.eval_every=200"]
+        words = [
+            "lab/small.yaml",
+            "train.steps=400",
+            "train.log_every=50",
+            "train.eval_every=200",
+            "train.save_every=400",
+        ]
         os.execve(
             sys.executable,
             [sys.executable, str(ROOT / "train.py"), *words],

@@ -1,0 +1,213 @@
+"""Averages of the weights against their recursion; learning rates against exact values and torch's own schedulers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from genmodels.registry import build, names
+from genmodels.training.ema import Average, ConstantDecay, WeightAverage, best
+from genmodels.training.optim import SGD, Adam, Constant, Cosine, LearningRate, OneCycle
+
+
+class Small(nn.Module):
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=dtype))
+        self.frozen = nn.Parameter(torch.full((2,), 0.3, dtype=dtype), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(2, dtype=dtype))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def walk(model, k):
+    with torch.no_grad():
+        model.weight.copy_(torch.sin(torch.arange(3) + 1.7 * k))
+        model.mean.fill_(k)
+        model.count += 1
+
+
+def test_constant_decay_is_its_recursion():
+    model = Small()
+    average = WeightAverage(ConstantDecay(0.8), model)
+    expected = model.weight.detach().clone()
+    for k in range(1, 101):
+        walk(model, k)
+        average.update(model, k)
+        beta = min(0.8, k / (k + 9))
+        expected = beta * expected + (1 - beta) * model.weight.detach()
+    torch.testing.assert_close(average.tensors["weight"], expected, rtol=1e-13, atol=0)
+    assert torch.equal(average.tensors["frozen"], model.frozen)  # an average of equal values, without drift
+    assert average.tensors["mean"].tolist() == [100, 100] and average.tensors["count"].item() == 100  # copied
+
+
+def test_decay_starts_low_and_reaches_its_value():
+    rule = ConstantDecay(0.9)
+    assert [rule.decay(k) for k in (1, 9, 81, 10_000)] == [0.1, 0.5, 0.9, 0.9]
+    assert ConstantDecay(0.0).decay(5) == 0.0
+    for bad in (1.0, -0.1):
+        with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
+            ConstantDecay(bad)
+
+
+@pytest.mark.parametrize("name", names(Average))
+def test_labels_are_file_names_of_their_own(name):
+    assert build(Average, name).label.startswith("ema-")
+    labels = {ConstantDecay(v).label for v in (0.999, 0.9999, 0.99999991, 0.99999992)}
+    assert len(labels) == 4 and "ema-0.999" in labels
+
+
+def test_weights_and_average_never_mix():
+    model = Small()
+    average = WeightAverage(ConstantDecay(0.9), model)
+    walk(model, 1)
+    average.update(model, 1)
+    model.train()
+    raw, smooth = copy.deepcopy(model.state_dict()), copy.deepcopy(average.tensors)
+    assert not torch.equal(raw["weight"], smooth["weight"])
+    with pytest.raises(RuntimeError, match="in the middle"), average.applied(model):
+        assert torch.equal(model.weight, smooth["weight"]) and not model.training
+        with torch.no_grad():
+            model.weight.zero_()  # whatever happens inside stays inside
+            model.count += 5
+        raise RuntimeError("in the middle")
+    assert model.training
+    assert all(torch.equal(raw[k], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(smooth[k], v) for k, v in average.tensors.items())
+    shared = {t.data_ptr() for t in average.tensors.values()} & {t.data_ptr() for t in model.state_dict().values()}
+    assert not shared
+
+
+def test_best_is_the_first_average_or_the_weights():
+    model = Small()
+    averages = {rule.label: WeightAverage(rule, model) for rule in (ConstantDecay(0.5), ConstantDecay(0.9))}
+    walk(model, 1)
+    own = model.weight.detach().clone()
+    for step, average in enumerate(averages.values(), 1):
+        average.update(model, step)
+    with best(averages, model):
+        assert torch.equal(model.weight, averages["ema-0.5"].tensors["weight"]) and not model.training
+    model.train()
+    with best({}, model):
+        assert torch.equal(model.weight, own) and not model.training
+    assert model.training and torch.equal(model.weight, own)
+
+
+def test_a_tied_weight_is_averaged_under_both_its_names():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight.fill_(0.0)
+    average = WeightAverage(ConstantDecay(0.0), model)
+    average.rule = ConstantDecay(0.5)
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    average.update(model, 1000)
+    with average.applied(model):
+        assert model[0].weight.unique().tolist() == [0.5]
+    assert model[0].weight.unique().tolist() == [1.0]
+
+
+def test_narrow_weights_are_averaged_wide():
+    model = Small(torch.bfloat16)
+    average = WeightAverage(ConstantDecay(0.999), model)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    for _ in range(100):
+        average.update(model, 10**6)
+    expected = 2 - 0.999**100  # one step is below the resolution of bfloat16: a narrow average would never move
+    torch.testing.assert_close(average.tensors["weight"], torch.full((3,), expected), rtol=1e-5, atol=0)
+
+
+def test_average_continues_from_its_tensors():
+    model = Small()
+    straight, first = (WeightAverage(ConstantDecay(0.9), model) for _ in range(2))
+    for k in (1, 2, 3):
+        walk(model, k)
+        straight.update(model, k)
+        first.update(model, k)
+    second = WeightAverage(ConstantDecay(0.9), model)
+    second.load(copy.deepcopy(first.tensors))
+    walk(model, 4)
+    straight.update(model, 4)
+    second.update(model, 4)
+    assert all(torch.equal(straight.tensors[k], v) for k, v in second.tensors.items())
+
+
+# ---- learning rates ---
+
+
+def factors(rule, steps):
+    return [rule.factor(k, steps) for k in range(steps)]
+
+
+def reference(scheduler, steps, **arguments):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = scheduler(optimizer, **arguments)
+    out = []
+    for _ in range(steps):
+        out.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(out) < steps:
+            schedule.step()
+    return out
+
+
+@pytest.mark.parametrize(("steps", "rise"), [(10, 0.3), (100, 0.1), (77, 0.5), (5, 0.1), (2, 0.9)])
+def test_one_cycle_is_torchs(steps, rise):
+    expected = reference(
+        torch.optim.lr_scheduler.OneCycleLR,
+        steps,
+        max_lr=1.0,
+        total_steps=steps,
+        pct_start=rise,
+        div_factor=25.0,
+        final_div_factor=1e4,
+        cycle_momentum=False,
+    )
+    assert factors(OneCycle(rise, start=0.04, final=4e-6), steps) == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_cycle_at_its_corners():
+    rule = OneCycle(0.25, start=0.1, final=0.01)
+    values = factors(rule, 40)
+    assert values[0] == pytest.approx(0.1) and values[9] == 1.0 and values[39] == pytest.approx(0.01)
+    assert max(values) == values[9]
+    assert all(0 < v <= 1 for steps in (1, 2, 3) for v in factors(rule, steps))
+    with pytest.raises(ValueError, match=r"rise must be in \(0, 1\)"):
+        OneCycle(rise=1.0)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.2])
+def test_cosine_is_torchs(final):
+    expected = reference(torch.optim.lr_scheduler.CosineAnnealingLR, 30, T_max=30, eta_min=final)
+    assert factors(Cosine(final=final), 30) == pytest.approx(expected, rel=1e-9)
+
+
+def test_cosine_at_its_corners():
+    values = factors(Cosine(final=0.2), 4)
+    assert values == pytest.approx([1.0, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5))])
+
+
+def test_warm_up_is_linear_and_reaches_one():
+    assert factors(Constant(warmup=4), 7) == [0.25, 0.5, 0.75, 1, 1, 1, 1]
+    assert factors(Constant(), 3) == [1, 1, 1]
+    plain, warm = factors(Cosine(), 10), factors(Cosine(warmup=2), 10)
+    assert warm == [0.5 * plain[0], *plain[1:]]
+
+
+@pytest.mark.parametrize("name", names(LearningRate))
+def test_every_rule_stays_between_zero_and_one(name):
+    rule = build(LearningRate, name)
+    for steps in (1, 2, 10, 1000):
+        assert all(0 <= value <= 1 for value in factors(rule, steps))
+
+
+def test_rates_must_be_positive():
+    for optimizer in (Adam, SGD):
+        with pytest.raises(ValueError, match="lr must be above 0, found 0"):
+            optimizer(lr=0.0)
+    for rule in (Constant, Cosine):
+        with pytest.raises(ValueError, match="warmup must be at least 0, found -1"):
+            rule(warmup=-1)
