@@ -1,0 +1,246 @@
+"""The contract of every registered Network: shapes, gradients, rows, time and condition, precision, errors."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from genmodels.networks.dit import Block, DiT, positions
+from genmodels.networks.embeddings import ConditionEmbedding
+from genmodels.networks.network import Network, networks, set_autocast
+from genmodels.registry import ConfigError, build, names
+
+NETWORKS = names(Network)
+every = pytest.mark.parametrize("name", NETWORKS)
+SMALL = {"mlp": {"hidden": (24, 24)}, "residual_mlp": {"hidden": 24}, "dit": {"width": 24, "depth": 2, "heads": 3}}
+IMAGE = (3, 8, 12)
+LABELS = torch.tensor([0, 1, 2, 3, 1])  # of 3 classes; 3 is "none"
+TIMES = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def make(
+    name: str,
+    in_shape: tuple[int, ...] = IMAGE,
+    out_shape: tuple[int, ...] | None = None,
+    timed: bool = True,
+    num_classes: int | None = 3,
+    condition_shape: tuple[int, ...] | None = None,
+    moved: bool = True,
+    **arguments: object,
+) -> Network:
+    """A network in float64, moved off its initialisation, where zeros would hide what depends on what."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build(
+            Network, {"name": name, **SMALL.get(name, {}), **arguments}, in_shape=in_shape,
+            out_shape=out_shape or in_shape, timed=timed, num_classes=num_classes, condition_shape=condition_shape,
+        ).double()  # fmt: skip
+    if moved:
+        with torch.no_grad():
+            for k, p in enumerate(network.parameters()):
+                p.add_(0.1 * randn(*p.shape, seed=k))
+    return network.eval()
+
+
+@every
+@pytest.mark.parametrize(("in_shape", "out_shape"), [(IMAGE, IMAGE), (IMAGE, (5, 8, 12)), ((1, 4, 4), (2, 4, 4))])
+def test_shapes_are_those_it_was_told(name, in_shape, out_shape):
+    network, x = make(name, in_shape, out_shape), randn(5, *in_shape)
+    assert network(TIMES, x, LABELS).shape == (5, *out_shape)
+    assert network(TIMES[2], x, LABELS).shape == (5, *out_shape)
+    assert network(TIMES[:0], x[:0], LABELS[:0]).shape == (0, *out_shape)
+    torch.testing.assert_close(network(TIMES[2], x, LABELS), network(TIMES[2].expand(5), x, LABELS))
+
+
+@every
+@pytest.mark.parametrize(
+    ("timed", "num_classes", "condition_shape"),
+    [(True, 3, None), (True, None, (2, 4)), (True, None, None), (False, None, None)],
+)
+def test_gradients_reach_every_parameter(name, timed, num_classes, condition_shape):
+    network = make(name, timed=timed, num_classes=num_classes, condition_shape=condition_shape)
+    condition = LABELS if num_classes else None if condition_shape is None else randn(5, *condition_shape, seed=3)
+    x = randn(5, *IMAGE).requires_grad_()
+    network(TIMES if timed else None, x, condition).square().sum().backward()
+    silent = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+    assert (x.grad.abs() > 0).all(), "every pixel counts"
+
+
+@every
+def test_derivatives_are_right(name):
+    network, x = make(name, in_shape=(1, 2, 4)), randn(2, 1, 2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: network(TIMES[1:3], x, LABELS[:2]), (x,))
+
+
+@every
+def test_rows_do_not_see_each_other(name):
+    network, x = make(name), randn(5, *IMAGE)
+    whole = network(TIMES, x, LABELS)
+    for i in range(5):
+        alone = network(TIMES[i], x[i : i + 1], LABELS[i : i + 1])
+        torch.testing.assert_close(alone[0], whole[i], rtol=0, atol=1e-11)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(network(TIMES[order], x[order], LABELS[order]), whole[order], rtol=0, atol=1e-11)
+
+
+@every
+def test_time_and_condition_change_every_row(name):
+    network, x = make(name), randn(5, *IMAGE)
+    whole = network(TIMES, x, LABELS)
+    assert ((network(TIMES + 0.01, x, LABELS) - whole).abs().flatten(1).amax(1) > 1e-4).all()
+    assert ((network(TIMES, x, (LABELS + 1) % 4) - whole).abs().flatten(1).amax(1) > 1e-4).all()
+    vectors = make(name, num_classes=None, condition_shape=(2, 4))
+    c = randn(5, 2, 4, seed=1)
+    change = vectors(TIMES, x, c + 0.1) - vectors(TIMES, x, c)
+    assert (change.abs().flatten(1).amax(1) > 1e-4).all()
+
+
+@every
+def test_no_condition_is_the_label_beyond_the_last_or_the_vector_zero(name):
+    network, x = make(name), randn(5, *IMAGE)
+    torch.testing.assert_close(network(TIMES, x, None), network(TIMES, x, torch.full((5,), 3)), rtol=0, atol=0)
+    vectors = make(name, num_classes=None, condition_shape=(2, 4))
+    torch.testing.assert_close(vectors(TIMES, x), vectors(TIMES, x, torch.zeros(5, 2, 4).double()), rtol=0, atol=0)
+
+
+@every
+def test_autocast_stays_inside_and_is_close(name):
+    network, x = make(name).float(), randn(5, *IMAGE).float()
+    wide = network(TIMES, x, LABELS)
+    set_autocast(network, torch.bfloat16)
+    low = network(TIMES, x, LABELS)
+    assert low.dtype == torch.float32 and networks(network) == [network]
+    error = (low - wide).norm() / wide.norm()
+    assert 0 < error < 0.03  # bfloat16 carries 8 bits: each rounding is up to 0.4 %
+    low.square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+    set_autocast(network, None)
+    assert torch.equal(network(TIMES, x, LABELS), wide)
+
+
+@every
+def test_single_and_double_precision_agree(name):
+    network, x = make(name), randn(5, *IMAGE)
+    wide = network(TIMES, x, LABELS)
+    narrow = network.float()(TIMES, x.float(), LABELS)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), wide, rtol=1e-4, atol=1e-4 * wide.abs().max().item())
+
+
+@every
+def test_what_does_not_fit_is_refused(name):
+    network, x = make(name), randn(5, *IMAGE)
+    with pytest.raises(ValueError, match=r"x has shape \[5, 3, 12, 8\].*built for \[B, 3, 8, 12\]"):
+        network(TIMES, x.mT, LABELS)
+    with pytest.raises(ValueError, match="timed=False"):
+        network(None, x, LABELS)
+    with pytest.raises(ValueError, match="timed=True"):
+        make(name, timed=False)(TIMES, x, LABELS)
+    with pytest.raises(ValueError, match="without num_classes"):
+        make(name, num_classes=None)(TIMES, x, LABELS)
+
+
+@every
+def test_state_loads_strictly_and_gives_the_same(name):
+    network, x = make(name), randn(5, *IMAGE)
+    other = make(name, moved=False)
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(other(TIMES, x, LABELS), network(TIMES, x, LABELS))
+
+
+# ---- the transformer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((1, 8, 9), {"patch": 2}, r"do not tile 8x9. Use one of: 1\."),
+        ((1, 8, 12), {"patch": 3}, r"Use one of: 1, 2, 4\."),
+        ((8,), {}, "Use mlp or residual_mlp"),
+        (IMAGE, {"width": 24, "heads": 5}, "multiple of 4 and of heads = 5"),
+        (IMAGE, {"width": 6, "heads": 3}, "multiple of 4"),
+    ],
+)
+def test_impossible_transformers_are_refused(shape, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make("dit", shape, **arguments)
+
+
+def test_the_transformer_starts_at_zero_and_its_blocks_at_the_identity():
+    fresh, x = make("dit", moved=False), randn(5, *IMAGE)
+    assert torch.equal(fresh(TIMES, x, LABELS), torch.zeros_like(x))
+    h = randn(2, 6, 24)
+    assert torch.equal(fresh.blocks[0](h, randn(2, 24, seed=1)), h)
+
+
+def test_attention_is_that_of_the_formula():
+    block, h = Block(12, 3, 24, 0.0).double(), randn(2, 5, 12)
+    q, k, v = (y.reshape(2, 5, 3, 4) for y in block.qkv(h).split(12, 2))
+    rows = []
+    for b in range(2):
+        heads = []
+        for i in range(3):
+            weights = (q[b, :, i] @ k[b, :, i].T / math.sqrt(4)).softmax(1)
+            heads.append(weights @ v[b, :, i])
+        rows.append(torch.cat(heads, 1))
+    torch.testing.assert_close(block.attend(h), block.merge(torch.stack(rows)), rtol=0, atol=1e-12)
+
+
+def test_the_transformer_equals_one_written_out_patch_by_patch():
+    """Patches cut by slices, library layer norms, sequential sums: the same output on a non-square image."""
+    network, x = make("dit", (2, 4, 6), depth=1), randn(3, 2, 4, 6)
+    t, labels = TIMES[1:4], LABELS[:3]
+    c = nn.functional.silu(network.embeddings(t, x, labels))
+    tokens = []
+    for i in range(2):
+        for j in range(3):
+            patch = x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten(1)
+            tokens.append(network.enter(patch) + network.positions[3 * i + j])
+    h = torch.stack(tokens, 1)
+    norm = nn.LayerNorm(24, eps=1e-6, elementwise_affine=False)
+    block = network.blocks[0]
+    b1, s1, g1, b2, s2, g2 = nn.functional.linear(c, block.modulation.weight, block.modulation.bias)[:, None].split(
+        24, 2
+    )
+    h = h + g1 * block.attend(norm(h) * (1 + s1) + b1)
+    h = h + g2 * block.second(nn.functional.gelu(block.first(norm(h) * (1 + s2) + b2)))
+    b, s = nn.functional.linear(c, network.modulation.weight, network.modulation.bias)[:, None].split(24, 2)
+    out = network.leave(norm(h) * (1 + s) + b)
+    expected = torch.zeros_like(x)
+    for k in range(6):
+        i, j = divmod(k, 3)
+        expected[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = out[:, k].reshape(3, 2, 2, 2)
+    torch.testing.assert_close(network(t, x, labels), expected, rtol=0, atol=1e-12)
+
+
+def test_positions_tell_every_patch_apart():
+    table = positions(4, 6, 24)
+    assert table.shape == (24, 24) and (torch.cdist(table, table) + 10 * torch.eye(24)).min() > 0.5
+    rows, columns = table.reshape(4, 6, 24).split(12, 2)
+    assert (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
+    torch.testing.assert_close(columns[0, :, 0], torch.arange(6.0).sin())
+    torch.testing.assert_close(columns[0, :, 6], torch.arange(6.0).cos())
+
+
+def test_an_untimed_unconditional_transformer_has_scales_of_its_own():
+    network = make("dit", timed=False, num_classes=None)
+    assert isinstance(network, DiT) and network.constant is not None
+    assert make("dit").constant is None
+
+
+def test_dropout_acts_in_training_alone():
+    network, x = make("dit", dropout=0.5), randn(5, *IMAGE)
+    assert torch.equal(network(TIMES, x, LABELS), network(TIMES, x, LABELS))
+    network.train()
+    assert not torch.equal(network(TIMES, x, LABELS), network(TIMES, x, LABELS))
+
+
+def test_embeddings_of_nothing_are_zero():
+    none = ConditionEmbedding(7, num_classes=None, condition_shape=None)
+    assert torch.equal(none(None, 2, torch.zeros(2)), torch.zeros(2, 7))
