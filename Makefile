@@ -27,10 +27,10 @@ demo: $(READY)
 	@echo "  $(DEMO)/digits-flow_matching/        configuration, log, checkpoints and results of a run"
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 slow: $(READY)
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n auto -m slow
 
 lint: $(READY)
 	$(PY) -m ruff check .

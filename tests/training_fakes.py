@@ -206,6 +206,24 @@ def config(**changes: Any) -> Config:
     return Config(tree(**changes))
 
 
+RICH: dict[str, Any] = {"model": {"noise": 0.3, "dropout": 0.25}, "train": {"learning_rate": "one_cycle", "clip": 0.5}}
+
+
+class Stop(Exception):
+    """What tests raise in the middle of training."""
+
+
+def stop_at(step: int, error: type[BaseException] = Stop) -> None:
+    """Raise in the loss of the given step (from 1) of this process."""
+    seen = iter(range(1, 10**6))
+
+    def fault(batch: Batch) -> None:
+        if next(seen) == step:
+            raise error
+
+    Regression.fault = fault
+
+
 def digests(run: Any) -> dict[str, str]:
     """SHA-256 of the tensors in every file of the newest checkpoint: equal exactly if all bits are.
 
