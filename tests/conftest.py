@@ -1,4 +1,4 @@
-"""One thread per process: the tests' tensors are small, and threads that wait for one another cost more than they compute."""
+"""One thread per process: the tensors of tests are small, and threads that wait for one another cost more."""
 
 import os
 

@@ -293,8 +293,8 @@ class DiffusionModel(Model):
             divergence: exact costs a backward pass for each component, hutchinson one for each probe.
             probes: how many, for hutchinson; two or more give a standard error.
             draws: how many values of the dequantisation noise are averaged over, each with probes of its own.
-            num_steps: of a fixed grid; without meaning under step control.
-            solver, controller: of the ODE; tolerances are the controller's.
+            num_steps: of the controller "fixed"; without meaning under step control, whose tolerances are its own.
+            solver, controller: of the ODE.
             batch_size: how many are scored at once.
         Returns:
             kind numerical for the exact divergence, stochastic for hutchinson.
@@ -309,27 +309,27 @@ class DiffusionModel(Model):
             raise NotApplicable("the transform to model space has no log-determinant, so data have no density.")
         condition = self._checked(condition, len(x), "likelihood")
         _at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
-        seeds = as_seeds(len(x) if seeds is None else seeds)
-        if len(seeds) != len(x):
-            raise ValueError(f"likelihood: one seed per item is needed, found {len(seeds)} for {len(x)} items.")
+        seeds = _one_each(seeds, len(x))
         times = self._grid(num_steps, controller)
         ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
-        parts = []
-        for rows in torch.arange(len(x)).split(batch_size):
-            given = None if condition is None else condition[rows]
-            noise = [SeedNoise(seeds[rows], purpose=p, device=x.device) for p in ("dequantise", "probe")]
-            parts.append(torch.stack([self._log_prob(x[rows], given, *noise, times, ode) for _ in range(draws)]))
-        values = torch.cat(parts, 2)  # [draws, probes, B]
-        if divergence == "exact":
-            return Likelihood(values.mean((0, 1)), "numerical")
-        stderr = (values.var(1).sum(0) / probes).sqrt() / draws if probes > 1 else None
-        return Likelihood(values.mean((0, 1)), "stochastic", stderr)
+        parts = [
+            self._draws(x[rows], None if condition is None else condition[rows], seeds[rows], draws, times, ode)
+            for rows in torch.arange(len(x)).split(batch_size)
+        ]
+        return _mean(torch.cat(parts, 2), divergence)
 
     def log_prob(
         self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
     ) -> Tensor:
         """[B] nats: the value of `likelihood`, with its options."""
         return self.likelihood(x, condition=condition, seeds=seeds, **options).value
+
+    def _draws(
+        self, x: Tensor, condition: Tensor | None, seeds: Tensor, count: int, times: Tensor, ode: dict[str, Any]
+    ) -> Tensor:
+        """[count, P, B] values for as many draws of the dequantisation noise."""
+        noise = [SeedNoise(seeds, purpose=p, device=x.device) for p in ("dequantise", "probe")]
+        return torch.stack([self._log_prob(x, condition, *noise, times, ode) for _ in range(count)])
 
     def _log_prob(
         self, x: Tensor, condition: Tensor | None, noise: Noise, probe_noise: Noise, times: Tensor, ode: dict[str, Any]
@@ -370,6 +370,22 @@ def _check(schedule: Schedule, prediction: Target, dropout: float, sigma_data: f
             f"model.prediction: with this schedule the network would be fed noise of standard deviation {largest:g}. "
             "Use prediction: edm, which scales its inputs to 1, or a schedule that ends near 1."
         )
+
+
+def _mean(values: Tensor, divergence: str) -> Likelihood:
+    """The mean of values [draws, P, B], with its standard error over the probes."""
+    draws, probes, _ = values.shape
+    if divergence == "exact":
+        return Likelihood(values.mean((0, 1)), "numerical")
+    stderr = (values.var(1).sum(0) / probes).sqrt() / draws if probes > 1 else None
+    return Likelihood(values.mean((0, 1)), "stochastic", stderr)
+
+
+def _one_each(seeds: Seeds | None, n: int) -> Tensor:
+    found = as_seeds(n if seeds is None else seeds)
+    if len(found) != n:
+        raise ValueError(f"likelihood: one seed per item is needed, found {len(found)} for {n} items.")
+    return found
 
 
 def _at_least_one(where: str, **counts: int) -> None:

@@ -144,6 +144,10 @@ class Trainer:
         """From the restored step to the last one."""
         s = self.settings
         self.watch.greet(self.start)
+        if self.main and 0 < self.start < s.steps:  # the code may have changed since the run began
+            facts = provenance()
+            again = {key: facts[key] for key in ("started", "commit", "dirty", "diff", "hardware")}
+            self.run.record(continued=[*self.run.meta.get("continued", []), {"step": self.start, **again}])
         self.console.begin(s.steps, self.start, self.world)
         began, before, interval = time.monotonic(), self.seconds, Interval()
         parts = stream(self.dataset, self.seed, s.batch_size, self.start, s.steps, self.rank, self.world, s.accumulate)

@@ -1,7 +1,7 @@
 """Fakes of the model families to come, each as small as its idea allows.
 
-They are no models to use: they hold the interfaces to account. Each travels configuration, training, sampling or prediction,
-and evaluation in `test_families.py`.
+They are no models to use: they hold the interfaces to account. Each travels configuration, training, sampling or
+prediction, and evaluation in `test_families.py`.
 """
 
 import math
@@ -23,12 +23,12 @@ from genmodels.types import Batch, Likelihood, Loss, Shape, sum_items
 
 SPLITS = {"train": 24, "val": 8, "test": 8}
 
-# ---- data --------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------------------------
 
 
 @register(Dataset, "fake_series")
 class Series(InMemory):
-    """Sines of two frequencies seen at irregular times with gaps; the task is to forecast them or to name the frequency."""
+    """Sines of two frequencies seen at irregular times with gaps; to be forecast, or told apart by frequency."""
 
     shape = (6, 1)
     unit_of_time = "seconds"
@@ -89,7 +89,7 @@ class Plane(InMemory):
             )
 
 
-# ---- predictors --------------------------------------------------------------------------------------------------------
+# ---- predictors ----------------------------------------------------------------------------------------------------
 
 
 def masked_error(prediction: Tensor, batch: Batch) -> Tensor:
@@ -220,7 +220,7 @@ class DEQ(Model):
         return Loss(value, {"iterations": torch.tensor(float(calls))})
 
 
-# ---- densities ---------------------------------------------------------------------------------------------------------
+# ---- densities -----------------------------------------------------------------------------------------------------
 
 
 @register(Model, "fake_cnf")
@@ -392,7 +392,7 @@ class VAE(Model):
         return mean + noise.normal(*self.shape)
 
 
-# ---- a score model with a process and prior of its own ------------------------------------------------------------------
+# ---- a score model with a process and prior of its own -------------------------------------------------------------
 
 
 @kind
@@ -454,7 +454,7 @@ class LocalDSM(Model):
         return y
 
 
-# ---- an editor over a transformer that diffusers made ------------------------------------------------------------------
+# ---- an editor over a transformer that diffusers made --------------------------------------------------------------
 
 
 class FluxEditor:
