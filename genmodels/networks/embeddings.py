@@ -11,7 +11,8 @@ from ..types import Shape
 class TimeEmbedding(nn.Module):
     """Times in [0, 1] as a vector: sines and cosines at log-spaced frequencies, then two linear layers.
 
-    The phases are formed in float64: at the highest frequency float32 times would lose half their digits.
+    The phases are formed in float64: a float32 time would cost three digits of the fastest ones. That limit also bounds
+    how fast a velocity field can change with time, and so the steps that an adaptive solver needs.
 
     Args:
         width: features out.

@@ -1,4 +1,4 @@
-"""Every family to come travels configuration, training, sampling or prediction, and evaluation, and means what it says."""
+"""Every family to come travels from configuration to evaluation, and means what it says."""
 
 import itertools
 import math
