@@ -28,6 +28,16 @@ def test_links_and_pictures_exist():
     assert any(t.endswith(".png") for t in local)
 
 
+def test_board_is_that_of_the_repository():
+    board = (ROOT / "evals" / "LEADERBOARD.md").read_text().splitlines()
+    shown = [
+        line for line in TEXT.splitlines() if line.startswith("|") and re.search(r"\d ± |FD-digits|floor|uniform", line)
+    ]
+    shown = [line for line in shown if "Fréchet" not in line]
+    assert len(shown) >= 6
+    assert [line for line in shown if line not in board] == []
+
+
 def test_training_commands_resolve(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
