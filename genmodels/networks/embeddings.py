@@ -11,8 +11,8 @@ from ..types import Shape
 class TimeEmbedding(nn.Module):
     """Times in [0, 1] as a vector: sines and cosines at log-spaced frequencies, then two linear layers.
 
-    The phases are formed in float64: a float32 time would cost the fastest ones three digits. Their frequency also bounds
-    how fast a velocity field can change with time, and so the steps that an adaptive solver needs.
+    The phases are formed in float64, because a float32 time would cost the fastest ones three digits. Their frequency
+    also bounds how fast a velocity field can change with time, and so the steps that an adaptive solver needs.
 
     Args:
         width: features out.
