@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from genmodels import registry
-from genmodels.config import Config, overlay
+from genmodels.config import Config
 from genmodels.data.dataset import Dataset
 from genmodels.data.memory import InMemory
 from genmodels.model import Model
@@ -69,6 +69,16 @@ def data_sets():
             for split, n in {"train": 40, "val": 4, "test": 4}.items():
                 noise = BatchNoise(n, generator=generator("contract", split))
                 self.hold(split, Batch((noise.uniform(3, 8, 12) * 4).floor(), condition=noise.normal(5)))
+
+    @registry.register(Dataset, "contract_mixture")
+    class Mixture(InMemory):
+        """Many points of the mixture, without labels."""
+
+        shape, transform = (2,), "standardize"
+
+        def __init__(self) -> None:
+            for split, n in {"train": 20_000, "val": 20, "test": 1000}.items():
+                self.hold(split, Batch(MIXTURE.sample(BatchNoise(n, generator=generator("mixture", split)))))
 
     yield
     MEMBERS[Dataset].clear()
@@ -204,16 +214,20 @@ def test_a_class_out_of_range_is_named(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_training_reaches_the_entropy_of_a_mixture(name, tmp_path):
-    """600 steps on a mixture of the plane: NLL of fresh data within 0.08 nats of the truth."""
+    """Mean log-density of fresh points within 0.1 nats of the truth, and not above it by more than chance."""
     from genmodels.training.loop import train
 
-    tree = {"name": name, "data": "eight_gaussians", "model": {"name": name, **EXAMPLES[name][0][1]}}
-    settings = {"steps": 1500, "batch_size": 512, "optimizer": {"name": "adam", "lr": 3e-3}, "learning_rate": "cosine"}
-    wide = {"network": {"name": "residual_mlp", "hidden": 128, "blocks": 2}} if name == "diffusion" else {}
-    config = Config(overlay(tree, {"train": settings, "model": wide, "data": {"name": "eight_gaussians"}}))
-    run = train(config, root=tmp_path, quiet=True)
-    dataset = config.dataset()
-    x = dataset.all("test").x[:1000]
+    network = {"name": "residual_mlp", "hidden": 64, "blocks": 2}
+    coupling = {"name": "spline_coupling", "network": network}
+    models = {
+        "flow": {"layers": [{"name": "repeat", "count": 4, "layers": ["lu_linear", coupling]}]},
+        "diffusion": {"network": network},
+    }
+    settings = {"steps": 1000, "batch_size": 512, "optimizer": {"name": "adam", "lr": 2e-3}, "learning_rate": "cosine"}
+    tree = {"name": name, "data": "contract_mixture", "model": {"name": name, **models[name]}, "train": settings}
+    run = train(Config(tree), root=tmp_path, quiet=True)
+    x = Config(tree).dataset().all("test").x
     with torch.no_grad():
-        gap = (dataset.log_prob(x) - run.load().log_prob(x)).mean()
-    assert -0.02 < float(gap) < 0.15
+        gaps = MIXTURE.log_prob(x) - run.load().log_prob(x)
+    stderr = float(gaps.std() / len(gaps) ** 0.5)
+    assert -3 * stderr < float(gaps.mean()) < 0.1
