@@ -9,7 +9,7 @@ READY := $(VENV)/installed
 endif
 DEMO := runs/demo
 
-.PHONY: demo test slow lint board clean
+.PHONY: demo test slow lint board benchmarks clean
 
 demo: $(READY)
 	$(PY) train.py configs/digits/flow_matching.yaml --root $(DEMO)
@@ -38,6 +38,10 @@ lint: $(READY)
 
 board: $(READY)
 	$(PY) -m evals.leaderboard
+
+benchmarks: $(READY)
+	$(PY) -m evals.benchmarks.splines
+	$(PY) -m evals.benchmarks.solvers
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

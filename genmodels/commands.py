@@ -28,10 +28,12 @@ def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
     @functools.wraps(command)
     def run(argv: Sequence[str] | None = None) -> int:
         from .registry import ConfigError
+        from .solvers.base import SolverError
         from .training.checkpoint import CheckpointError
         from .training.guard import TrainingFailed
         from .types import NotApplicable
 
+        deliberate = (ConfigError, CheckpointError, TrainingFailed, SolverError, NotApplicable)
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -43,11 +45,11 @@ def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
         except BrokenPipeError:  # the reader of a pipe has seen enough; nothing may be written to it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except (ConfigError, CheckpointError, TrainingFailed, NotApplicable, ValueError, OSError) as error:
+        except (*deliberate, ValueError, OSError) as error:
             if os.environ.get("GENMODELS_DEBUG"):
                 raise
-            told = isinstance(error, (ConfigError, CheckpointError, TrainingFailed, NotApplicable))
-            hint = "" if told else f"\n({type(error).__name__}; set GENMODELS_DEBUG=1 to see where it was raised.)"
+            where = f"\n({type(error).__name__}; set GENMODELS_DEBUG=1 to see where it was raised.)"
+            hint = "" if isinstance(error, deliberate) else where
             print(f"{_process()}error: {error}{hint}", file=sys.stderr)
             return 2
         return 0
@@ -164,7 +166,7 @@ def sample(argv: Sequence[str]) -> None:
     overrides = dotlist(given.overrides)
     if set(overrides) - {"sample"}:
         raise ConfigError(f"only overrides of sample.* apply here, found {', '.join(given.overrides)}.")
-    seeds = parse_seeds(given.seeds) if given.seeds else None
+    seeds = None if given.seeds is None else parse_seeds(given.seeds)
     run = Run.open(given.run)
     options = run.config.options("sample", overrides.get("sample"))
     model, dataset = run.load(given.weights, _device(given.device)), run.config.dataset()

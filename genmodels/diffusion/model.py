@@ -312,10 +312,12 @@ class DiffusionModel(Model):
         seeds = _one_each(seeds, len(x))
         times = self._grid(num_steps, controller)
         ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
-        parts = [
-            self._draws(x[rows], None if condition is None else condition[rows], seeds[rows], draws, times, ode)
-            for rows in torch.arange(len(x)).split(batch_size)
-        ]
+        wanted = x.requires_grad or any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):  # else a graph of every step for nothing
+            parts = [
+                self._draws(x[rows], None if condition is None else condition[rows], seeds[rows], draws, times, ode)
+                for rows in torch.arange(len(x)).split(batch_size)
+            ]
         return _mean(torch.cat(parts, 2), divergence)
 
     def log_prob(
@@ -356,7 +358,7 @@ class DiffusionModel(Model):
             raise ValueError(f"{where}: a tensor of {n} conditions is needed, one per item, found {found}.{advice}")
         if where not in ("loss", "velocity", "score"):  # asked often, and reading labels waits for the device
             check_labels(condition, self.num_classes, where)
-        return condition
+        return condition.to(self.device)
 
 
 def _check(schedule: Schedule, prediction: Target, dropout: float, sigma_data: float | None) -> None:

@@ -181,7 +181,7 @@ class NormalizingFlow(Model):
             raise ValueError(f"{where}: one condition per item is needed, found {len(condition)} for {n} items.")
         if isinstance(condition, Tensor) and where != "loss":  # there, reading labels would wait for the device
             check_labels(condition, self.num_classes, where)
-        return condition
+        return condition.to(self.device) if isinstance(condition, Tensor) else condition
 
 
 def _rows(condition: Condition | None, rows: Tensor) -> Condition | None:

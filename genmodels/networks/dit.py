@@ -98,6 +98,11 @@ class DiT(Network):
         super().__init__()
         self.in_shape, self.out_shape, self.patch = tuple(in_shape), tuple(out_shape), patch
         _check(self.in_shape, self.out_shape, patch, width, heads)
+        if depth < 1 or round(expansion * width) < 1 or not 0 <= dropout < 1:
+            raise ConfigError(
+                "dit: depth >= 1, expansion > 0 and 0 <= dropout < 1 are needed, found "
+                f"depth={depth}, expansion={expansion}, dropout={dropout}."
+            )
         self.rows, self.columns = in_shape[1] // patch, in_shape[2] // patch
         self.embeddings = Embeddings(width, timed=timed, num_classes=num_classes, condition_shape=condition_shape)
         # without time and condition something must still set the scales, shifts and gates

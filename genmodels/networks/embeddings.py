@@ -9,7 +9,7 @@ from ..types import Shape
 
 
 class TimeEmbedding(nn.Module):
-    """Times in [0, 1] as a vector: sines and cosines at log-spaced frequencies, then two linear layers.
+    """Times (or labels of about their range) as a vector: sines and cosines of many frequencies, two linear layers.
 
     The phases are formed in float64, because a float32 time would cost the fastest ones three digits. Their frequency
     also bounds how fast a velocity field can change with time, and so the steps that an adaptive solver needs.

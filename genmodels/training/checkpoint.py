@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -71,8 +71,27 @@ def write_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> No
         if memory in memories:  # another view of a stored tensor: the format takes no overlaps
             kept[name] = kept[name].clone()
         memories.add(memory)
-    save_file(kept, path, metadata={**header, "aliases": json.dumps(aliases)})
+    try:
+        save_file(kept, path, metadata={**header, "aliases": json.dumps(aliases)})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}. Free some space; earlier checkpoints are untouched.") from None
     _sync(path)
+
+
+def load_weights(model: nn.Module, tensors: Tensors, path: Path) -> None:
+    """Put a checkpoint's tensors into a model.
+
+    Raises:
+        CheckpointError: naming the tensors that do not fit.
+    """
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        problems = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise CheckpointError(
+            f"{path} does not fit the model that its configuration builds now: {problems} "
+            "The code has changed since; meta.json names the commit that wrote it."
+        ) from None
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[Tensors, dict[str, str]]:

@@ -29,7 +29,7 @@ def dry_run(config: Config, root: Path) -> str:
     if s.steps:
         check_batch(s.batch_size, 1, s.accumulate, size)
     status = _status(config, root)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.seed, "init"))
         model = config.model(dataset.facts()).to("cuda" if torch.cuda.is_available() else "cpu")
         set_autocast(model, torch.bfloat16 if s.precision == "bf16" else None)

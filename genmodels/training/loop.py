@@ -56,7 +56,8 @@ def train(
     if config.train.steps:
         s = config.train
         check_batch(s.batch_size, accelerator.num_processes, s.accumulate, dataset.size("train"))
-    with torch.random.fork_rng():  # the caller's random state is not the run's
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # the caller's random state is not the run's
         torch.manual_seed(fold(config.seed, "init"))
         model = config.model(dataset.facts())
         accelerator.wait_for_everyone()  # all have checked
@@ -66,7 +67,8 @@ def train(
         run = Run.create(config, root)
         console = Console(run.path / "log.txt" if main else None, quiet=quiet or not main)
         try:
-            Trainer(accelerator, run, dataset, model, console).run_all()
+            with run.locked() if main else nullcontext():
+                Trainer(accelerator, run, dataset, model, console).run_all()
         except KeyboardInterrupt:
             console.close()
             console.say(f"interrupted. {run.saved()} The same command goes on from there.")
@@ -118,7 +120,7 @@ class Trainer:
         sets, state = self.run.restore()
         for problem in self.run.problems():
             self.console.say(f"warning: {problem}")
-        self.model.load_state_dict(sets["model"])
+        checkpoint.load_weights(self.model, sets["model"], self.run.checkpoints)
         self.averages = {rule.label: WeightAverage(rule, self.model) for rule in self.settings.ema}
         for label, average in self.averages.items():
             average.load(sets[label])

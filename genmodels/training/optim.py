@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..registry import kind, register
+from ..registry import ConfigError, kind, register
 
 
 @kind
@@ -36,6 +36,11 @@ class Adam(Optimizer):
         self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
     ) -> None:
         _check_rate("adam", lr)
+        if not all(0 <= beta < 1 for beta in betas) or eps <= 0 or weight_decay < 0:
+            raise ConfigError(
+                "adam: 0 <= betas < 1, eps > 0 and weight_decay >= 0 are needed, found "
+                f"betas={list(betas)}, eps={eps}, weight_decay={weight_decay}."
+            )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ runs/<name>/
   eval/          results by protocol
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -183,6 +186,22 @@ class Run:
             return f"Nothing is saved yet in {self.path}."
         return f"Step {steps[-1]:,} is saved in {checkpoint.folder_of(self.checkpoints, steps[-1])}."
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second training of this run out while the block runs; the lock goes with the process.
+
+        Raises:
+            ConfigError: if another process is training it.
+        """
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path} is being trained by another process. Wait for it, or choose another name (name=…)."
+                ) from None
+            yield
+
     def has_checkpoint(self) -> bool:
         return bool(checkpoint.steps_in(self.checkpoints))
 
@@ -218,18 +237,19 @@ class Run:
         return chosen
 
     def load(self, weights: str | None = None, device: torch.device | str = "cpu") -> Model:
-        """The trained model in eval mode, at the newest sound checkpoint.
+        """The trained model in eval mode with frozen parameters, at the newest sound checkpoint.
 
         Args:
             weights: "model", "ema-0.999", …; None for the first average if there is one.
         """
         name = self.weights_name(weights)
-        tensors, header = checkpoint.read_tensors(self._newest()[0] / f"{name}.safetensors")
-        with torch.random.fork_rng():  # the fresh parameters are overwritten; the caller's random state is not theirs
+        path = self._newest()[0] / f"{name}.safetensors"
+        tensors, header = checkpoint.read_tensors(path)
+        with torch.random.fork_rng(devices=[]):  # fresh parameters, overwritten below, leave the caller's state alone
             model = self.config.model(json.loads(header["facts"]))
-        model.load_state_dict(tensors)
+        checkpoint.load_weights(model, tensors, path)
         set_autocast(model, torch.bfloat16 if self.config.train.precision == "bf16" else None)
-        return model.to(device).eval()
+        return model.to(device).eval().requires_grad_(False)
 
     # ---- what is said ----------------------------------------------------------------------------------------------
 

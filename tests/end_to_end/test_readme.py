@@ -12,6 +12,7 @@ from genmodels import commands, registry
 from genmodels.config import load
 from genmodels.model import Model
 from genmodels.schema import MEMBERS
+from genmodels.training.loop import train
 from genmodels.training.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,17 @@ def test_training_commands_resolve(monkeypatch):
     for words in found:
         files, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
         assert load(files, overrides).name
+
+
+def test_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["train.steps=1", "train.batch_size=8", "train.sample_every=0", "train.eval_every=0", "name=try"]
+    train(load([ROOT / "configs/digits/flow_matching.yaml"], tiny), quiet=True)
+    told: dict = {}
+    exec(next(b for b in blocks("python") if "run.load()" in b), told)
+    assert told["log_p"].shape == (8,)
+    assert not told["log_p"].requires_grad
+    assert told["x"].unique().frac().abs().max() == 0  # grey levels
 
 
 def test_example_model_trains_and_samples(tmp_path, monkeypatch, capsys):

@@ -543,3 +543,13 @@ def test_a_short_training_reaches_the_density_of_a_mixture():
     with torch.no_grad():
         gap = (MIXTURE.log_prob(x) - model.eval().log_prob(x, batch_size=2000)).mean()
     assert 0 < gap + 0.02 < 0.07  # nats: the relative entropy, which is positive but for the test items' noise
+
+
+def test_stderr_over_probes_shrinks_with_draws(monkeypatch):
+    """Each of two draws has three probes: the variance of the mean is (s₁² + s₂²)/3 / 2², s_d² that of the probes."""
+    model = oracle(GAUSSIAN)
+    values = iter(torch.tensor([[[1.0], [2.0], [6.0]], [[0.0], [4.0], [5.0]]], dtype=torch.float64))
+    monkeypatch.setattr(model, "_log_prob", lambda *_: next(values))
+    found = model.likelihood(torch.zeros(1, 2), divergence="hutchinson", probes=3, draws=2)
+    assert found.value.item() == pytest.approx(3.0)
+    assert found.stderr.item() == pytest.approx(((7.0 + 7.0) / 3) ** 0.5 / 2)
