@@ -49,6 +49,9 @@ def test_items_are_finite_and_have_the_stated_shape(name):
     for split in SPLITS:
         x = some(dataset, split).x
         assert x.shape[1:] == dataset.shape and x.dtype == torch.float32 and len(x) > 0 and x.isfinite().all()
+        if dataset.levels is not None:  # discrete data lie on their stated levels, and use them
+            level = x.double() / dataset.bin_width
+            assert torch.equal(level, level.round()) and level.min() == 0 and level.max() == dataset.levels - 1
 
 
 @pytest.mark.parametrize("name", NAMES)
