@@ -158,7 +158,8 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="file to write without its suffix (default: in the run's samples/)")
     given = parser.parse_intermixed_args(list(argv))
 
-    from .config import digest, dotlist
+    from .config import dotlist
+    from .hashing import digest
     from .registry import ConfigError
     from .sampling import default_seeds, draw, parse_seeds, request, write_arrays, write_picture
     from .training.run import Run

@@ -4,9 +4,7 @@ Files are merged in order (each after the files of its `base:`), then command-li
 against the registry and every default is filled in, so that the result says everything about a run.
 """
 
-import hashlib
 import importlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +17,7 @@ from yaml import YAMLError
 
 from . import registry
 from .data.dataset import Dataset, context
+from .hashing import canonical, digest
 from .model import Model
 from .registry import ConfigError
 from .schema import convert, near
@@ -183,16 +182,6 @@ def components_of(tree: dict) -> Iterator[tuple[type, type]]:
     for section in ANSWERS:
         if method := _method(tree, section):
             yield from registry.components(method, tree[section])
-
-
-def canonical(tree: Any) -> str:
-    """JSON with sorted keys, no spaces and shortest float form: equal trees give equal text."""
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def digest(tree: Any) -> str:
-    """12 hexadecimal digits of the SHA-256 of the canonical JSON."""
-    return hashlib.sha256(canonical(tree).encode()).hexdigest()[:12]
 
 
 def overlay(old: Any, new: Any, where: str = "") -> Any:

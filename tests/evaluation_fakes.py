@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from genmodels.config import digest, overlay
+from genmodels.config import overlay
+from genmodels.hashing import digest
 from genmodels.data.dataset import Dataset
 from genmodels.data.memory import InMemory
 from genmodels.evaluation.protocol import Protocol

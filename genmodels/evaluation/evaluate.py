@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..commands import guarded
-from ..config import ANSWERS, digest, dotlist
+from ..config import ANSWERS, dotlist
+from ..hashing import digest
 from ..metrics.cost import num_parameters
 from ..metrics.metric import Metric, Subject
 from ..model import Model

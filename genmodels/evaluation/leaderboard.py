@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..commands import guarded
-from ..config import digest
+from ..hashing import digest
 from ..registry import ConfigError
 from ..training.checkpoint import write_text
 from .protocol import FOLDER

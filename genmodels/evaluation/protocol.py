@@ -1,23 +1,19 @@
 """A protocol: which data, which questions, which metrics; frozen in a YAML file and named by a hash."""
 
 import difflib
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from .. import registry
-from ..config import canonical, digest, read
+from ..config import read
 from ..data.dataset import Dataset
+from ..hashing import digest
 from ..metrics.metric import Metric
 from ..registry import ConfigError
-from ..types import Batch
 
 FOLDER = Path(__file__).resolve().parents[2] / "evals" / "protocols"
-PROBED = 256  # items of each split that the fingerprint of a data set reads
 
 
 def _at_least(section: str, values: dict[str, int | None]) -> None:
@@ -173,7 +169,7 @@ class Protocol:
     @cached_property
     def data_fingerprint(self) -> str:
         """12 hexadecimal digits that change with the data set's contents or splits."""
-        return fingerprint(self.dataset)
+        return self.dataset.fingerprint()
 
     @cached_property
     def hash(self) -> str:
@@ -193,24 +189,3 @@ def registry_imports(tree: dict) -> None:
             importlib.import_module(module)
         except ImportError as error:
             raise ConfigError(f"imports: cannot import '{module}': {error}.") from error
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """12 hexadecimal digits of the sizes of the splits and of evenly spaced items of each.
-
-    Levels of discrete data enter exactly; of continuous data only mean and root mean square to four digits, because the
-    last bits of simulated data differ between machines.
-    """
-    facts: dict[str, Any] = {"shape": list(dataset.shape), "levels": dataset.levels, "bin_width": dataset.bin_width}
-    for split in ("train", "val", "test"):
-        size = dataset.size(split)
-        rows = torch.arange(0, size, max(1, size // PROBED))[:PROBED]
-        facts[split] = [size, _contents(dataset, dataset.take(split, rows)) if size else ""]
-    return digest(facts)
-
-
-def _contents(dataset: Dataset, batch: Batch) -> str:
-    x = batch.x.double()
-    if dataset.levels is not None and dataset.bin_width is not None:
-        return hashlib.sha256((x / dataset.bin_width).round().short().numpy().tobytes()).hexdigest()
-    return canonical([f"{value:.3e}" for value in (x.mean().item(), x.square().mean().sqrt().item())])

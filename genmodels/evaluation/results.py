@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import canonical
+from ..hashing import canonical
 from ..training.checkpoint import write_text
 from ..types import Estimate
 

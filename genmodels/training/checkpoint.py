@@ -5,7 +5,6 @@ A checkpoint is a folder `<step>` with one safetensors file per set of tensors (
 name and renamed when complete. No pickle is involved in either direction.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..hashing import sha256
 
 FORMAT = 1
 Tensors = dict[str, Tensor]
@@ -47,11 +48,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> None:
@@ -129,7 +125,7 @@ def save(
     try:
         for name, tensors in sets.items():
             write_tensors(temporary / f"{name}.safetensors", tensors, header)
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
         write_text(temporary / "state.json", json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
         final = folder_of(root, state["step"])
         if final.exists():  # a damaged folder of the same step: a sound one would have been resumed from
@@ -171,7 +167,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _check_file(path: Path, wanted: dict[str, Any]) -> None:
     try:
         size = path.stat().st_size if path.is_file() else None
-        sound = size == wanted["bytes"] and _sha256(path) == wanted["sha256"]
+        sound = size == wanted["bytes"] and sha256(path) == wanted["sha256"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if size is None:

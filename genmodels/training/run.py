@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from ..config import Config, canonical, diff, read
+from ..config import Config, diff, read
+from ..hashing import canonical
 from ..model import Model
 from ..networks.network import set_autocast
 from ..registry import ConfigError

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genmodels import registry
-from genmodels.config import Config, canonical, diff, digest, dotlist, load, overlay, read
+from genmodels.config import Config, diff, dotlist, load, overlay, read
+from genmodels.hashing import canonical, digest
 from genmodels.registry import ConfigError
 
 from .fakes import restored, tree, world

@@ -11,7 +11,7 @@ from genmodels.data.digits import Digits
 from genmodels.evaluation import evaluate as module
 from genmodels.evaluation.answers import Interview, conditions, mean_over_draws
 from genmodels.evaluation.evaluate import evaluate, mean_over_blocks, publish, result_path
-from genmodels.evaluation.protocol import FOLDER, Protocol, fingerprint
+from genmodels.evaluation.protocol import FOLDER, Protocol
 from genmodels.evaluation.results import check, read
 from genmodels.registry import ConfigError
 from genmodels.types import Estimate, Likelihood, NotApplicable
@@ -339,15 +339,15 @@ def test_hash_follows_the_data():
 
 
 def test_data_fingerprint_sees_contents_and_splits():
-    assert fingerprint(Levels()) == fingerprint(Levels())
+    assert Levels().fingerprint() == Levels().fingerprint()
     moved = Levels()
     moved.hold("test", moved.all("test")[torch.arange(200).flip(0)])
-    assert len({fingerprint(Levels()), fingerprint(moved), fingerprint(Levels((300, 20, 199)))}) == 3
+    assert len({Levels().fingerprint(), moved.fingerprint(), Levels((300, 20, 199)).fingerprint()}) == 3
     points, shaken = Points(), Points()
     shaken.hold("test", shaken.all("test").replace(x=shaken.all("test").x * (1 + 1e-7)))
-    assert fingerprint(points) == fingerprint(shaken)  # the last bits of simulated data differ between machines
+    assert points.fingerprint() == shaken.fingerprint()  # the last bits of simulated data differ between machines
     shaken.hold("test", shaken.all("test").replace(x=shaken.all("test").x * 1.1))
-    assert fingerprint(points) != fingerprint(shaken)
+    assert points.fingerprint() != shaken.fingerprint()
 
 
 # ---- command -----------------------------------------------------------------------------------------------------

@@ -150,8 +150,8 @@ def test_a_damaged_checkpoint_is_one_warning_and_the_older_one(fakes, tmp_path):
 
 def test_checksums_are_compared_once(fakes, tmp_path, monkeypatch):
     run = Run.open(fill(Run.create(fakes.config(), tmp_path)).path)
-    calls, original = [], checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: calls.append(path.name) or original(path))
+    calls, original = [], checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: calls.append(path.name) or original(path))
     run.load()
     run.load("model")
     assert run.step == 4 and sorted(calls) == ["ema-0.9.safetensors", "model.safetensors", "optimizer.safetensors"]
