@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from genmodels.config import overlay
-from genmodels.hashing import digest
 from genmodels.data.dataset import Dataset
 from genmodels.data.memory import InMemory
 from genmodels.evaluation.protocol import Protocol
+from genmodels.hashing import digest
 from genmodels.model import Model
 from genmodels.networks.network import Network
 from genmodels.registry import ConfigError
