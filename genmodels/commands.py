@@ -137,10 +137,11 @@ def train(argv: Sequence[str]) -> None:
 
         print(dry_run(config, root))
     else:
-        from .training import processes
+        from .training import interruption, processes
         from .training.loop import train as run
 
-        run(config, root=root, fresh=given.fresh)
+        with interruption.signals() as stop:
+            run(config, root=root, fresh=given.fresh, stop=stop)
         processes.leave()
 
 

@@ -38,8 +38,15 @@ class Train:
         precision: bf16 autocasts the network calls and nothing else.
         ema: averages of the weights to keep beside them.
         log_every, sample_every, eval_every, save_every: cadences in steps; 0 for never.
+        snapshot_every: steps between snapshots of the averages that are kept for good, from which any power-function
+            average is put together after training; 0 for none.
         eval_items: validation items per evaluation of the loss.
         keep: how many checkpoints to keep (at least 2, so that a damaged one has a predecessor).
+        max_hours: stop with a checkpoint after so many hours of one process; null for no limit.
+        workers: processes that load data ahead of the training step; 0 loads between steps.
+        compile: compile the networks (a loss that differentiates them twice cannot be).
+        gradient_checkpointing: keep less of the forward pass and compute it again in the backward one.
+        tensorboard: also write losses and samples to `<run>/tensorboard` (needs the extra `track`).
     """
 
     steps: int = 10_000
@@ -54,17 +61,29 @@ class Train:
     sample_every: int = 0
     eval_every: int = 0
     save_every: int = 1000
+    snapshot_every: int = 0
     eval_items: int = 512
     keep: int = 2
+    max_hours: float | None = None
+    workers: int = 0
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        cadences = [(name, 0) for name in ("log_every", "sample_every", "eval_every", "save_every")]
-        sizes = [("steps", 0), ("batch_size", 1), ("accumulate", 1), ("keep", 2), ("eval_items", 1)]
+        cadences = [(f"{what}_every", 0) for what in ("log", "sample", "eval", "save", "snapshot")]
+        sizes = [("steps", 0), ("batch_size", 1), ("accumulate", 1), ("keep", 2), ("eval_items", 1), ("workers", 0)]
         for name, least in cadences + sizes:
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name}: must be at least {least}, found {getattr(self, name)}.")
         if self.clip is not None and self.clip <= 0:
             raise ConfigError(f"train.clip: must be above 0, or null for none, found {self.clip}.")
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ConfigError(f"train.max_hours: must be above 0, or null for no limit, found {self.max_hours}.")
+        labels = [average.label for average in self.ema]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"train.ema: two averages are called '{twice}' and would share a file. Change one value.")
 
 
 @dataclass(frozen=True)
@@ -76,12 +95,18 @@ class Eval:
 
 @dataclass(frozen=True)
 class Sections:
-    """The top level of a configuration file."""
+    """The top level of a configuration file.
+
+    Args:
+        init_from: a run to start from instead of random weights, `runs/x` or `runs/x@<weights>`: what fits by name and
+            shape is loaded, the rest starts afresh.
+    """
 
     data: Dataset
     model: Model
     name: str = ""
     seed: int = 0
+    init_from: str | None = None
     imports: tuple[str, ...] = ()
     train: Train = field(default_factory=Train)
     sample: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +117,15 @@ class Sections:
 
 Answer = Literal["sample", "likelihood", "predict"]
 ANSWERS: tuple[str, ...] = get_args(Answer)  # sections that hold the keyword arguments of the model's method so named
+
+# How a run is watched, kept and executed, not what it computes (but for rounding): free to change when it goes on.
+FREE = frozenset(
+    f"train.{key}"
+    for key in (
+        "log_every sample_every eval_every save_every snapshot_every eval_items keep max_hours workers compile "
+        "gradient_checkpointing tensorboard"
+    ).split()
+) | {"eval.protocols"}
 
 _ABSENT = object()
 
@@ -119,6 +153,10 @@ class Config:
     @property
     def seed(self) -> int:
         return self.tree["seed"]
+
+    @property
+    def init_from(self) -> str | None:
+        return self.tree["init_from"]
 
     @cached_property
     def train(self) -> Train:
@@ -149,9 +187,17 @@ class Config:
         return registry.validate(method, node, section) if method else {}
 
     @cached_property
+    def core(self) -> dict[str, Any]:
+        """What decides the numbers of a run: everything but its name and what is free to change."""
+        tree = {key: value for key, value in self.tree.items() if key != "name"}
+        for section, _, key in (path.partition(".") for path in FREE):
+            tree[section] = {k: v for k, v in tree[section].items() if k != key}
+        return tree
+
+    @cached_property
     def hash(self) -> str:
-        """12 hexadecimal digits of everything but the run's name."""
-        return digest({key: value for key, value in self.tree.items() if key != "name"})
+        """12 hexadecimal digits of `core`."""
+        return digest(self.core)
 
     def replace(self, overrides: dict) -> "Config":
         return Config(overlay(self.tree, overrides))

@@ -17,7 +17,7 @@ from genmodels.data.dataset import Dataset
 from genmodels.data.memory import InMemory
 from genmodels.model import Model
 from genmodels.networks.network import Network
-from genmodels.registry import register
+from genmodels.registry import ConfigError, register
 from genmodels.rng import SeedNoise, generator
 from genmodels.training.checkpoint import read_tensors
 from genmodels.types import Batch, Loss, NotApplicable
@@ -96,6 +96,20 @@ class Regression(Model):
         return SeedNoise(seeds).normal(*self.shape) * num_steps + self.goal.detach()
 
 
+class Wide(Regression):
+    """A goal of another size, no bias, and something more: what only partly fits `Regression`."""
+
+    def __init__(self, *, shape: tuple[int, ...]) -> None:
+        super().__init__(shape=shape)
+        self.goal = nn.Parameter(torch.zeros(3))
+        self.extra = nn.Parameter(torch.zeros(1))
+        del self.network.bias
+
+    def loss(self, batch: Batch, *, generator: torch.Generator | None = None) -> Loss:
+        value = (batch.x @ self.network.weight).square().sum(1) + self.goal.square().sum() + self.extra
+        return Loss(value.square(), {})
+
+
 class Fitted(Model):
     """The mean of the data, fitted in `prepare`; no parameters."""
 
@@ -164,6 +178,7 @@ MEMBERS = [
     (Dataset, "t_line", Line),
     (Dataset, "t_squares", Squares),
     (Model, "t_regression", Regression),
+    (Model, "t_wide", Wide),
     (Model, "t_fitted", Fitted),
     (Model, "t_classy", Classy),
     (Model, "t_refuses", Refuses),
@@ -222,6 +237,17 @@ def stop_at(step: int, error: type[BaseException] = Stop) -> None:
             raise error
 
     Regression.fault = fault
+
+
+def fail_on_item(take: Callable[..., Batch], item: int) -> Callable[..., Batch]:
+    """`take`, but an error where it is asked for an item."""
+
+    def taken(split: str, indices: Tensor) -> Batch:
+        if split == "train" and (indices == item).any():
+            raise ConfigError(f"item {item} is broken")
+        return take(split, indices)
+
+    return taken
 
 
 def digests(run: Any) -> dict[str, str]:

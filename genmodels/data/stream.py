@@ -1,10 +1,13 @@
 """The training stream: which items a step sees is a function of the seed and the step, so nothing needs saving."""
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from ..registry import ConfigError
 from ..rng import generator
@@ -63,6 +66,23 @@ def share(rows: Tensor, rank: int, world: int, part: int = 0, parts: int = 1) ->
     return rows.reshape(parts, -1)[part, rank::world]
 
 
+class _Steps(TorchDataset):
+    """Step k as the micro-batches of one process. An error of the data is an item: in a worker process it would come
+    back buried in a traceback."""
+
+    def __init__(self, dataset: Dataset, seed: int, batch_size: int, rank: int, world: int, accumulate: int) -> None:
+        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+
+    def __getitem__(self, step: int) -> list[Batch] | Exception:
+        rows = indices(self.seed, step, self.batch_size, self.dataset.size("train"))
+        parts = [share(rows, self.rank, self.world, part, self.accumulate) for part in range(self.accumulate)]
+        try:
+            return [self.dataset.take("train", part) for part in parts]
+        except (ValueError, OSError) as error:
+            return error
+
+
 def stream(
     dataset: Dataset,
     seed: int,
@@ -72,18 +92,47 @@ def stream(
     rank: int = 0,
     world: int = 1,
     accumulate: int = 1,
+    workers: int = 0,
+    pin: bool = False,
 ) -> Iterator[tuple[int, list[Batch]]]:
     """The steps start … stop-1, each with the micro-batches of this process.
 
     Args:
         batch_size: items per step over all processes and micro-batches.
         accumulate: micro-batches per step.
+        workers: processes that take items ahead of the step, two steps each; the items are the same for any number.
+        pin: whether batches lie in pinned memory, from which a GPU copies without waiting.
     Raises:
         ConfigError: if a batch is larger than the training split or cannot be divided equally.
+        ValueError, OSError: what the data set raised.
     """
-    size = dataset.size("train")
-    check_batch(batch_size, world, accumulate, size)
-    for step in range(start, stop):
-        rows = indices(seed, step, batch_size, size)
-        parts = [share(rows, rank, world, part, accumulate) for part in range(accumulate)]
-        yield step, [dataset.take("train", part) for part in parts]
+    check_batch(batch_size, world, accumulate, dataset.size("train"))
+    loader = DataLoader(
+        _Steps(dataset, seed, batch_size, rank, world, accumulate),
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_leave_signals_to_parent,
+        generator=generator(seed, "loader"),  # the loader draws a number from it; the run's own state stays untouched
+    )
+    for step, batches in zip(range(start, stop), loader, strict=True):
+        if isinstance(batches, Exception):
+            raise batches
+        yield step, batches
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach the whole process group: training decides when its workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Passes:
+    """The training data in a fixed order, on a device; each iteration is a new pass."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, device: torch.device) -> None:
+        self.dataset, self.batch_size, self.device = dataset, batch_size, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch.to(self.device) for batch in self.dataset.batches("train", self.batch_size))

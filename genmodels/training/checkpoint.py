@@ -1,17 +1,19 @@
 """Checkpoints: safetensors and JSON, written whole or not at all, verified before they are read.
 
 A checkpoint is a folder `<step>` with one safetensors file per set of tensors (`model`, one per average of the weights,
-`optimizer`) and `state.json`: the step, the clock, and size and SHA-256 of every file. It is written under a temporary
-name and renamed when complete. No pickle is involved in either direction.
+`best`, `optimizer`) and `state.json`: the step, the clock, and size and SHA-256 of every file. It is written under a
+temporary name and renamed when complete. No pickle is involved in either direction.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,12 +22,31 @@ from torch import Tensor, nn
 
 from ..hashing import sha256
 
-FORMAT = 1
+FORMAT = 2
 Tensors = dict[str, Tensor]
+State = dict[str, Any]
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged or does not fit the model."""
+
+
+class NewerFormat(CheckpointError):
+    """A checkpoint that a later version of this package wrote: nothing may be written beside it."""
+
+
+class DiskFull(CheckpointError):
+    """A write failed for want of space; what was saved before is untouched."""
+
+
+def _from_1(state: State) -> State:
+    """Format 1 knew neither how many steps were planned on how many processes, nor the data, nor the best weights."""
+    return {**state, "steps": None, "world_size": None, "data": None, "best": None}
+
+
+# From each older format to the one after it; a checkpoint is brought up to date as it is read, never on disk.
+MIGRATIONS: dict[int, Callable[[State], State]] = {1: _from_1}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,8 +90,9 @@ def write_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> No
         memories.add(memory)
     try:
         save_file(kept, path, metadata={**header, "aliases": json.dumps(aliases)})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}. Free some space; earlier checkpoints are untouched.") from None
+    except SafetensorError as error:  # it wraps the error of the file system in a text
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
     _sync(path)
 
 
@@ -90,6 +112,32 @@ def load_weights(model: nn.Module, tensors: Tensors, path: Path) -> None:
         ) from None
 
 
+class Match(NamedTuple):
+    """What of some tensors fits a model, by name.
+
+    Args:
+        loaded: same name and shape.
+        missing: the model's own that the tensors lack.
+        reshaped: of another shape, as "name [there] -> [here]".
+        unused: not in the model.
+    """
+
+    loaded: list[str]
+    missing: list[str]
+    reshaped: list[str]
+    unused: list[str]
+
+
+def load_matching(model: nn.Module, tensors: Tensors) -> Match:
+    """Put those tensors into a model that fit it by name and shape; the others of the model stay as they are."""
+    own = model.state_dict()
+    common = [name for name in own if name in tensors]
+    fits = [name for name in common if own[name].shape == tensors[name].shape]
+    shapes = [f"{n} {list(tensors[n].shape)} -> {list(own[n].shape)}" for n in common if n not in set(fits)]
+    model.load_state_dict({**own, **{name: tensors[name] for name in fits}})
+    return Match(fits, [n for n in own if n not in tensors], shapes, [n for n in tensors if n not in own])
+
+
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[Tensors, dict[str, str]]:
     """The tensors of a safetensors file, aliases resolved, and its header."""
     with safe_open(path, framework="pt", device=str(device)) as file:
@@ -98,6 +146,12 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> tuple[Tensor
     for alias, name in json.loads(header.get("aliases", "{}")).items():
         tensors[alias] = tensors[name]
     return tensors, header
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -115,7 +169,8 @@ def save(
     """Write the checkpoint of `state["step"]`, point `latest` to it, and remove all but the newest `keep`.
 
     Raises:
-        OSError: if the disk is full; earlier checkpoints are untouched.
+        OSError: if it cannot be written (DISK_FULL lists the errors that mean want of space); earlier checkpoints are
+            untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".writing-*"):
@@ -141,11 +196,12 @@ def save(
     return final
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> State:
     """The `state.json` of a checkpoint, after every file was checked against it.
 
     Raises:
         CheckpointError: naming the first file that is missing, truncated or altered.
+        NewerFormat: if a later version of this package wrote it.
     """
     path = folder / "state.json"
     try:
@@ -153,8 +209,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {found}; this version reads format {FORMAT}.")
+    if isinstance(found, int) and found > FORMAT:
+        raise NewerFormat(
+            f"{path} has format {found}: a newer version of genmodels wrote it, and this one reads formats up to "
+            f"{FORMAT}. Upgrade genmodels; nothing was changed."
+        )
+    if found != FORMAT and found not in MIGRATIONS:
+        raise CheckpointError(f"{path} has checkpoint format {found}; this version reads formats 1 to {FORMAT}.")
+    for older in range(found, FORMAT):
+        state = MIGRATIONS[older](state)
     if not (isinstance(state.get("files"), dict) and {"step", "samples", "seconds"} <= state.keys()):
         raise CheckpointError(f"{path} is incomplete.")
     if state["step"] != int(folder.name) or "model.safetensors" not in state["files"]:
@@ -182,12 +245,15 @@ def newest(root: Path) -> tuple[Path, dict[str, Any], list[str]] | None:
     """The newest sound checkpoint, its state, and what was wrong with newer ones; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: if there are checkpoints and all are damaged, with the ways out.
+        CheckpointError: if there are checkpoints and all are damaged, with the ways out; NewerFormat if the newest that
+            is sound was written by a later version.
     """
     problems: list[str] = []
     for step in reversed(steps_in(root)):
         try:
             return folder_of(root, step), read_state(folder_of(root, step)), problems
+        except NewerFormat:
+            raise
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
@@ -212,8 +278,10 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     """Put the tensors of `optimizer_tensors` back."""
     parameters = dict(model.named_parameters())
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     for full, value in tensors.items():
         key, _, name = full.partition(".")
         parameter = parameters[name]
-        # Adam keeps its step count on the CPU; moments live beside their parameter.
-        optimizer.state[parameter][key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+        # Moments live beside their parameter; the step count of Adam does so only if its kernel is fused.
+        home = parameter.device if key != "step" or fused else torch.device("cpu")
+        optimizer.state[parameter][key] = value.to(home, copy=True)

@@ -25,6 +25,11 @@ class Optimizer(ABC):
         """The optimiser of some parameters."""
 
 
+def kernel(parameters: list[nn.Parameter]) -> dict[str, bool]:
+    """Torch's option for the fastest update: one kernel for all of it on a GPU, one for each operation elsewhere."""
+    return {"fused": True} if all(p.is_cuda for p in parameters) else {"foreach": True}
+
+
 @register(Optimizer, "adam")
 class Adam(Optimizer):
     """Adam; with weight_decay > 0 decoupled from the gradient (AdamW).
@@ -44,7 +49,8 @@ class Adam(Optimizer):
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, foreach=True)
+        parameters = list(parameters)
+        return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, **kernel(parameters))
 
 
 @register(Optimizer, "sgd")
@@ -58,9 +64,8 @@ class SGD(Optimizer):
         self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, foreach=True
-        )
+        parameters, more = list(parameters), {"weight_decay": self.weight_decay, "nesterov": self.nesterov}
+        return torch.optim.SGD(parameters, self.lr, self.momentum, **more, **kernel(parameters))
 
 
 @kind

@@ -5,17 +5,20 @@ runs/<name>/
   meta.json      hash, commit, versions, devices, parameters, times
   metrics.jsonl  one line per log: {"step", "samples", "seconds", "train/loss", "val/loss", …}
   log.txt        what the console said
-  checkpoints/   see `checkpoint`
+  checkpoints/   see `checkpoint`; the format of their state is that of the run
+  snapshots/     averages of the weights by step, see `posthoc`
   samples/       grids by step
   eval/          results by protocol
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -35,7 +38,7 @@ from ..model import Model
 from ..networks.network import set_autocast
 from ..registry import ConfigError
 from . import checkpoint
-from .checkpoint import CheckpointError, Tensors, write_text
+from .checkpoint import CheckpointError, DiskFull, Tensors, write_text
 
 
 class RunConflict(ConfigError):
@@ -66,10 +69,13 @@ class Run:
 
     @classmethod
     def check(cls, config: Config, root: str | Path = "runs", *, fresh: bool = False) -> "Run | None":
-        """The existing run that `create` would return, None if it would make one; changes nothing.
+        """The existing run that would go on under a configuration, None if there is none; changes nothing.
+
+        The configurations must agree but for their name, what is free to change (`config.FREE`), and the number of
+        steps, which may be any that the run has not passed.
 
         Raises:
-            RunConflict: if the existing run has another configuration.
+            RunConflict: if the existing run has another configuration, or is beyond its last step.
             ConfigError: if the name is no plain folder name, or if there is something else in its place.
         """
         if not config.name or Path(config.name).name != config.name or config.name.startswith("."):
@@ -89,34 +95,54 @@ class Run:
                 )
             return None
         old = cls.open(path)
-        if old.config.hash == config.hash:
-            return old
-        changes = "\n  ".join(diff(_unnamed(old.config.tree), _unnamed(config.tree)))
+        changes = diff(old.config.core, config.core)
+        steps = [change for change in changes if change.startswith("train.steps:")]
+        reached = max(checkpoint.steps_in(old.checkpoints), default=0)
+        if changes == steps and (not steps or config.train.steps >= reached):
+            return cls(path, config)
         free, aside = _next(path, "-", 2).name, _next(path, ".old-", 1)
+        listed, late = "\n  ".join(changes), f" The run is at step {reached:,} already." if changes == steps else ""
         raise RunConflict(
-            f"{path} exists with another configuration:\n  {changes}\n"
+            f"{path} exists with another configuration:\n  {listed}\n{late[1:]}{late and ' '}"
             f"Choose another name (name={free}), or start again with --fresh (the old run is kept as {aside}). "
             "Nothing was changed."
         )
 
     @classmethod
     def create(cls, config: Config, root: str | Path = "runs", *, fresh: bool = False) -> "Run":
-        """The run of a configuration: a new folder, or the existing one if its configuration is the same.
+        """The run of a configuration: a new folder, or the existing one that can go on under it (see `adopt`).
 
         Args:
             fresh: set an existing run aside as `<name>.old-<k>` and start again.
         Raises:
-            RunConflict, ConfigError: what `check` raises; nothing is touched then.
+            RunConflict, ConfigError: what `check` raises, or if the folder cannot be written, or if the run that would
+                be set aside is being trained; nothing is touched then.
         """
         existing = cls.check(config, root, fresh=fresh)
         if existing is not None:
             return existing
         path = Path(root) / config.name
-        if path.exists() and fresh:
-            path.rename(_next(path, ".old-", 1))
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.tree)))
-        return cls(path, config)
+        with _told(f"{path} cannot be made", "Choose another folder with --root, or make that one writable."):
+            if path.exists() and fresh:
+                with cls(path, config).locked():
+                    path.rename(_next(path, ".old-", 1))
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, config)
+            run._write_config()
+        return run
+
+    def adopt(self) -> list[str]:
+        """Put this object's configuration in the place of the one on disk; lines on what changed.
+
+        For the process that holds the lock.
+        """
+        changes = diff(_unnamed(read(self.path / "config.yaml")), _unnamed(self.config.tree))
+        if changes:
+            self._write_config()
+        return changes
+
+    def _write_config(self) -> None:
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.config.tree)))
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -187,20 +213,39 @@ class Run:
             return f"Nothing is saved yet in {self.path}."
         return f"Step {steps[-1]:,} is saved in {checkpoint.folder_of(self.checkpoints, steps[-1])}."
 
+    def disk_full(self, error: OSError) -> DiskFull:
+        """The error to tell when a write into this run failed for want of space: what is saved, what can be freed."""
+        free = shutil.disk_usage(self.path).free
+        root = self.path.resolve().parent
+        others = sorted(
+            ((_bytes(p), p.name) for p in root.iterdir() if p.is_dir() and p.name != self.name), reverse=True
+        )
+        listed = ", ".join(f"{name} ({_megabytes(size)})" for size, name in others[:3])
+        also = f" The largest beside this run in {root}: {listed}." if listed else ""
+        return DiskFull(
+            f"{self.path}: {error.strerror or error} (writing {error.filename or 'a file'}; "
+            f"{_megabytes(free)} free there, this run holds {_megabytes(_bytes(self.path))}). {self.saved()} "
+            f"Free some space, lower train.keep, or set old runs aside.{also} The same command goes on from there."
+        )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second training of this run out while the block runs; the lock goes with the process.
 
         Raises:
-            ConfigError: if another process is training it.
+            ConfigError: if another process is training it, or if the folder cannot be written.
         """
-        with (self.path / ".lock").open("a") as file:
+        with _told(f"{self.path} is read-only", "Make it writable, or train elsewhere (--root, name=…)."):
+            file = (self.path / ".lock").open("a")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
                     f"{self.path} is being trained by another process. Wait for it, or choose another name (name=…)."
                 ) from None
+            for leftover in self.path.glob(".*.????????"):  # of a process that was killed while it replaced a file
+                leftover.unlink(missing_ok=True)
             yield
 
     def has_checkpoint(self) -> bool:
@@ -222,30 +267,39 @@ class Run:
         return {p.stem: checkpoint.read_tensors(p)[0] for p in _tensor_files(folder, state)}, state
 
     def weights_names(self) -> list[str]:
-        """`model` and the averages that the newest checkpoint holds."""
+        """`model`, the averages, and `best` if there was validation: what the newest checkpoint holds."""
         return [p.stem for p in _tensor_files(*self._newest()) if p.stem != "optimizer"]
 
     def weights_name(self, weights: str | None = None) -> str:
         """The weights meant by a name; None means the first configured average, or the raw weights if there is none.
 
         Raises:
-            ConfigError: if the run has no weights of that name.
+            ConfigError: if the run has no weights of that name, and none from which they can be put together.
         """
         averages = [average.label for average in self.config.train.ema]
         chosen = weights or (averages[0] if averages else "model")
-        if chosen not in self.weights_names():
-            raise ConfigError(f"{self.path} has no weights '{chosen}'. It has: {', '.join(self.weights_names())}.")
-        return chosen
+        if chosen in self.weights_names():
+            return chosen
+        raise ConfigError(f"{self.path} has no weights '{chosen}'. It has: {', '.join(self.weights_names())}.")
+
+    def step_of(self, weights: str) -> int:
+        """The step after which weights of that name were taken."""
+        return self.state["best"]["step"] if weights == "best" else self.step
+
+    def tensors(self, weights: str | None = None) -> Tensors:
+        """The tensors of some weights, at the newest sound checkpoint; see `load`."""
+        name = self.weights_name(weights)
+        return checkpoint.read_tensors(self._newest()[0] / f"{name}.safetensors")[0]
 
     def load(self, weights: str | None = None, device: torch.device | str = "cpu") -> Model:
         """The trained model in eval mode with frozen parameters, at the newest sound checkpoint.
 
         Args:
-            weights: "model", "ema-0.999", …; None for the first average if there is one.
+            weights: "model", "ema-0.999", "best" (lowest validation loss), …; None for the first average if there is
+                one. "ema-<std>" of a power-function average that was not kept is put together from snapshots.
         """
-        name = self.weights_name(weights)
-        path = self._newest()[0] / f"{name}.safetensors"
-        tensors, header = checkpoint.read_tensors(path)
+        tensors, path = self.tensors(weights), self._newest()[0] / "model.safetensors"
+        header = checkpoint.read_header(path)
         with torch.random.fork_rng(devices=[]):  # fresh parameters, overwritten below, leave the caller's state alone
             model = self.config.model(json.loads(header["facts"]))
         checkpoint.load_weights(model, tensors, path)
@@ -308,6 +362,26 @@ def _tensor_files(folder: Path, state: dict[str, Any]) -> list[Path]:
 def _next(path: Path, separator: str, first: int) -> Path:
     """The first path `<path><separator><k>`, k = first, first + 1, …, that is free."""
     return next(p for k in count(first) if not (p := path.with_name(f"{path.name}{separator}{k}")).exists())
+
+
+def _bytes(folder: Path) -> int:
+    """What the files below a folder take."""
+    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MB"
+
+
+@contextmanager
+def _told(problem: str, mend: str) -> Iterator[None]:
+    """Raises ConfigError with the problem and its mend where the block was not allowed to write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise ConfigError(f"{problem}: {error.strerror}. {mend}") from None
 
 
 def _unnamed(tree: dict) -> dict:

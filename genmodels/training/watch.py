@@ -16,6 +16,7 @@ from ..types import Loss, NotApplicable, SupportsSample
 from .console import Console, count
 from .ema import WeightAverage, best
 from .run import Run
+from .state import size
 
 VALIDATION_BATCH = 128  # items that share one stream of noise; at most this many, whatever the number of processes
 
@@ -114,14 +115,14 @@ class Watch:
     def _log(self, done: int, seconds: float, **values: float) -> None:
         self.run.log(done, samples=done * self.settings.batch_size, seconds=round(seconds, 3), **values)
 
-    def validate(self, done: int, seconds: float) -> None:
-        """Loss and logs on fixed validation items with fixed noise, under the first average of the weights.
+    def validate(self, done: int, seconds: float) -> float | None:
+        """The loss on fixed validation items with fixed noise, under the first average of the weights; logs it.
 
-        The result does not depend on the number of processes.
+        The result does not depend on the number of processes; None without validation items.
         """
         items = min(self.settings.eval_items, self.dataset.size("val"))
         if items == 0:
-            return
+            return None
         size = min(VALIDATION_BATCH, max(1, self.settings.batch_size // self.settings.accumulate))
         parts = list(enumerate(torch.arange(items).split(size)))
         mine = parts[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -136,6 +137,7 @@ class Watch:
         self.console.at(done, f"val loss {values['loss']:.4f}")
         if self.main:
             self._log(done, seconds, **{f"val/{name}": value for name, value in values.items()})
+        return values["loss"]
 
     def _loss(self, k: int, rows: Tensor) -> Loss:
         device = self.model.device
@@ -167,11 +169,3 @@ class Watch:
         weights = next(iter(self.averages), "model")
         notes = request(seeds, condition, self.run.config.answer("sample"), weights, done)
         return write_picture(self.run.folder("samples") / f"{done:08d}", x, self.dataset, notes)
-
-
-def size(model: Model) -> dict[str, int]:
-    """Numbers of parameters."""
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }

@@ -81,7 +81,7 @@ def test_files_options_and_overrides_in_any_order(answer, here):
 
 def test_an_item_of_a_list_is_overridden_by_its_index(answer, here):
     assert answer(train, "lab/small.yaml", "train.steps=1", "train.ema[0].value=0.25")[0] == 0
-    assert Run.open("runs/lab-small").weights_names() == ["ema-0.25", "model"]
+    assert Run.open("runs/lab-small").weights_names() == ["best", "ema-0.25", "model"]
     status, _, err = answer(train, "lab/small.yaml", "train.ema[3].value=0.25")
     assert status == 2 and "train.ema[3]: there are only 1 items" in err
 
@@ -253,7 +253,7 @@ def test_points_are_scattered(answer):
         (("runs/c", "sample.contrasts=3"), "sample: Key 'contrasts' not in 'Classy.sample'. Did you mean: 'contrast'?"),
         (("runs/c", "train.steps=3"), "only overrides of sample.* apply here, found train.steps=3"),
         (("runs/c", "contrast"), "'contrast' is neither a configuration file nor an override key=value"),
-        (("runs/c", "--weights", "ema-1"), "has no weights 'ema-1'. It has: ema-0.9, model."),
+        (("runs/c", "--weights", "ema-1"), "has no weights 'ema-1'. It has: best, ema-0.9, model."),
         (("runs/c", "--device", "abacus"), "--device: "),
     ],
 )

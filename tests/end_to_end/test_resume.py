@@ -43,7 +43,7 @@ def test_interrupted_is_uninterrupted_bit_for_bit(fakes, tmp_path, at, optimizer
     resumed = train(config, root=tmp_path / "b", quiet=True)
     assert fakes.digests(resumed) == fakes.digests(straight)  # weights, averages and optimiser
     assert [c["step"] for c in resumed.meta.get("continued", [])] == ([saved] if saved else [])
-    assert set(fakes.digests(straight)) == {"model.safetensors", "ema-0.9.safetensors", "optimizer.safetensors"}
+    assert set(fakes.digests(straight)) == {f"{x}.safetensors" for x in ("model", "ema-0.9", "best", "optimizer")}
     assert fakes.said(resumed) == fakes.said(straight)
 
 

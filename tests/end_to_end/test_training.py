@@ -35,10 +35,10 @@ def fakes():
 def test_another_configuration_touches_nothing(fakes, tmp_path):
     train(fakes.config(), root=tmp_path, quiet=True)
     before = fakes.contents(tmp_path)
-    with pytest.raises(RunConflict, match=r"(?s)train\.steps: 10 -> 12.*name=r-2.*--fresh"):
-        train(fakes.config(train={"steps": 12}), root=tmp_path, quiet=True)
+    with pytest.raises(RunConflict, match=r"(?s)train\.clip: 1\.0 -> 2\.0.*name=r-2.*--fresh"):
+        train(fakes.config(train={"steps": 12, "clip": 2}), root=tmp_path, quiet=True)
     assert fakes.contents(tmp_path) == before
-    fresh = train(fakes.config(train={"steps": 12}), root=tmp_path, quiet=True, fresh=True)
+    fresh = train(fakes.config(train={"steps": 12, "clip": 2}), root=tmp_path, quiet=True, fresh=True)
     assert fresh.step == 12 and Run.open(tmp_path / "r.old-1").step == 10
 
 

@@ -103,11 +103,6 @@ def damage_other_step(folder):
     shutil.copytree(folder.with_name("00000004"), folder)
 
 
-def damage_future(folder):
-    path = folder / "state.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-
-
 DAMAGES = {
     damage_truncated: r"model\.safetensors has \d+ bytes, \d+ were written",
     damage_flipped: r"model\.safetensors was altered after it was written",
@@ -119,7 +114,6 @@ DAMAGES = {
     damage_empty_state: r"state\.json is incomplete",
     damage_list_state: r"state\.json has checkpoint format None",
     damage_other_step: r"00000008.state\.json describes step 4",
-    damage_future: r"has checkpoint format 2; this version reads format 1",
 }
 
 
