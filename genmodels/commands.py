@@ -29,6 +29,7 @@ def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
     def run(argv: Sequence[str] | None = None) -> int:
         from .registry import ConfigError
         from .solvers.base import SolverError
+        from .training import processes
         from .training.checkpoint import CheckpointError
         from .training.guard import TrainingFailed
         from .types import NotApplicable
@@ -44,17 +45,32 @@ def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
             return 130
         except BrokenPipeError:  # the reader of a pipe has seen enough; nothing may be written to it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except (*deliberate, ValueError, OSError) as error:
-            if os.environ.get("GENMODELS_DEBUG"):
+        except Exception as error:
+            words = _account(error, deliberate)
+            if words is None or os.environ.get("GENMODELS_DEBUG"):
                 raise
-            where = f"\n({type(error).__name__}; set GENMODELS_DEBUG=1 to see where it was raised.)"
-            hint = "" if isinstance(error, deliberate) else where
-            print(f"{_process()}error: {error}{hint}", file=sys.stderr)
+            print(words, end="", file=sys.stderr, flush=True)
+            if processes.ended_together(error):
+                processes.leave()
             return 2
+        processes.leave()
         return 0
 
     return run
+
+
+def _account(error: Exception, deliberate: tuple[type[Exception], ...]) -> str | None:
+    """What to say of an error: nothing if another process does, None if it is a bug whose traceback is wanted."""
+    from .training import processes
+
+    if processes.told_elsewhere(error):
+        return ""
+    if processes.left_alone(error):
+        return f"{_process()}error: another process has ended; it, or the launcher, says why.\n"
+    if not isinstance(error, (*deliberate, ValueError, OSError)):
+        return None
+    where = f"\n({type(error).__name__}; set GENMODELS_DEBUG=1 to see where it was raised.)"
+    return f"{_process()}error: {error}{'' if isinstance(error, deliberate) else where}\n"
 
 
 def _process() -> str:
@@ -137,11 +153,9 @@ def train(argv: Sequence[str]) -> None:
 
         print(dry_run(config, root))
     else:
-        from .training import processes
         from .training.loop import train as run
 
         run(config, root=root, fresh=given.fresh)
-        processes.leave()
 
 
 @guarded
