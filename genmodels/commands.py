@@ -29,6 +29,7 @@ def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
     def run(argv: Sequence[str] | None = None) -> int:
         from .registry import ConfigError
         from .solvers.base import SolverError
+        from .training import processes
         from .training.checkpoint import CheckpointError
         from .training.guard import TrainingFailed
         from .types import NotApplicable
@@ -44,17 +45,32 @@ def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
             return 130
         except BrokenPipeError:  # the reader of a pipe has seen enough; nothing may be written to it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except (*deliberate, ValueError, OSError) as error:
-            if os.environ.get("GENMODELS_DEBUG"):
+        except Exception as error:
+            words = _account(error, deliberate)
+            if words is None or os.environ.get("GENMODELS_DEBUG"):
                 raise
-            where = f"\n({type(error).__name__}; set GENMODELS_DEBUG=1 to see where it was raised.)"
-            hint = "" if isinstance(error, deliberate) else where
-            print(f"{_process()}error: {error}{hint}", file=sys.stderr)
+            print(words, end="", file=sys.stderr, flush=True)
+            if processes.ended_together(error):
+                processes.leave()
             return 2
+        processes.leave()
         return 0
 
     return run
+
+
+def _account(error: Exception, deliberate: tuple[type[Exception], ...]) -> str | None:
+    """What to say of an error: nothing if another process does, None if it is a bug whose traceback is wanted."""
+    from .training import processes
+
+    if processes.told_elsewhere(error):
+        return ""
+    if processes.left_alone(error):
+        return f"{_process()}error: another process has ended; it, or the launcher, says why.\n"
+    if not isinstance(error, (*deliberate, ValueError, OSError)):
+        return None
+    where = f"\n({type(error).__name__}; set GENMODELS_DEBUG=1 to see where it was raised.)"
+    return f"{_process()}error: {error}{'' if isinstance(error, deliberate) else where}\n"
 
 
 def _process() -> str:
@@ -63,7 +79,9 @@ def _process() -> str:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
-    """Our own warnings as one line; those of other packages with their place."""
+    """Our own warnings as one line; those of other packages with their place; from the first of several processes."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     ours = Path(filename).is_relative_to(Path(__file__).parent) or category.__module__.startswith("genmodels")
     place = "" if ours else f" ({category.__name__}, {filename}:{lineno})"
     print(f"warning: {message}{place}", file=sys.stderr)
@@ -137,12 +155,11 @@ def train(argv: Sequence[str]) -> None:
 
         print(dry_run(config, root))
     else:
-        from .training import interruption, processes
+        from .training.interruption import signals
         from .training.loop import train as run
 
-        with interruption.signals() as stop:
+        with signals() as stop:
             run(config, root=root, fresh=given.fresh, stop=stop)
-        processes.leave()
 
 
 @guarded
@@ -157,12 +174,21 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--npz", action="store_true", help="also write the samples as arrays")
     parser.add_argument("--out", type=Path, help="file to write without its suffix (default: in the run's samples/)")
+    parser.add_argument("--batch-size", type=int, help="seeds per call of the model (default: a quarter, 8 to 256)")
     given = parser.parse_intermixed_args(list(argv))
 
+    from .training import processes
+
+    device = processes.place(given.device)
+    with processes.together():
+        _sample(given, device)
+
+
+def _sample(given: argparse.Namespace, device: Any) -> None:
+    """All processes draw, the first one writes and speaks."""
     from .config import dotlist
-    from .hashing import digest
     from .registry import ConfigError
-    from .sampling import default_seeds, draw, parse_seeds, request, write_arrays, write_picture
+    from .sampling import conditions, default_seeds, draw_in_batches, parse_seeds, request, write_arrays, write_picture
     from .training.run import Run
 
     overrides = dotlist(given.overrides)
@@ -171,19 +197,17 @@ def sample(argv: Sequence[str]) -> None:
     seeds = None if given.seeds is None else parse_seeds(given.seeds)
     run = Run.open(given.run)
     options = run.config.options("sample", overrides.get("sample"))
-    model, dataset = run.load(given.weights, _device(given.device)), run.config.dataset()
+    model, dataset = run.load(given.weights, device), run.config.dataset()
     seeds = default_seeds(model, dataset) if seeds is None else seeds
     began = time.monotonic()
-    x, condition = draw(model, dataset, seeds, options, given.condition)
+    x = draw_in_batches(model, dataset, seeds, options, given.condition, given.batch_size)
+    if x is None:
+        return
     seconds = time.monotonic() - began
-    answer, weights = run.config.answer("sample", overrides.get("sample")), run.weights_name(given.weights)
-    notes = request(seeds, condition, answer, weights, run.step)
-    which = (given.seeds or f"0-{len(seeds) - 1}").replace(",", "_").replace(" ", "")
-    label = f"{run.step:08d}-{weights}-seeds{which if len(which) < 60 else f'-{digest(seeds)}'}"
-    label += f"-class{given.condition}" if given.condition is not None else ""
-    label += f"-{digest(answer)}" if overrides else ""
-    stem = given.out or run.folder("samples") / label
-    stem = stem.with_suffix("") if stem.suffix in (".png", ".npz") else stem
+    condition = conditions(model, dataset, seeds, given.condition)
+    answer = run.config.answer("sample", overrides.get("sample"))
+    notes = request(seeds, condition, answer, run.weights_name(given.weights), run.step)
+    stem = _stem(given, run, seeds, answer if overrides else None)
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = write_picture(stem, x, dataset, notes)
     print(f"{written}  ({len(seeds)} samples in {seconds:.1f} s)")
@@ -191,19 +215,17 @@ def sample(argv: Sequence[str]) -> None:
         print(write_arrays(stem.with_name(stem.name + ".npz"), x, notes))
 
 
-def _device(name: str | None) -> Any:
-    """The device of a name, cuda if there is one for None."""
-    import torch
+def _stem(given: argparse.Namespace, run: Any, seeds: list[int], answer: dict[str, Any] | None) -> Path:
+    """Where samples are written, without a suffix: as asked for, or named by step, weights, seeds, class, options."""
+    from .hashing import digest
 
-    from .registry import ConfigError
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"--device: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device: {name} was asked for, and torch finds no CUDA device here.")
-    return device
+    which = (given.seeds or f"0-{len(seeds) - 1}").replace(",", "_").replace(" ", "")
+    label = f"{run.step:08d}-{run.weights_name(given.weights)}"
+    label += f"-seeds{which if len(which) < 60 else f'-{digest(seeds)}'}"
+    label += f"-class{given.condition}" if given.condition is not None else ""
+    label += f"-{digest(answer)}" if answer is not None else ""
+    stem = given.out or run.folder("samples") / label
+    return stem.with_suffix("") if stem.suffix in (".png", ".npz") else stem
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

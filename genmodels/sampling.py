@@ -1,4 +1,8 @@
-"""Samples as files: a PNG that a person can read, an .npz that a program can."""
+"""Samples as files: a PNG that a person can read, an .npz that a program can.
+
+Seeds are cut into batches whose size depends on their number alone, and batches are shared by processes: what is drawn
+has the same bits however many there are.
+"""
 
 import json
 import math
@@ -15,6 +19,7 @@ from .data.dataset import Dataset
 from .model import Model
 from .registry import ConfigError
 from .rng import as_seeds
+from .training import processes
 from .types import Condition, SupportsSample
 
 COLUMNS = 8
@@ -71,7 +76,7 @@ def conditions(model: Model, dataset: Dataset, seeds: list[int], chosen: int | N
 def draw(
     model: Model, dataset: Dataset, seeds: list[int], options: Mapping[str, Any], chosen: int | None = None
 ) -> tuple[Tensor, Condition | None]:
-    """Samples of the seeds, [n, *shape] in data units on the CPU, and what they were drawn given.
+    """Samples of the seeds in one batch, [n, *shape] in data units on the CPU, and what they were drawn given.
 
     Raises:
         ConfigError: if the model cannot sample, or if the chosen class is out of range.
@@ -81,6 +86,34 @@ def draw(
     condition = conditions(model, dataset, seeds, chosen)
     x = model.sample(seeds, condition=to_device(condition, model.device), **options)
     return x.detach().cpu(), condition
+
+
+def default_batch_size(n: int) -> int:
+    """A quarter of n seeds, so that four processes have work; at least 8 for speed, at most 256 for memory."""
+    return min(256, max(8, math.ceil(n / 4)))
+
+
+def draw_in_batches(
+    model: Model,
+    dataset: Dataset,
+    seeds: list[int],
+    options: Mapping[str, Any],
+    chosen: int | None = None,
+    batch_size: int | None = None,
+) -> Tensor | None:
+    """Samples of the seeds, [n, *shape] in data units on the CPU, on process 0; None on those that only help.
+
+    Args:
+        batch_size: seeds per call of the model, None for `default_batch_size`; it decides the last bits of a sample.
+    Raises:
+        ConfigError: if a batch is empty, and what `draw` raises.
+    """
+    size = default_batch_size(len(seeds)) if batch_size is None else batch_size
+    if size < 1:
+        raise ConfigError(f"--batch-size: at least 1 is needed, found {size}.")
+    batches = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+    drawn = list(processes.in_order(batches, lambda part: draw(model, dataset, part, options, chosen)[0]))
+    return torch.cat(drawn) if processes.main() else None
 
 
 def request(

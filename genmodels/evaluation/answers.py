@@ -1,7 +1,7 @@
 """The three questions that a model is asked, once per protocol: draw samples, score items, predict.
 
-Items are visited in batches of fixed seeds, so several processes can each take every world-th batch; what metrics
-gather from them only adds up.
+Items are visited in batches of fixed seeds. Of several processes each answers every world-th batch, and the first one
+sees all answers in order: what metrics make of them does not depend on how many processes there are.
 """
 
 import time
@@ -18,6 +18,7 @@ from ..metrics.cost import count_evaluations
 from ..model import Model
 from ..rng import generator
 from ..sampling import to_device
+from ..training import processes
 from ..types import (
     Batch,
     Condition,
@@ -37,7 +38,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Bill:
-    """What a question has cost so far: items, seconds, and evaluations summed over items."""
+    """What a question has cost so far: items, seconds, and evaluations summed over items.
+
+    Seconds are summed over processes: machine time, not waiting time.
+    """
 
     items: int = 0
     seconds: float = 0.0
@@ -66,20 +70,21 @@ class Interview:
         return self.protocol.dataset
 
     def ask(self, question: str, block: int = 0) -> Iterator[Answer]:
-        """The answers to a question, batch by batch.
+        """The answers to a question, batch by batch, on process 0; other processes share the work and see none.
 
         Raises:
             NotApplicable: if the model cannot answer in its configuration.
             ValueError: if an answer has the wrong shape.
         """
-        answers = {"sample": self._samples, "likelihood": self._likelihoods, "predict": self._predictions}
+        answer = {"sample": self._sample, "likelihood": self._score, "predict": self._predict}[question]
         bill = self.bills.setdefault(question, Bill())
-        total = self._count(question)
-        for done, (samples, batch) in answers[question](block):
+        total, done = self._count(question), 0
+        for samples, batch in processes.in_order(self._batches(question, block), answer):
             bill.items += len(samples.seeds)
             bill.seconds += samples.seconds
             bill.evaluations += samples.nfe * len(samples.seeds)
             yield samples, batch
+            done += len(samples.seeds)
             if self.progress is not None:
                 self.progress(question, done, total)
 
@@ -90,54 +95,47 @@ class Interview:
         size = self.dataset.size(asked.split)
         return min(size, asked.num_items or size)
 
-    def _rows(self, question: str) -> Iterator[Tensor]:
-        """The indices of the items of a split, in batches."""
-        rows = torch.arange(self._count(question))
-        if len(rows) == 0:
-            raise NotApplicable(f"the split '{getattr(self.protocol, question).split}' of the protocol's data is empty")
-        yield from rows.split(getattr(self.protocol, question).batch_size)
+    def _batches(self, question: str, block: int) -> list[Tensor]:
+        """The seeds of a block, or the indices of the items of a split, in batches."""
+        asked, count = getattr(self.protocol, question), self._count(question)
+        if count == 0:
+            raise NotApplicable(f"the split '{asked.split}' of the protocol's data is empty")
+        rows = torch.arange(count) + (block * count if question == "sample" else 0)
+        return [part.clone() for part in rows.split(asked.batch_size)]
 
-    def _samples(self, block: int) -> Iterator[tuple[int, Answer]]:
-        asked, done = self.protocol.sample, 0
-        for seeds in (block * asked.num_items + torch.arange(asked.num_items)).split(asked.batch_size):
-            condition = conditions(self.model, self.dataset, seeds, asked.labels)
-            with self._measured(len(seeds)) as cost, torch.no_grad():
-                given = to_device(condition, self.model.device)
-                x = self.model.sample(seeds, condition=given, **self.options["sample"]).detach()
-            if tuple(x.shape) != (len(seeds), *self.dataset.shape):
-                raise ValueError(
-                    f"sample: the model answered {len(seeds)} seeds with shape {list(x.shape)}; "
-                    f"[{len(seeds)}, {', '.join(map(str, self.dataset.shape))}] is needed."
-                )
-            done += len(seeds)
-            yield done, (Samples(seeds, x=x.cpu(), condition=condition, **cost), None)
+    def _sample(self, seeds: Tensor) -> Answer:
+        condition = conditions(self.model, self.dataset, seeds, self.protocol.sample.labels)
+        with self._measured(len(seeds)) as cost, torch.no_grad():
+            given = to_device(condition, self.model.device)
+            x = self.model.sample(seeds, condition=given, **self.options["sample"]).detach()
+        if tuple(x.shape) != (len(seeds), *self.dataset.shape):
+            raise ValueError(
+                f"sample: the model answered {len(seeds)} seeds with shape {list(x.shape)}; "
+                f"[{len(seeds)}, {', '.join(map(str, self.dataset.shape))}] is needed."
+            )
+        return Samples(seeds, x=x.cpu(), condition=condition, **cost), None
 
-    def _likelihoods(self, block: int) -> Iterator[tuple[int, Answer]]:
-        asked, done = self.protocol.likelihood, 0
+    def _score(self, rows: Tensor) -> Answer:
+        asked = self.protocol.likelihood
         size = self.dataset.size(asked.split)
-        for rows in self._rows("likelihood"):
-            batch = self.dataset.take(asked.split, rows)
-            moved = batch.to(self.model.device)
-            condition = moved.condition if self.model.conditional else None
-            draws = []
-            with self._measured(len(rows)) as cost, torch.no_grad():
-                for k in range(asked.draws):  # draw k of item i has the seed i + k·size
-                    seeds, options = rows + k * size, self.options["likelihood"]
-                    draws.append(self.model.likelihood(moved.x, condition=condition, seeds=seeds, **options))
-            for draw in draws:
-                _check_length("likelihood", draw.value, len(rows))
-            done += len(rows)
-            yield done, (Samples(rows, condition=batch.condition, likelihood=mean_over_draws(draws), **cost), batch)
+        batch = self.dataset.take(asked.split, rows)
+        moved = batch.to(self.model.device)
+        condition = moved.condition if self.model.conditional else None
+        draws = []
+        with self._measured(len(rows)) as cost, torch.no_grad():
+            for k in range(asked.draws):  # draw k of item i has the seed i + k·size
+                seeds, options = rows + k * size, self.options["likelihood"]
+                draws.append(self.model.likelihood(moved.x, condition=condition, seeds=seeds, **options))
+        for draw in draws:
+            _check_length("likelihood", draw.value, len(rows))
+        return Samples(rows, condition=batch.condition, likelihood=mean_over_draws(draws), **cost), batch
 
-    def _predictions(self, block: int) -> Iterator[tuple[int, Answer]]:
-        asked, done = self.protocol.predict, 0
-        for rows in self._rows("predict"):
-            batch = self.dataset.take(asked.split, rows)
-            with self._measured(len(rows)) as cost, torch.no_grad():
-                prediction = self.model.predict(batch.to(self.model.device), seeds=rows, **self.options["predict"])
-            _check_length("predict", prediction, len(rows))
-            done += len(rows)
-            yield done, (Samples(rows, prediction=prediction.detach().cpu(), **cost), batch)
+    def _predict(self, rows: Tensor) -> Answer:
+        batch = self.dataset.take(self.protocol.predict.split, rows)
+        with self._measured(len(rows)) as cost, torch.no_grad():
+            prediction = self.model.predict(batch.to(self.model.device), seeds=rows, **self.options["predict"])
+        _check_length("predict", prediction, len(rows))
+        return Samples(rows, prediction=prediction.detach().cpu(), **cost), batch
 
     @contextmanager
     def _measured(self, items: int) -> Iterator[dict[str, float]]:

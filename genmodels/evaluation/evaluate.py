@@ -1,4 +1,7 @@
-"""Score a run under a protocol: `python -m evals.evaluate runs/try [--protocol digits] [sample.num_steps=10]`."""
+"""Score a run under a protocol: `python -m evals.evaluate runs/try [--protocol digits] [sample.num_steps=10]`.
+
+Several processes share the batches of every question; metrics live on the first, which alone writes and speaks.
+"""
 
 import argparse
 import dataclasses
@@ -20,6 +23,7 @@ from ..metrics.cost import num_parameters
 from ..metrics.metric import Metric, Subject
 from ..model import Model
 from ..registry import ConfigError
+from ..training import processes
 from ..training.run import Run, provenance
 from ..types import Estimate, NotApplicable
 from .answers import QUESTIONS, Bill, Interview, Progress
@@ -55,35 +59,40 @@ def evaluate(
     """
     began = time.perf_counter()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = run.load(weights, device)
-    if tuple(model.shape) != tuple(protocol.dataset.shape):
-        raise ConfigError(
-            f"protocol '{protocol.name}': its items have shape {list(protocol.dataset.shape)}, but {run.path} "
-            f"was trained on {list(model.shape)}. Choose a protocol for {run.config.tree['data']['name']}."
-        )
-    answers = _answers(run, model, overrides or {})
-    options = {question: run.config.options(question, (overrides or {}).get(question)) for question in answers}
-    interview = Interview(model, protocol, options, progress)
-    metrics = protocol.metrics()
-    estimates, ids, refused = measure(interview, metrics, device)
-    result = {
-        "schema": SCHEMA,
-        "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "run": run.name,
-        "model": _facts(run, model, weights),
-        "protocol": _identity(protocol),
-        "answers": {question: answers[question] for question in interview.bills},
-        "overridden": any(answers[q] != run.config.answer(q) for q in answers),
-        "metrics": [_row(entry, metrics[entry], name, found) for (entry, name), found in estimates.items()],
-        "not_applicable": refused,
-        "cost": {question: _cost(protocol, question, bill) for question, bill in interview.bills.items()},
-        **_circumstances(run, device),
-        "seconds": round(time.perf_counter() - began, 3),
-        "provenance": "measured",
-    }
-    result["id"] = identify(result)
-    write(result_path(run.path, result), result, _per_item(estimates, ids))
-    return result
+    with processes.together():
+        model = run.load(weights, device)
+        if tuple(model.shape) != tuple(protocol.dataset.shape):
+            raise ConfigError(
+                f"protocol '{protocol.name}': its items have shape {list(protocol.dataset.shape)}, but {run.path} "
+                f"was trained on {list(model.shape)}. Choose a protocol for {run.config.tree['data']['name']}."
+            )
+        answers = _answers(run, model, overrides or {})
+        options = {question: run.config.options(question, (overrides or {}).get(question)) for question in answers}
+        interview = Interview(model, protocol, options, progress)
+        metrics = protocol.metrics()
+        estimates, ids, refused = measure(interview, metrics, device)
+
+    def written() -> Result:
+        result = {
+            "schema": SCHEMA,
+            "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "run": run.name,
+            "model": _facts(run, model, weights),
+            "protocol": _identity(protocol),
+            "answers": {question: answers[question] for question in interview.bills},
+            "overridden": any(answers[q] != run.config.answer(q) for q in answers),
+            "metrics": [_row(entry, metrics[entry], name, found) for (entry, name), found in estimates.items()],
+            "not_applicable": refused,
+            "cost": {question: _cost(protocol, question, bill) for question, bill in interview.bills.items()},
+            **_circumstances(run, device),
+            "seconds": round(time.perf_counter() - began, 3),
+            "provenance": "measured",
+        }
+        result["id"] = identify(result)
+        write(result_path(run.path, result), result, _per_item(estimates, ids))
+        return result
+
+    return processes.by_main(written)
 
 
 def _answers(run: Run, model: Model, overrides: dict[str, Any]) -> dict[str, dict]:
@@ -107,25 +116,26 @@ def measure(
     """Every estimate by (position of its metric, name), the item numbers behind them, and why metrics were left out.
 
     Each question is asked once, for all metrics that want it; a metric that takes any of several capabilities gets the
-    first that the model can answer.
+    first that the model can answer. Estimates and numbers are found on process 0 alone.
 
     Raises:
         ConfigError: if two metrics give estimates of one name.
     """
-    refused: dict[str, str] = {}
-    waiting = _begin(interview, metrics, device, refused)
+    waiting, refused = processes.by_main(lambda: _begin(interview, metrics, device))
     estimates: Estimates = {}
     ids: dict[int, Tensor] = {}
     while waiting:
         question = next(iter(waiting.values()))[0]
         asked = {entry: metrics[entry] for entry, wanted in waiting.items() if wanted[0] == question}
         try:
-            found, numbers = _ask(interview, question, asked)
+            with processes.together():
+                found, numbers = _ask(interview, question, asked)
         except NotApplicable as reason:
             interview.bills.pop(question, None)
             for entry, metric in asked.items():
                 waiting[entry].remove(question)
-                metric.restart()
+                if processes.main():
+                    metric.restart()
                 if not waiting[entry]:
                     refused[metric.registered_name] = str(reason)
                     waiting.pop(entry)
@@ -137,10 +147,10 @@ def measure(
 
 
 def _begin(
-    interview: Interview, metrics: Sequence[Metric], device: torch.device, refused: dict[str, str]
-) -> dict[int, list[str]]:
-    """Start every metric that applies; the questions that may feed it, in its order of preference."""
-    protocol, waiting = interview.protocol, {}
+    interview: Interview, metrics: Sequence[Metric], device: torch.device
+) -> tuple[dict[int, list[str]], dict[str, str]]:
+    """Start every metric that applies; the questions that may feed it, in its order of preference; why others don't."""
+    protocol, waiting, refused = interview.protocol, {}, {}
     size = max(asked.batch_size for asked in (protocol.sample, protocol.likelihood, protocol.predict))
     subject = Subject(interview.model, interview.dataset, device, size)
     name_of = {capability: question for question, capability in QUESTIONS.items()}
@@ -154,21 +164,24 @@ def _begin(
             refused[metric.registered_name] = str(reason)
         else:
             waiting[entry] = able
-    return waiting
+    return waiting, refused
 
 
 def _ask(interview: Interview, question: str, metrics: dict[int, Metric]) -> tuple[Estimates, Tensor]:
-    """Hand the answers to a question to all metrics, block by block."""
+    """Hand the answers to a question to all metrics, block by block; nothing on processes that see no answers."""
     blocks: list[Estimates] = []
     numbers: list[Tensor] = []
     for block in range(interview.protocol.sample.blocks if question == "sample" else 1):
-        for metric in metrics.values() if block else ():
+        for metric in metrics.values() if block and processes.main() else ():
             metric.restart()
         for samples, batch in interview.ask(question, block):
             numbers.append(samples.seeds)
             for metric in metrics.values():
                 metric.update(samples, batch)
-        blocks.append({(e, name): got for e, m in metrics.items() for name, got in m.compute().items()})
+        if processes.main():
+            blocks.append({(e, name): got for e, m in metrics.items() for name, got in m.compute().items()})
+    if not blocks:
+        return {}, torch.empty(0, dtype=torch.int64)
     return {key: mean_over_blocks([block[key] for block in blocks]) for key in blocks[0]}, torch.cat(numbers)
 
 
@@ -227,9 +240,10 @@ def _circumstances(run: Run, device: torch.device) -> dict[str, Any]:
     """Where and from what the model was trained and evaluated."""
     trained, here = run.meta, provenance()
     kept = ("commit", "dirty", "versions", "hardware", "threads")
+    environment = {key: here[key] for key in kept} | {"device": str(device), "world_size": processes.world()}
     return {
         "training": {key: trained.get(key) for key in ("commit", "dirty", "hardware", "seconds", "world_size")},
-        "environment": {**{key: here[key] for key in kept}, "device": str(device)},
+        "environment": environment,
     }
 
 
@@ -290,6 +304,12 @@ def main(argv: Sequence[str]) -> None:
         "--publish", action="store_true", help=f"also copy the results to {PUBLISHED.parent.name}/results"
     )
     given = parser.parse_intermixed_args(list(argv))
+    device = processes.place(given.device)
+    with processes.together():
+        _evaluate_all(given, device)
+
+
+def _evaluate_all(given: argparse.Namespace, device: torch.device) -> None:
     words = [w for w in given.runs if "=" in w and not Path(w).exists()]
     folders, overrides = [w for w in given.runs if w not in words], dotlist(words)
     if not folders:
@@ -301,11 +321,11 @@ def main(argv: Sequence[str]) -> None:
             known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
             raise ConfigError(f"{folder}: its configuration names no protocol; add --protocol, one of {known}.")
         for protocol in [Protocol.load(name) for name in names]:
-            result = evaluate(
-                run, protocol, weights=given.weights, overrides=overrides, device=given.device, progress=_tell
-            )
-            path = result_path(run.path, result)
-            print(f"{describe_result(result)}\n  written to {publish(path, result) if given.publish else path}\n")
+            result = evaluate(run, protocol, weights=given.weights, overrides=overrides, device=device, progress=_tell)
+            if processes.main():
+                path = result_path(run.path, result)
+                path = publish(path, result) if given.publish else path
+                print(f"{describe_result(result)}\n  written to {path}\n")
 
 
 if __name__ == "__main__":

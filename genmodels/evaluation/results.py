@@ -32,6 +32,13 @@ class Map:
     values: Any
 
 
+@dataclass(frozen=True)
+class Since:
+    """A key that results written before its time lack."""
+
+    values: Any
+
+
 NUMBER, COUNT, TEXT, FLAG, ANY = (int, float), (int,), (str,), (bool,), object()
 OPTIONAL = type(None)
 
@@ -87,6 +94,7 @@ SPECIFICATION = {
         "hardware": TEXT,
         "device": TEXT,
         "threads": COUNT,
+        "world_size": Since(COUNT),  # processes that shared the questions; `cost` sums their seconds
     },
     "seconds": NUMBER,
     "provenance": frozenset(("measured", "reported")),
@@ -121,6 +129,8 @@ def _check(value: Any, spec: Any, where: str) -> None:
         _check_type(value, (dict,), where)
         for key, item in value.items():
             _check(item, spec.values, f"{where}.{key}")
+    elif isinstance(spec, Since):
+        _check(value, spec.values, where)
     elif isinstance(spec, dict):
         _check_keys(value, spec, where)
     else:
@@ -129,7 +139,7 @@ def _check(value: Any, spec: Any, where: str) -> None:
 
 def _check_keys(value: Any, spec: dict, where: str) -> None:
     _check_type(value, (dict,), where)
-    missing = [key for key in spec if key not in value]
+    missing = [key for key, values in spec.items() if key not in value and not isinstance(values, Since)]
     unknown = [key for key in value if key not in spec and not key.startswith("x-")]
     if missing or unknown:
         what = f"'{missing[0]}' is missing" if missing else f"'{unknown[0]}' is unknown (own keys begin with 'x-')"
