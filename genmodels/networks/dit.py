@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..registry import ConfigError, register
 from ..types import Condition, Shape
 from .mlp import Embeddings
-from .network import Network
+from .network import Network, check_images
 
 SLOWEST = 10_000.0  # positions per radian of the slowest sine
 
@@ -80,6 +80,8 @@ class DiT(Network):
     Source: Peebles & Xie 2023 (Scalable diffusion models with transformers), section 3.2.
     """
 
+    blockwise = True
+
     def __init__(
         self,
         patch: int = 2,
@@ -116,17 +118,13 @@ class DiT(Network):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
-        if tuple(x.shape[1:]) != self.in_shape:
-            raise ValueError(
-                f"dit: x has shape {list(x.shape)}, but this network was built for "
-                f"[{', '.join(map(str, ('B', *self.in_shape)))}]. Build it with in_shape=x.shape[1:]."
-            )
+        self.check_items(x)
         c = self.embeddings(t, x, condition)
         c = F.silu(c if self.constant is None else c + self.constant)
         h = self.enter(rearrange(x, "b c (i p) (j q) -> b (i j) (c p q)", p=self.patch, q=self.patch))
         h = h + self.positions.to(x.dtype)
         for block in self.blocks:
-            h = block(h, c)
+            h = self.recompute(block, h, c)
         out = self.leave(normalized(h, *self.modulation(c)))
         return rearrange(out, "b (i j) (c p q) -> b c (i p) (j q)", i=self.rows, p=self.patch, q=self.patch)
 
@@ -147,11 +145,7 @@ def positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def _check(in_shape: Shape, out_shape: Shape, patch: int, width: int, heads: int) -> None:
-    if len(in_shape) != 3 or len(out_shape) != 3 or in_shape[1:] != out_shape[1:]:
-        raise ConfigError(
-            f"dit: images [C, H, W] of one size are needed, found items of shape {list(in_shape)} in and "
-            f"{list(out_shape)} out. Use mlp or residual_mlp for vectors."
-        )
+    check_images("dit", in_shape, out_shape)
     _, height, columns = in_shape
     if patch < 1 or height % patch or columns % patch:
         usable = [p for p in range(1, min(height, columns) + 1) if height % p == 0 and columns % p == 0]

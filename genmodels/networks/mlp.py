@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..registry import register
 from ..types import Condition, Shape
 from .embeddings import ConditionEmbedding, TimeEmbedding
-from .network import Network
+from .network import Network, check_timed
 
 Activation = Literal["silu", "relu", "gelu", "tanh"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -43,9 +43,7 @@ class Embeddings(nn.Module):
             ValueError: if t is missing from a timed network or given to one without time, or a condition to an
                 unconditional network.
         """
-        if (t is None) == (self.time is not None):
-            found, built = ("no time", "with") if t is None else ("a time", "without")
-            raise ValueError(f"{found} was given to a network built {built} time. Build it with timed={t is not None}.")
+        check_timed(self.time is not None, t)
         out = self.condition(condition, len(like), like)
         return out if self.time is None else out + self.time(t, len(like))
 
@@ -71,11 +69,7 @@ class _Dense(Network):
         """[B, width] what the head reads, from flattened items x [B, prod(in_shape)]."""
 
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
-        if tuple(x.shape[1:]) != self.in_shape:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {list(x.shape)}, but this network was built for "
-                f"[{', '.join(map(str, ('B', *self.in_shape)))}]. Build it with in_shape=x.shape[1:]."
-            )
+        self.check_items(x)
         x = x.reshape(len(x), math.prod(self.in_shape))
         return self.head(self.features(t, x, condition)).reshape(len(x), *self.out_shape)
 
@@ -158,6 +152,8 @@ class ResidualMLP(_Dense):
         networks), section 3.
     """
 
+    blockwise = True
+
     def __init__(
         self,
         hidden: int = 128,
@@ -185,5 +181,5 @@ class ResidualMLP(_Dense):
         h = self.first(x)
         h = h + embedding if self.embeddings.active else h
         for block in self.blocks:
-            h = block(h, embedding)
+            h = self.recompute(block, h, embedding)
         return h

@@ -1,12 +1,19 @@
-"""The contract of every network: `(t, x, condition) -> out`, with autocast at its border and nowhere else."""
+"""The contract of every network: `(t, x, condition) -> out`, with autocast, recomputation and compilation from outside.
+
+What a run decides about arithmetic and memory is set on a model with `set_autocast`, `set_gradient_checkpointing` and
+`set_compile`, and acts inside its networks and nowhere else.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..registry import kind
-from ..types import Condition
+from ..registry import ConfigError, kind
+from ..types import Condition, Shape
 
 
 @kind
@@ -18,21 +25,65 @@ class Network(nn.Module, ABC):
     `num_classes`, which stands for "no label"; `condition=None` stands for that in every row.
 
     Attributes:
+        in_shape: shape of one item in, without the batch axis.
         autocast: dtype for the arithmetic inside, None for the parameters' own. Inputs arrive and outputs leave in the
             caller's dtype, so nothing outside the network ever sees reduced precision.
+        checkpointing: whether training keeps only what enters a block, and computes its inside again in backward.
+        blockwise: whether `forward` passes its blocks through `recompute`; if not, the whole forward is one block.
     """
 
+    in_shape: Shape
     autocast: torch.dtype | None = None
+    checkpointing: bool = False
+    blockwise: ClassVar[bool] = False
 
     def __call__(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
         if self.autocast is None:
-            return super().__call__(t, x, condition)
+            return self._run(t, x, condition)
         with torch.autocast(x.device.type, dtype=self.autocast):
-            return super().__call__(t, x, condition).to(x.dtype)
+            return self._run(t, x, condition).to(x.dtype)
+
+    def _run(self, *inputs: Any) -> Tensor:
+        call = super().__call__
+        return call(*inputs) if self.blockwise else self.recompute(call, *inputs)
+
+    def recompute(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """block(*inputs); with checkpointing in training, its intermediate results are not kept but computed again.
+
+        The second computation has the random numbers and the autocast of the first, so that gradients are the same.
+        Source: Chen et al. 2016 (Training deep nets with sublinear memory cost), section 4.
+        """
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     @abstractmethod
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
         """[B, *out_shape] from t of shape [] or [B] (None if not timed), x [B, *in_shape] and a condition [B, *]."""
+
+    def check_items(self, x: Tensor) -> None:
+        """Raises ValueError unless x is [B, *in_shape]."""
+        if tuple(x.shape[1:]) != tuple(self.in_shape) or x.ndim == 0:
+            raise ValueError(
+                f"{self.registered_name}: x has shape {list(x.shape)}, but this network was built for "
+                f"[{', '.join(map(str, ('B', *self.in_shape)))}]. Build it with in_shape=x.shape[1:]."
+            )
+
+
+def check_images(name: str, in_shape: Shape, out_shape: Shape) -> None:
+    """Raises ConfigError unless both are shapes [C, H, W] of images of one size."""
+    if len(in_shape) != 3 or len(out_shape) != 3 or in_shape[1:] != out_shape[1:]:
+        raise ConfigError(
+            f"{name}: images [C, H, W] of one size are needed, found items of shape {list(in_shape)} in and "
+            f"{list(out_shape)} out. Use mlp or residual_mlp for vectors."
+        )
+
+
+def check_timed(timed: bool, t: Tensor | None) -> None:
+    """Raises ValueError if t is missing from a network with time, or given to one without."""
+    if (t is None) == timed:
+        found, built = ("no time", "with") if t is None else ("a time", "without")
+        raise ValueError(f"{found} was given to a network built {built} time. Build it with timed={t is not None}.")
 
 
 def networks(model: nn.Module) -> list[Network]:
@@ -54,3 +105,26 @@ def set_autocast(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Make every network of a model compute in `dtype` (None: as its parameters are)."""
     for network in networks(model):
         network.autocast = dtype
+
+
+def set_gradient_checkpointing(model: nn.Module, on: bool = True) -> None:
+    """Make every network of a model trade time for memory in training: about a third more time for a step."""
+    for network in networks(model):
+        network.checkpointing = on
+
+
+def set_compile(model: nn.Module) -> None:
+    """Compile every network of a model with torch.compile at its first call, in place: names of tensors stay.
+
+    A second batch size makes the first axis symbolic, so that further sizes compile nothing.
+
+    Raises:
+        ConfigError: if the model's loss differentiates its network twice, which compiled code cannot.
+    """
+    if getattr(model, "differentiates_twice", False):
+        raise ConfigError(
+            f"{type(model).__name__} cannot be compiled: its loss differentiates the network, and compiled code has no "
+            "second derivative. Train it without compilation."
+        )
+    for network in networks(model):
+        network.compile()

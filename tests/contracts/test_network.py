@@ -13,7 +13,12 @@ from genmodels.registry import ConfigError, build, names
 
 NETWORKS = names(Network)
 every = pytest.mark.parametrize("name", NETWORKS)
-SMALL = {"mlp": {"hidden": (24, 24)}, "residual_mlp": {"hidden": 24}, "dit": {"width": 24, "depth": 2, "heads": 3}}
+SMALL = {
+    "mlp": {"hidden": (24, 24)},
+    "residual_mlp": {"hidden": 24},
+    "dit": {"width": 24, "depth": 2, "heads": 3},
+    "unet": {"channels": 8, "multipliers": (1, 2), "blocks": 1, "heads": 2},
+}
 IMAGE = (3, 8, 12)
 LABELS = torch.tensor([0, 1, 2, 3, 1])  # of 3 classes; 3 is "none"
 TIMES = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
