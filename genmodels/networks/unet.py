@@ -279,7 +279,9 @@ def _heads(width: int, heads: int, head_channels: int | None) -> int:
             f"{head_channels}."
         )
     if head_channels is None and (heads < 1 or width % heads):
-        raise ConfigError(f"unet.heads: a divisor of the {width} channels where attention acts is needed, found {heads}.")
+        raise ConfigError(
+            f"unet.heads: a divisor of the {width} channels where attention acts is needed, found {heads}."
+        )
     return heads if head_channels is None else width // head_channels
 
 

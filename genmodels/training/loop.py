@@ -5,29 +5,26 @@ been.
 """
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import Config
 from ..data.dataset import Dataset
 from ..data.stream import check_batch, stream
-from ..model import Model
-from ..networks.network import set_autocast
-from ..registry import ConfigError
-from ..rng import fold, generator
+from ..rng import fold
 from ..types import Batch
 from . import processes
 from .checkpoint import DISK_FULL
 from .console import Console, duration
-from .guard import PATIENCE, FiniteGuard, TrainingFailed
+from .guard import PATIENCE, TrainingFailed
 from .interruption import Stop, first_of, time_limit
 from .run import Run, provenance
 from .state import Origin, TrainingState
-from .watch import Interval, Watch, mean_logs
+from .step import Step
+from .watch import Interval, Watch
 
 
 def train(
@@ -58,29 +55,29 @@ def train(
         TrainingFailed: after 20 steps in a row whose loss or gradient was not finite; the last checkpoint is kept.
     """
     began = time.monotonic()
-    existing = Run.check(config, root, fresh=fresh)  # by every process, before anything is loaded or made
     accelerator = processes.join()
     main, s = accelerator.is_main_process, config.train
-    dataset = config.dataset() if dataset is None else dataset
-    if s.steps:
-        check_batch(s.batch_size, accelerator.num_processes, s.accumulate, dataset.size("train"))
+    with processes.together():  # before anything is loaded or made
+        existing = Run.check(config, root, fresh=fresh)
+        dataset = config.dataset() if dataset is None else dataset
+        if s.steps:
+            check_batch(s.batch_size, accelerator.num_processes, s.accumulate, dataset.size("train"))
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the caller's random state is not the run's
-        torch.manual_seed(fold(config.seed, "init"))
-        model = config.model(dataset.facts())
-        check_compile(config, model)
-        begun = existing is not None and existing.has_checkpoint()
-        origin = Origin.of(config.init_from, model) if config.init_from and not begun else None
-        accelerator.wait_for_everyone()  # all have checked
-        if main:
-            Run.create(config, root, fresh=fresh)
-        accelerator.wait_for_everyone()
+        with processes.together():
+            torch.manual_seed(fold(config.seed, "init"))
+            model = config.model(dataset.facts())
+            step = Step(config, model, accelerator)
+            begun = existing is not None and existing.has_checkpoint()
+            origin = Origin.of(config.init_from, model) if config.init_from and not begun else None
+        processes.by_main(lambda: Run.create(config, root, fresh=fresh).path)
         run = Run.create(config, root)
         console = Console(run.path / "log.txt" if main else None, quiet=quiet or not main)
         limit = first_of(stop or (lambda: None), time_limit(s.max_hours, began))
         try:
-            with run.locked() if main else nullcontext():
-                Trainer(accelerator, run, dataset, model, console, limit, origin).run_all()
+            with ExitStack() as stack:
+                processes.by_main(lambda: stack.enter_context(run.locked()))
+                Trainer(step, run, dataset, console, limit, origin).run_all()
         except KeyboardInterrupt:
             console.close()
             console.say(f"interrupted. {run.saved()} The same command goes on from there.")
@@ -97,63 +94,43 @@ def train(
     return run
 
 
-def check_compile(config: Config, model: Model) -> None:
-    """Raises ConfigError if the networks of a model cannot be compiled for training."""
-    if config.train.compile and model.differentiates_twice:
-        raise ConfigError(
-            f"train.compile: the loss of '{config.tree['model']['name']}' differentiates its network twice, and "
-            "compiled code can be differentiated once. Set train.compile=false."
-        )
-
-
 class Trainer:
-    """One process of a training run."""
+    """One process of a training run: steps, and between them what is looked at, said and kept."""
 
     def __init__(
-        self,
-        accelerator: Any,
-        run: Run,
-        dataset: Dataset,
-        model: Model,
-        console: Console,
-        stop: Stop,
-        origin: Origin | None = None,
+        self, step: Step, run: Run, dataset: Dataset, console: Console, stop: Stop, origin: Origin | None = None
     ) -> None:
-        self.accelerator, self.run, self.dataset, self.console, self.stop = accelerator, run, dataset, console, stop
-        self.config, self.settings = run.config, run.config.train
-        self.seed, self.rank, self.world = self.config.seed, accelerator.process_index, accelerator.num_processes
-        self.main = accelerator.is_main_process
-        self.model = model.to(accelerator.device)
-        set_autocast(model, torch.bfloat16 if self.settings.precision == "bf16" else None)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = self.settings.optimizer.over(self.parameters) if self.parameters else None
-        self.state = TrainingState(run, dataset, model, self.optimizer, main=self.main, world=self.world)
-        told = run.adopt() if self.main else []
-        if self.main and not run.has_checkpoint():
-            told += self.state.prepare(origin)
-        accelerator.wait_for_everyone()
-        for line in told + self.state.restore():
+        self.step, self.run, self.dataset, self.console, self.stop = step, run, dataset, console, stop
+        self.settings, self.main = run.config.train, step.accelerator.is_main_process
+        self.state = TrainingState(run, dataset, step.model, step.optimizer, main=self.main, world=step.world)
+        told = processes.by_main(lambda: self._prepare(origin))
+        with processes.together():
+            told += self.state.restore()
+        for line in told:
             console.say(line)
         self.start = self.state.step
         if self.main:
             run.rewind(self.start)
-        # Replicas are wrapped after the weights are loaded; a model without parameters has nothing to synchronise.
-        self.wrapped = accelerator.prepare_model(model) if self.parameters else model
-        self.guard = FiniteGuard(model)
-        self.watch = Watch(accelerator, run, dataset, model, self.state.averages, console)
+        step.start(self.state.averages)
+        self.watch = Watch(step.accelerator, run, dataset, step.model, self.state.averages, console)
+
+    def _prepare(self, origin: Origin | None) -> list[str]:
+        told = self.run.adopt()
+        return told + ([] if self.run.has_checkpoint() else self.state.prepare(origin))
 
     def run_all(self) -> None:
         """From the restored step to the last one, or to the one after which it is asked to stop."""
         s, state = self.settings, self.state
         self._begin()
-        began, before, interval = time.monotonic(), state.seconds, Interval()
-        place = (self.rank, self.world, s.accumulate, s.workers, self.model.device.type == "cuda")
-        reason = None
-        for step, batches in stream(self.dataset, self.seed, s.batch_size, self.start, s.steps, *place):
+        began, before, interval, reason = time.monotonic(), state.seconds, Interval(), None
+        for step, batches in self._batches():
             done = step + 1  # step counts from 0; `done` optimiser steps are behind us after it
-            interval.add(*self.step(step, batches), s.batch_size)
+            outcome = self.step(step, batches)
+            interval.add(outcome.loss, outcome.logs, s.batch_size)
             state.step, state.seconds = done, before + time.monotonic() - began
             self.console.advance(done)
+            if outcome.problem:
+                self._skipped(outcome.problem)
             if _due(done, s.log_every, s.steps):
                 self.watch.report(done, interval, state.seconds)
                 interval = Interval()
@@ -163,7 +140,7 @@ class Trainer:
                 self.watch.grid(done)
             reason = self._asked()
             if _due(done, s.save_every, s.steps) or done == s.steps or reason:
-                state.save()
+                self._save()
             if reason and done < s.steps:
                 break
             interval.resume()
@@ -174,85 +151,53 @@ class Trainer:
                 self.watch.grid(0)
         self._finish(reason if state.step < s.steps else None)
 
+    def _batches(self) -> Iterator[tuple[int, list[Batch]]]:
+        s, pin = self.settings, self.step.model.device.type == "cuda"
+        place = (self.step.rank, self.step.world, s.accumulate, s.workers, pin)
+        return stream(self.dataset, self.run.config.seed, s.batch_size, self.start, s.steps, *place)
+
     def _begin(self) -> None:
         self.watch.greet(self.start)
         s, meta = self.settings, self.run.meta
         if self.main and 0 < self.start < s.steps:  # the code may have changed since the run began
             facts = provenance()
             again = {key: facts[key] for key in ("started", "commit", "dirty", "diff", "hardware")}
-            continued = {"step": self.start, "steps": s.steps, "world_size": self.world, **again}
+            continued = {"step": self.start, "steps": s.steps, "world_size": self.step.world, **again}
             self.run.record(continued=[*meta.get("continued", []), continued], finished=None, stopped=None)
-        self.console.begin(s.steps, self.start, self.world)
+        self.console.begin(s.steps, self.start, self.step.world)
 
     def _validate(self) -> None:
         loss = self.watch.validate(self.state.step, self.state.seconds)
-        if loss is not None and self.main and self.parameters and self.state.consider(loss):
+        if loss is not None and self.main and self.step.parameters and self.state.consider(loss):
             self.run.record(best={"step": self.state.step, "val/loss": loss})
+
+    def _save(self) -> None:
+        with processes.together():
+            self.state.save()
+
+    def _skipped(self, problem: str) -> None:
+        self.console.at(self.state.step, f"{problem}; the step is skipped")
+        if self.step.guard.exhausted:
+            raise TrainingFailed(
+                f"{PATIENCE} steps in a row were not finite, last at step {self.state.step}: {problem}. The weights "
+                f"were not touched. {self.run.saved()} Lower train.optimizer.lr or train.clip, or look at the data."
+            )
 
     def _asked(self) -> str | None:
         """Why training should stop: the first reason of any process, the same on all of them."""
         mine = self.stop()
-        if self.world == 1:
+        if self.step.world == 1:
             return mine
-        votes = torch.tensor([mine is not None], dtype=torch.long, device=self.model.device)
-        if not self.accelerator.reduce(votes, "sum").item():
+        votes = torch.tensor([mine is not None], dtype=torch.long, device=self.step.model.device)
+        if not self.step.accelerator.reduce(votes, "sum").item():
             return None
         from accelerate.utils import gather_object
 
         return next(reason for reason in gather_object([mine]) if reason is not None)
 
-    def step(self, step: int, batches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One optimiser step over the micro-batches; its mean loss and logs on this process."""
-        torch.manual_seed(fold(self.seed, "step", step, self.rank))  # dropout; losses draw from their own generator
-        self.wrapped.train()
-        mean, logs = torch.zeros((), dtype=torch.float64, device=self.model.device), []
-        for part, batch in enumerate(batches):
-            last = part == len(batches) - 1  # replicas exchange gradients once a step
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                g = generator(self.seed, "loss", step, self.rank, part, device=self.model.device)
-                loss = self.wrapped(batch.to(self.model.device), generator=g)
-                value = loss.value.mean() / len(batches)
-                if self.parameters:
-                    value.backward()
-            mean = mean + value.detach().double()
-            logs.append(loss.logs)
-        norm = self._update(step, mean)
-        return mean, mean_logs(logs) | ({"grad_norm": norm} if self.parameters else {})
-
-    def _update(self, step: int, loss: Tensor) -> Tensor:
-        """Clip, step and average, unless loss or gradient is not finite; the norm of the gradient."""
-        s = self.settings
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros_like(loss)
-        good = self.accelerator.reduce((loss.isfinite() & norm.isfinite()).long(), "sum")
-        if good.item() < self.world:  # the same on every process, so that replicas never part
-            self._skip(step, loss)
-        else:
-            if self.optimizer is not None:
-                if s.clip is not None:
-                    torch.nn.utils.clip_grads_with_norm_(self.parameters, s.clip, norm)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = s.optimizer.lr * s.learning_rate.factor(step, s.steps)
-                self.optimizer.step()
-            for average in self.state.averages.values():
-                average.update(self.model, step + 1)
-            self.guard.passed()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach()
-
-    def _skip(self, step: int, loss: Tensor) -> None:
-        what = self.guard.failed(loss)
-        self.console.at(step + 1, f"{what}; the step is skipped")
-        if self.guard.exhausted:
-            raise TrainingFailed(
-                f"{PATIENCE} steps in a row were not finite, last at step {step + 1}: {what}. The weights were not "
-                f"touched. {self.run.saved()} Lower train.optimizer.lr or train.clip, or look at the data."
-            )
-
     def _finish(self, reason: str | None) -> None:
         """What is recorded and said at the end, or where training stops for a reason."""
-        self.accelerator.wait_for_everyone()
+        self.step.accelerator.wait_for_everyone()
         state, steps = self.state, self.settings.steps
         if self.main:
             ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
