@@ -22,6 +22,8 @@ from genmodels.rng import SeedNoise, generator
 from genmodels.training.checkpoint import read_tensors
 from genmodels.types import Batch, Loss, NotApplicable
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 class Line(InMemory):
     """Points of the plane; item `nan_at` of the training split holds NaN (and is not checked)."""

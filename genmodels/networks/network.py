@@ -123,8 +123,8 @@ def set_compile(model: nn.Module) -> None:
     """
     if getattr(model, "differentiates_twice", False):
         raise ConfigError(
-            f"{type(model).__name__} cannot be compiled: its loss differentiates the network, and compiled code has no "
-            "second derivative. Train it without compilation."
+            f"train.compile: the loss of {type(model).__name__} differentiates its network, and compiled code has no "
+            "second derivative. Set train.compile=false."
         )
     for network in networks(model):
         network.compile()

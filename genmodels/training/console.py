@@ -23,8 +23,8 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """3.2k, 41M, 812."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """3.2k, 41M, 812, 1.5T."""
+    for limit, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= limit * 0.9995:  # what rounds to 1000 of the smaller unit is 1 of this one
             return f"{number / limit:.3g}{suffix}"
     return f"{number:.3g}"

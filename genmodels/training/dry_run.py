@@ -1,54 +1,42 @@
-"""A look before training: configuration, model table, one loss, speed and memory; nothing is written."""
+"""A look before training: configuration, model table, one loss, memory, operations, speed; nothing is written."""
 
-import time
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
 from ..config import Config
-from ..data.stream import check_batch, indices
 from ..model import Model
-from ..networks.network import set_autocast
-from ..rng import fold, generator
-from ..types import Batch
-from .console import count, duration, memory
+from .console import count, duration
+from .measure import Memory, TimedStep, first_batch, flops_of, memory_of, timed_step
 from .run import Run, RunConflict
 
-TIMED_STEPS = 3
+WARM_UP, TIMED = 2, 3
 
 
 def dry_run(config: Config, root: Path) -> str:
-    """What `train` would do, as text.
+    """What `train` would do, as text; costs are measured on a few steps from fresh weights.
 
     Raises:
         ConfigError: if `train` would refuse the batch size or the name.
     """
-    dataset, s = config.dataset(), config.train
-    size = dataset.size("train")
-    if s.steps:
-        check_batch(s.batch_size, 1, s.accumulate, size)
     status = _status(config, root)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(config.seed, "init"))
-        model = config.model(dataset.facts()).to("cuda" if torch.cuda.is_available() else "cpu")
-        set_autocast(model, torch.bfloat16 if s.precision == "bf16" else None)
-        rows = indices(config.seed, 0, min(s.batch_size, size), size)
-        batch = dataset.take("train", rows).to(model.device)
-        model.prepare([batch], generator=generator(config.seed, "prepare"))
-        loss, rate = _measure(model, batch, config.seed)
+    with torch.random.fork_rng():
+        step = timed_step(config)
+        batch = first_batch(step)
+        loss = step.forward(0, 0, batch).value.mean().item()
+        costs = _costs(step) if config.train.steps else ["steps      none: the model is fitted before training"]
+    sizes = " / ".join(f"{step.dataset.size(split):,}" for split in ("train", "val", "test"))
     return "\n".join(
         [
             OmegaConf.to_yaml(OmegaConf.create(config.tree)).rstrip(),
             "",
             f"run        {root / config.name} (hash {config.hash}): {status}; nothing is written now",
-            f"data       {size:,} / {dataset.size('val'):,} / {dataset.size('test'):,} items of {dataset.shape}",
-            f"model      {sum(p.numel() for p in model.parameters()):,} parameters",
-            *_table(model),
+            f"data       {sizes} items of {step.dataset.shape}",
+            f"model      {sum(p.numel() for p in step.model.parameters()):,} parameters",
+            *_table(step.model),
             f"loss       {loss:.4f} at initialisation, batch of {len(batch)}",
-            f"speed      {rate:.1f} steps/s = {count(rate * len(batch))} items/s without the optimiser, "
-            f"on {model.device}; {s.steps:,} steps in about {duration(s.steps / rate)}",
-            f"memory     {memory()} at most in this process",
+            *costs,
         ]
     )
 
@@ -65,18 +53,28 @@ def _status(config: Config, root: Path) -> str:
     )
 
 
-def _measure(model: Model, batch: Batch, seed: int) -> tuple[float, float]:
-    """The first loss, and steps per second after a warm-up step."""
-    losses, seconds = [], []
-    for step in range(TIMED_STEPS + 1):
-        began = time.perf_counter()
-        g = generator(seed, "loss", step, 0, 0, device=model.device)
-        loss = model(batch, generator=g).value.mean()
-        if loss.requires_grad:
-            loss.backward()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - began)
-    return losses[0], TIMED_STEPS / sum(seconds[1:])
+def _costs(step: TimedStep) -> list[str]:
+    """Memory, operations, speed, and what they come to for the whole run."""
+    s, device = step.settings, step.model.device
+    step.run(0, WARM_UP)
+    rate = TIMED / step.run(WARM_UP, WARM_UP + TIMED)
+    forward, both = flops_of(step)
+    total = count(float(both) * s.batch_size * s.steps)
+    return [
+        *_memory(memory_of(step), device.type),
+        f"operations {count(forward)}FLOP an item for the loss, {count(both)}FLOP with its gradient (matrix products, "
+        "convolutions, attention)",
+        f"           {count(both * s.batch_size * rate)}FLOP/s here, {total}FLOP in all",
+        f"speed      {rate:.3g} steps/s = {count(rate * s.batch_size)} items/s on {device}",
+        f"           {s.steps:,} steps in about {duration(s.steps / rate)} ({s.steps / rate / 3600:.3g} hours), "
+        "without samples, validation and checkpoints",
+    ]
+
+
+def _memory(m: Memory, device: str) -> list[str]:
+    held = {"weights": m.weights, "gradients": m.gradients, "optimiser": m.optimizer, "averages": m.averages}
+    parts = ", ".join(f"{name} {count(size)}B" for name, size in {**held, "kept for backward": m.saved}.items())
+    return [f"memory     {count(m.peak)}B {'at most' if device == 'cuda' else 'in tensors'}", f"           {parts}"]
 
 
 def _table(model: Model) -> list[str]:
