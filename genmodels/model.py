@@ -53,10 +53,11 @@ class Model(nn.Module, ABC):
         """Where the model's parameters and buffers live (the CPU if it has none)."""
         return next((p.device for p in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
 
-    def check_items(self, x: Tensor, where: str) -> None:
-        """Raises ValueError unless x is [B, *shape]."""
-        if tuple(x.shape[1:]) != tuple(self.shape) or x.ndim == 0:
-            wanted = ", ".join(["B", *map(str, self.shape)])
+    def check_items(self, x: Tensor, where: str, shape: Shape | None = None) -> None:
+        """Raises ValueError unless x is [B, *shape], of items in data units if no shape is given."""
+        shape = self.shape if shape is None else shape
+        if tuple(x.shape[1:]) != tuple(shape) or x.ndim == 0:
+            wanted = ", ".join(["B", *map(str, shape)])
             raise ValueError(
                 f"{where}: x has shape {list(x.shape)}, but this model was built for [{wanted}]. "
                 "Add the batch axis, or rebuild the model for the other shape."

@@ -6,19 +6,19 @@ that owns it. `Dequantize` is random and `forward` therefore takes a source of n
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from .registry import kind, register
+from .registry import Builder, kind, register
 from .rng import Noise
-from .types import Batch, sum_items
+from .types import Batch, Shape, sum_items
 
 
 @kind
 class Transform(nn.Module, ABC):
-    """Data x -> model space y, the same shape.
+    """Data x -> model space y.
 
     Attributes:
         volume: False if no log-determinant exists (a learned latent space); likelihoods are then not applicable.
@@ -28,11 +28,15 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """y [B, *shape] and log|det ∂y/∂x| [B] float64; without noise, random parts take their mean."""
+        """y [B, *out_shape(shape)] and log|det ∂y/∂x| [B] float64; without noise, random parts take their mean."""
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
         """x [B, *shape] in data units; clamps to the range of the data where there is one."""
+
+    def out_shape(self, shape: Shape) -> Shape:
+        """The shape of y for items x of a shape; another only where there is no volume."""
+        return tuple(shape)
 
     def fit(self, batches: Iterable[Batch]) -> None:
         """Set buffers from one pass over the training data."""
@@ -168,12 +172,20 @@ class Logit(Transform):
 
 @register(Transform, "compose")
 class Compose(Transform):
-    """Transforms applied one after another; log-determinants add."""
+    """Transforms applied one after another, each built for the shape that the one before it leaves.
 
-    def __init__(self, parts: tuple[Transform, ...]) -> None:
+    Log-determinants add.
+    """
+
+    def __init__(self, parts: tuple[Callable[..., Transform], ...]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
-        self.volume = all(part.volume for part in parts)
+        self.parts = nn.ModuleList(_built(parts))
+        self.volume = all(part.volume for part in self.parts)
+
+    def out_shape(self, shape: Shape) -> Shape:
+        for part in self.parts:
+            shape = part.out_shape(shape)
+        return tuple(shape)
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x), dtype=torch.float64)
@@ -195,3 +207,14 @@ class Compose(Transform):
         for part in self.parts[:k]:
             x, _ = part(x)
         return x
+
+
+def _built(parts: Iterable[Callable[..., Transform] | Transform]) -> Iterator[Transform]:
+    """The transforms of some builders, whose context holds the shape of the data; finished ones stay as they are."""
+    shape: Shape | None = None
+    for part in parts:
+        if isinstance(part, Builder):
+            shape = part.context.get("shape") if shape is None else shape
+            part = part() if shape is None else part(shape=shape)
+        shape = None if shape is None else part.out_shape(shape)
+        yield part

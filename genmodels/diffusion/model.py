@@ -81,7 +81,8 @@ class DiffusionModel(Model):
         self.num_classes = num_classes
         self.times, self.weighting, self.condition_dropout = times, weighting, condition_dropout
         self.measures = sigma_data is None
-        sizes = {"in_shape": self.shape, "out_shape": self.shape, "timed": True}
+        self.model_shape = transform.out_shape(self.shape)
+        sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
         built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
         scale = 1.0 if sigma_data is None else sigma_data
         self.denoiser = (
@@ -128,14 +129,14 @@ class DiffusionModel(Model):
         x, _ = self._to_model_space(batch.x, noise)
         span = (denoiser.t_min, denoiser.t_max)
         t = self.times.sample(noise, self.schedule, span)
-        scales, eps = self.schedule(t), noise.normal(*self.shape, dtype=x.dtype)
+        scales, eps = self.schedule(t), noise.normal(*self.model_shape, dtype=x.dtype)
         condition = self._drop(batch.condition, noise) if self.conditional else None
         alpha, sigma = (expand_like(c, x).to(x.dtype) for c in (scales.alpha, scales.sigma))
         wanted = target(denoiser.prediction, x, eps, scales, denoiser.sigma_data)
         error = (denoiser.answer(t, alpha * x + sigma * eps, condition) - wanted).square()
         density = self.times.density(t, self.schedule, span)
         weight = self.weighting(denoiser.prediction, scales, density, denoiser.sigma_data)
-        error = error.reshape(len(batch), math.prod(self.shape)).mean(1)
+        error = error.reshape(len(batch), math.prod(self.model_shape)).mean(1)
         return Loss(weight.to(error.dtype) * error, {"squared_error": error.detach().mean()})
 
     def _drop(self, condition: Condition | None, noise: Noise) -> Tensor:
@@ -185,7 +186,7 @@ class DiffusionModel(Model):
         drawn = []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             noise = SeedNoise(seeds[rows], device=self.device)
-            z = self.prior_scale() * noise.normal(*self.shape, dtype=self.dtype)
+            z = self.prior_scale() * noise.normal(*self.model_shape, dtype=self.dtype)
             drawn.append(self.decode(z, condition=None if condition is None else condition[rows], **ode))
         return torch.cat(drawn)
 
@@ -199,7 +200,7 @@ class DiffusionModel(Model):
         controller: Controller = PI(),
         guidance: float = 1.0,
     ) -> Tensor:
-        """[B, *shape] where the ODE takes x at t_max; of law N(0, σ(t_max)²) for items of the model's law.
+        """[B, *model_shape] where the ODE takes x at t_max; of law N(0, σ(t_max)²) for items of the model's law.
 
         Discrete data are placed in the middle of their cells. Gradients flow through the solver's steps.
         """
@@ -219,7 +220,7 @@ class DiffusionModel(Model):
         guidance: float = 1.0,
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
-        self.check_items(z, "decode")
+        self.check_items(z, "decode", self.model_shape)
         condition = self._checked(condition, len(z), "decode")
         y = self._solve(z.to(self.dtype), condition, True, num_steps, solver, controller, guidance)
         return self.transform.inverse(y)
@@ -340,7 +341,7 @@ class DiffusionModel(Model):
         y, log_volume = self._to_model_space(x, None if self.bin_width is None else noise)
         moved = transport(RowField(self.denoiser.velocity, condition), y, times, noise=probe_noise, **ode)
         scale = self.prior_scale()
-        normalizer = math.prod(self.shape) * (math.log(scale) + 0.5 * math.log(2 * math.pi))
+        normalizer = math.prod(self.model_shape) * (math.log(scale) + 0.5 * math.log(2 * math.pi))
         log_prior = -0.5 * sum_items((moved.z.double() / scale).square()) - normalizer
         return (log_prior + log_volume + moved.log_det).reshape(-1, len(x))
 

@@ -56,7 +56,8 @@ class NormalizingFlow(Model):
         sizes = {"num_classes": num_classes, "condition_shape": condition_shape}
         self.num_classes = num_classes if conditional else None
         self.transform = transform
-        self.layers = chain(layers, self.shape, **(sizes if conditional else dict.fromkeys(sizes)))
+        self.model_shape = transform.out_shape(self.shape)
+        self.layers = chain(layers, self.model_shape, **(sizes if conditional else dict.fromkeys(sizes)))
         self.base = (base or StandardNormal)(shape=self.layers.out_shape)
 
     @property
@@ -68,9 +69,9 @@ class NormalizingFlow(Model):
         noise = BatchNoise(len(batch), generator=generator, device=batch.x.device)
         condition = batch.condition if self.conditional else None
         nll = -self._log_prob(batch.x, self._checked(condition, len(batch), "loss"), noise)
-        dims = math.prod(self.shape)
+        dims = math.prod(self.model_shape)
         logs = {"nll": nll.detach().mean()}
-        if self.bin_width is not None:
+        if self.bin_width is not None and self.transform.volume:
             logs["bits_per_dim"] = logs["nll"] / (dims * math.log(2)) - math.log2(self.bin_width)
         return Loss(nll / dims, logs)
 

@@ -113,11 +113,13 @@ def set_gradient_checkpointing(model: nn.Module, on: bool = True) -> None:
         network.checkpointing = on
 
 
-def set_compile(model: nn.Module) -> None:
+def set_compile(model: nn.Module, backend: str = "inductor") -> None:
     """Compile every network of a model with torch.compile at its first call, in place: names of tensors stay.
 
     A second batch size makes the first axis symbolic, so that further sizes compile nothing.
 
+    Args:
+        backend: a name that torch.compile knows.
     Raises:
         ConfigError: if the model's loss differentiates its network twice, which compiled code cannot.
     """
@@ -127,4 +129,4 @@ def set_compile(model: nn.Module) -> None:
             "second derivative. Set train.compile=false."
         )
     for network in networks(model):
-        network.compile()
+        network.compile(backend=backend)

@@ -18,10 +18,22 @@ SMALL = {
     "residual_mlp": {"hidden": 24},
     "dit": {"width": 24, "depth": 2, "heads": 3},
     "unet": {"channels": 8, "multipliers": (1, 2), "blocks": 1, "heads": 2},
-}
+    "diffusers_unet": {
+        "block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8, "norm_num_groups": 2,
+    },
+    "diffusers_dit": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2},
+}  # fmt: skip
 IMAGE = (3, 8, 12)
+SQUARE = {"diffusers_dit"}  # of the networks for images, those that take no others
+LABELS_ONLY = {"diffusers_dit"}  # those without vectors as conditions
 LABELS = torch.tensor([0, 1, 2, 3, 1])  # of 3 classes; 3 is "none"
 TIMES = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
+
+
+def image(name: str, channels: int = 3) -> tuple[int, ...]:
+    """The shape of images that a network is tested on: neither square nor small, where it can be."""
+    return (channels, 8, 8) if name in SQUARE else (channels, *IMAGE[1:])
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -30,7 +42,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def make(
     name: str,
-    in_shape: tuple[int, ...] = IMAGE,
+    in_shape: tuple[int, ...] | None = None,
     out_shape: tuple[int, ...] | None = None,
     timed: bool = True,
     num_classes: int | None = 3,
@@ -39,6 +51,7 @@ def make(
     **arguments: object,
 ) -> Network:
     """A network in float64, moved off its initialisation, where zeros would hide what depends on what."""
+    in_shape = in_shape or image(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = build(
@@ -53,8 +66,9 @@ def make(
 
 
 @every
-@pytest.mark.parametrize(("in_shape", "out_shape"), [(IMAGE, IMAGE), (IMAGE, (5, 8, 12)), ((1, 4, 4), (2, 4, 4))])
-def test_shapes_are_those_it_was_told(name, in_shape, out_shape):
+@pytest.mark.parametrize(("before", "after", "small"), [(3, 3, False), (3, 5, False), (1, 2, True)])
+def test_shapes_are_those_it_was_told(name, before, after, small):
+    in_shape, out_shape = ((c, 4, 4) if small else image(name, c) for c in (before, after))
     network, x = make(name, in_shape, out_shape), randn(5, *in_shape)
     assert network(TIMES, x, LABELS).shape == (5, *out_shape)
     assert network(TIMES[2], x, LABELS).shape == (5, *out_shape)
@@ -68,9 +82,11 @@ def test_shapes_are_those_it_was_told(name, in_shape, out_shape):
     [(True, 3, None), (True, None, (2, 4)), (True, None, None), (False, None, None)],
 )
 def test_gradients_reach_every_parameter(name, timed, num_classes, condition_shape):
+    if condition_shape is not None and name in LABELS_ONLY:
+        pytest.skip("takes labels alone")
     network = make(name, timed=timed, num_classes=num_classes, condition_shape=condition_shape)
     condition = LABELS if num_classes else None if condition_shape is None else randn(5, *condition_shape, seed=3)
-    x = randn(5, *IMAGE).requires_grad_()
+    x = randn(5, *image(name)).requires_grad_()
     network(TIMES if timed else None, x, condition).square().sum().backward()
     silent = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
@@ -79,13 +95,14 @@ def test_gradients_reach_every_parameter(name, timed, num_classes, condition_sha
 
 @every
 def test_derivatives_are_right(name):
-    network, x = make(name, in_shape=(1, 2, 4)), randn(2, 1, 2, 4).requires_grad_()
+    shape = (1, 4, 4) if name in SQUARE else (1, 2, 4)
+    network, x = make(name, in_shape=shape), randn(2, *shape).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: network(TIMES[1:3], x, LABELS[:2]), (x,))
 
 
 @every
 def test_rows_do_not_see_each_other(name):
-    network, x = make(name), randn(5, *IMAGE)
+    network, x = make(name), randn(5, *image(name))
     whole = network(TIMES, x, LABELS)
     for i in range(5):
         alone = network(TIMES[i], x[i : i + 1], LABELS[i : i + 1])
@@ -96,10 +113,12 @@ def test_rows_do_not_see_each_other(name):
 
 @every
 def test_time_and_condition_change_every_row(name):
-    network, x = make(name), randn(5, *IMAGE)
+    network, x = make(name), randn(5, *image(name))
     whole = network(TIMES, x, LABELS)
     assert ((network(TIMES + 0.01, x, LABELS) - whole).abs().flatten(1).amax(1) > 1e-4).all()
     assert ((network(TIMES, x, (LABELS + 1) % 4) - whole).abs().flatten(1).amax(1) > 1e-4).all()
+    if name in LABELS_ONLY:
+        return
     vectors = make(name, num_classes=None, condition_shape=(2, 4))
     c = randn(5, 2, 4, seed=1)
     change = vectors(TIMES, x, c + 0.1) - vectors(TIMES, x, c)
@@ -108,15 +127,17 @@ def test_time_and_condition_change_every_row(name):
 
 @every
 def test_no_condition_is_the_label_beyond_the_last_or_the_vector_zero(name):
-    network, x = make(name), randn(5, *IMAGE)
+    network, x = make(name), randn(5, *image(name))
     torch.testing.assert_close(network(TIMES, x, None), network(TIMES, x, torch.full((5,), 3)), rtol=0, atol=0)
+    if name in LABELS_ONLY:
+        return
     vectors = make(name, num_classes=None, condition_shape=(2, 4))
     torch.testing.assert_close(vectors(TIMES, x), vectors(TIMES, x, torch.zeros(5, 2, 4).double()), rtol=0, atol=0)
 
 
 @every
 def test_autocast_stays_inside_and_is_close(name):
-    network, x = make(name).float(), randn(5, *IMAGE).float()
+    network, x = make(name).float(), randn(5, *image(name)).float()
     wide = network(TIMES, x, LABELS)
     set_autocast(network, torch.bfloat16)
     low = network(TIMES, x, LABELS)
@@ -131,7 +152,7 @@ def test_autocast_stays_inside_and_is_close(name):
 
 @every
 def test_single_and_double_precision_agree(name):
-    network, x = make(name), randn(5, *IMAGE)
+    network, x = make(name), randn(5, *image(name))
     wide = network(TIMES, x, LABELS)
     narrow = network.float()(TIMES, x.float(), LABELS)
     assert narrow.dtype == torch.float32
@@ -140,9 +161,9 @@ def test_single_and_double_precision_agree(name):
 
 @every
 def test_what_does_not_fit_is_refused(name):
-    network, x = make(name), randn(5, *IMAGE)
-    with pytest.raises(ValueError, match=r"x has shape \[5, 3, 12, 8\].*built for \[B, 3, 8, 12\]"):
-        network(TIMES, x.mT, LABELS)
+    network, x = make(name), randn(5, *image(name))
+    with pytest.raises(ValueError, match=rf"x has shape \[5, 3, 12, 7\].*built for \[B, 3, 8, {x.shape[3]}\]"):
+        network(TIMES, x.new_zeros(5, 3, 12, 7), LABELS)
     with pytest.raises(ValueError, match="timed=False"):
         network(None, x, LABELS)
     with pytest.raises(ValueError, match="timed=True"):
@@ -153,7 +174,7 @@ def test_what_does_not_fit_is_refused(name):
 
 @every
 def test_state_loads_strictly_and_gives_the_same(name):
-    network, x = make(name), randn(5, *IMAGE)
+    network, x = make(name), randn(5, *image(name))
     other = make(name, moved=False)
     other.load_state_dict(network.state_dict())
     assert torch.equal(other(TIMES, x, LABELS), network(TIMES, x, LABELS))

@@ -11,6 +11,7 @@ from genmodels.registry import build, names, resolve
 from genmodels.rng import BatchNoise, Noise, SeedNoise, generator
 from genmodels.transforms import Affine, Compose, Dequantize, Logit, Standardize, Transform
 from genmodels.types import Batch
+from tests.autoencoders import tiny
 from tests.oracles import gaussian, jacobian_log_det
 
 SHAPE = (3, 2, 4)
@@ -27,7 +28,8 @@ EXAMPLES = {
 
 
 def make(name: str, shape: tuple[int, ...] = SHAPE) -> Transform:
-    return build(Transform, resolve(Transform, {"name": name, **EXAMPLES.get(name, {})}, "data.transform"), shape=shape)
+    given = {"path": tiny(), "high": LEVELS - 1} if name == "latent" else EXAMPLES.get(name, {})
+    return build(Transform, resolve(Transform, {"name": name, **given}, "data.transform"), shape=shape)
 
 
 def items(n: int = 6, dtype: torch.dtype = torch.float64, key: str = "items") -> torch.Tensor:
@@ -46,7 +48,8 @@ def test_inverse_undoes_forward(name, dtype):
     transform, x = fitted(name), items(dtype=dtype)
     for noise in (None, SeedNoise(6)):
         y, _ = transform(x, noise)
-        assert y.shape == x.shape and y.dtype == dtype
+        assert y.shape == (len(x), *transform.out_shape(SHAPE)) and y.dtype == dtype
+        assert transform.inverse(y).shape == x.shape and transform.inverse(y).dtype == dtype
         if transform.volume:
             torch.testing.assert_close(transform.inverse(y), x, rtol=0, atol=1e-10 if dtype == torch.float64 else 1e-4)
 
@@ -71,7 +74,8 @@ def test_float32_agrees_with_float64_and_items_do_not_see_each_other(name):
     torch.testing.assert_close(torch.cat([row for row, _ in rows]), y)
     torch.testing.assert_close(torch.cat([row for _, row in rows]), log_det)
     y, log_det = transform(x[:0])
-    assert y.shape == (0, *SHAPE) and log_det.shape == (0,)
+    assert y.shape == (0, *transform.out_shape(SHAPE)) and log_det.shape == (0,)
+    assert transform.inverse(y).shape == (0, *SHAPE)
 
 
 @pytest.mark.parametrize("name", names(Transform))
@@ -80,8 +84,8 @@ def test_state_is_in_buffers_and_far_values_stay_finite(name):
     other.load_state_dict(transform.state_dict())
     x = items()
     assert torch.equal(transform(x)[0], other(x)[0])
-    assert list(transform.parameters()) == [] or not transform.volume
-    far = torch.stack((torch.full(SHAPE, 1e6), torch.full(SHAPE, -1e6)))
+    assert list(transform.parameters()) == []
+    far = torch.tensor([1e6, -1e6]).reshape(2, *[1 for _ in SHAPE]).expand(2, *transform.out_shape(SHAPE))
     assert transform.inverse(far).isfinite().all()
 
 
@@ -125,6 +129,22 @@ def test_compose_fits_each_part_to_what_reaches_it():
     transform.fit([Batch(x[:30]), Batch(x[30:])])
     torch.testing.assert_close(transform.parts[1].mean, ((x - 8) / 4).mean(0))
     torch.testing.assert_close(transform(x)[0].std(0, correction=0), torch.ones(SHAPE).double())
+
+
+@pytest.mark.parametrize("name", names(Transform))
+def test_the_shape_changes_only_without_volume(name):
+    transform = make(name)
+    assert not transform.volume or transform.out_shape(SHAPE) == SHAPE
+
+
+def test_compose_builds_each_part_for_the_shape_that_reaches_it():
+    node = {"name": "compose", "parts": [{"name": "latent", "path": tiny(), "high": 16.0}, "standardize"]}
+    transform, x = build(Transform, node, shape=SHAPE), items(40, torch.float32)
+    assert transform.out_shape(SHAPE) == (2, 1, 2) == tuple(transform.parts[1].mean.shape)
+    transform.fit([Batch(x)])
+    y, _ = transform(x)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(2, 1, 2), rtol=1e-4, atol=0)
+    torch.testing.assert_close(transform.inverse(y), transform.parts[0].inverse(transform.parts[0](x)[0]))
 
 
 def test_compose_with_a_part_without_volume_has_none():
