@@ -1,5 +1,6 @@
 """Averages of the weights over training, kept beside the weights and never mixed into them."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -43,6 +44,60 @@ class ConstantDecay(Average):
 
     def decay(self, step: int) -> float:
         return min(self.value, step / (step + 9))
+
+
+WIDEST = math.sqrt(1 / 12)  # the relative standard deviation of the plain mean over all steps, exponent 0
+
+
+def exponent_of(std: float) -> float:
+    """γ >= 0 of the profile s^γ on [0, 1] whose standard deviation is `std`: the inverse of `std_of`.
+
+    With u = γ + 2 the relation std² = (γ+1)/((γ+2)² (γ+3)) is the cubic (std u)² (u + 1) - (u - 1) = 0, whose largest
+    root lies below 1/std; Newton's method comes down to it from there, because the cubic is convex for u > 0.
+
+    Raises:
+        ValueError: unless 0 < std <= √(1/12) = 0.2887: beyond, early weights would count more than late ones.
+    Source: Karras et al. 2024 (Analyzing and improving the training dynamics of diffusion models), appendix C.
+    """
+    if not 0 < std <= WIDEST:
+        raise ValueError(
+            f"power: std must be above 0 and at most √(1/12) = {WIDEST:.4f} (the plain mean of all steps), found {std}."
+        )
+    u, before = 1 / std, math.inf
+    while u < before:
+        before, scaled = u, std * u
+        u -= (scaled * scaled * (u + 1) - (u - 1)) / (scaled * (3 * scaled + 2 * std) - 1)
+    return max(before - 2, 0.0)
+
+
+def std_of(exponent: float) -> float:
+    """The standard deviation of the profile (γ+1) s^γ on [0, 1]: √((γ+1)/((γ+2)² (γ+3)))."""
+    return math.sqrt((exponent + 1) / (exponent + 3)) / (exponent + 2)
+
+
+@register(Average, "power")
+class PowerProfile(Average):
+    """β_k = (1 - 1/k)^(γ+1): an average whose memory grows with training, each past step weighted as its power γ.
+
+    After k steps θ_i has the weight ∫ p from i-1 to i of p(s) = (γ+1) s^γ/k^(γ+1), exactly: mean (γ+1)/(γ+2) and
+    standard deviation `std` in units of k, whatever the length of the run. The first update takes θ_1 whole. From
+    snapshots of two such averages others are made after training, see `posthoc`.
+
+    Args:
+        std: the width of the profile relative to the steps so far, above 0 and at most 0.2887 (a plain mean).
+    Source: Karras et al. 2024 (Analyzing and improving the training dynamics of diffusion models), section 3.1.
+    """
+
+    def __init__(self, std: float = 0.05) -> None:
+        self.exponent = exponent_of(std)
+        self.std = std
+
+    @property
+    def label(self) -> str:
+        return f"ema-{self.std!r}"
+
+    def decay(self, step: int) -> float:
+        return math.exp((self.exponent + 1) * math.log1p(-1 / step)) if step > 1 else 0.0
 
 
 class WeightAverage:

@@ -9,6 +9,7 @@ from genmodels.registry import ConfigError, build, names, resolve
 NETWORK = {"name": "residual_mlp", "hidden": 16, "blocks": 1}
 ARGUMENTS = {  # what has no default; anything else is built as it is
     "repeat": {"layers": [{"name": "permutation"}, {"name": "spline_coupling", "network": NETWORK}], "count": 2},
+    "nflows": {"transform": "PiecewiseRationalQuadraticCDF", "arguments": {"tails": "linear", "tail_bound": 3.0}},
     "inverse": {"of": {"name": "spline_coupling", "network": NETWORK}},
 }
 SHAPES = [(2,), (5,), (3, 2, 4), (4, 3)]

@@ -3,12 +3,22 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from genmodels.registry import build, names
-from genmodels.training.ema import Average, ConstantDecay, WeightAverage, best
+from genmodels.training.ema import (
+    WIDEST,
+    Average,
+    ConstantDecay,
+    PowerProfile,
+    WeightAverage,
+    best,
+    exponent_of,
+    std_of,
+)
 from genmodels.training.optim import SGD, Adam, Constant, Cosine, LearningRate, OneCycle
 
 
@@ -51,11 +61,85 @@ def test_decay_starts_low_and_reaches_its_value():
             ConstantDecay(bad)
 
 
+# ---- power-function averages ---
+
+
+@pytest.mark.parametrize(
+    ("std", "exponent"),
+    [(0.05, 16.97), (0.10, 6.94)],
+)
+def test_published_exponents(std, exponent):
+    assert round(exponent_of(std), 2) == exponent
+
+
+@pytest.mark.parametrize("std", [1e-5, 0.01, 0.03, 0.0777, 0.15, 0.25, 0.288, WIDEST])
+def test_width_and_exponent_are_inverses(std):
+    exponent = exponent_of(std)
+    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
+    assert exponent == pytest.approx(max(roots.real), rel=1e-9, abs=1e-9)
+    assert std_of(exponent) == pytest.approx(std, rel=1e-13)
+    assert exponent_of(std_of(12.5)) == pytest.approx(12.5, rel=1e-13)
+
+
+def test_widths_that_no_profile_has_are_refused():
+    assert exponent_of(WIDEST) == 0  # the plain mean
+    for bad in (0.0, -0.1, 0.2887, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"above 0 and at most √\(1/12\) = 0.2887"):
+            PowerProfile(bad)
+
+
+def effective_weights(rule, steps):
+    """[steps] the weight of θ_i in the average after `steps` updates: (1 - β_i) Π_{j>i} β_j."""
+    beta = torch.tensor([rule.decay(k) for k in range(1, steps + 1)], dtype=torch.float64)
+    after = torch.cat((beta[1:].flip(0).cumprod(0).flip(0), torch.ones(1)))
+    return (1 - beta) * after
+
+
+@pytest.mark.parametrize("std", [0.02, 0.05, 0.10, 0.25, WIDEST])
+@pytest.mark.parametrize("steps", [10, 1000, 100_000])
+def test_weights_of_past_steps_are_the_integrals_of_the_profile(std, steps):
+    """Each over its own step, at any length; so mean and width are those of the profile up to one step in length."""
+    rule = PowerProfile(std)
+    weights = effective_weights(rule, steps)
+    edges = torch.arange(steps + 1, dtype=torch.float64) / steps
+    torch.testing.assert_close(weights, (edges ** (rule.exponent + 1)).diff(), rtol=1e-8, atol=1e-15)
+    middle = (edges[1:] + edges[:-1]) / 2
+    mean = (weights * middle).sum()
+    assert weights.sum().item() == pytest.approx(1, abs=1e-10)
+    if steps >= 1000:
+        assert mean.item() == pytest.approx((rule.exponent + 1) / (rule.exponent + 2), abs=1 / steps)
+        width = ((weights * (middle - mean) ** 2).sum()).sqrt().item()
+        assert width == pytest.approx(std, abs=1 / steps)
+
+
+def test_the_first_update_takes_the_weights_whole():
+    model = Small()
+    average = WeightAverage(PowerProfile(0.1), model)
+    start = model.weight.detach().clone()
+    walk(model, 1)
+    average.update(model, 1)
+    assert torch.equal(average.tensors["weight"], model.weight) and not torch.equal(start, model.weight)
+
+
+def test_the_widest_profile_is_the_mean_of_all_weights():
+    model, seen = Small(), []
+    average = WeightAverage(PowerProfile(WIDEST), model)
+    for k in range(1, 51):
+        walk(model, k)
+        average.update(model, k)
+        seen.append(model.weight.detach().clone())
+    torch.testing.assert_close(average.tensors["weight"], torch.stack(seen).mean(0), rtol=1e-12, atol=1e-14)
+
+
+# ---- what all averages share ---
+
+
 @pytest.mark.parametrize("name", names(Average))
 def test_labels_are_file_names_of_their_own(name):
     assert build(Average, name).label.startswith("ema-")
     labels = {ConstantDecay(v).label for v in (0.999, 0.9999, 0.99999991, 0.99999992)}
     assert len(labels) == 4 and "ema-0.999" in labels
+    assert {PowerProfile(v).label for v in (0.05, 0.050000001, 0.1)} == {"ema-0.05", "ema-0.050000001", "ema-0.1"}
 
 
 def test_weights_and_average_never_mix():
