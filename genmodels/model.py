@@ -23,11 +23,15 @@ class Model(nn.Module, ABC):
         conditional: True if `sample` and `likelihood` take a condition (labels, embeddings).
         differentiates_twice: True if the loss itself differentiates the network (CNFs, implicit score matching); such
             losses cannot be compiled.
+        unused_parameters: True if a loss may leave some parameters without gradient (an expert that no item of the
+            batch needs, a part that is not trained yet). Several processes then look for them in every step, which a
+            loss whose backward pass itself accumulates into parameters does not allow.
     """
 
     shape: Shape
     conditional: bool = False
     differentiates_twice: ClassVar[bool] = False
+    unused_parameters: ClassVar[bool] = False
 
     @abstractmethod
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:

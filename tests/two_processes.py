@@ -3,27 +3,40 @@
 `python -m tests.two_processes <folder> <scene> …` under a launcher; results go to `<folder>/<scene>-<rank>`.
 """
 
+import copy
+import io
 import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch import Tensor, nn
 
+from genmodels.config import load
+from genmodels.model import Model
 from genmodels.registry import ConfigError
 from genmodels.training import processes
+from genmodels.transforms import Identity
+from genmodels.types import Batch, Loss, NotApplicable
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 60  # seconds; longer is a hang
 
 
-def launch(*words: str | Path, world: int = 2, **environment: str) -> subprocess.CompletedProcess:
-    """A command under torchrun, one thread a process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([*command, *map(str, words)], env=variables, capture_output=True, text=True, timeout=LIMIT)
+def variables() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(*words: str | Path) -> subprocess.CompletedProcess:
+    """A command in two processes under torchrun, one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*command, *map(str, words)], env=variables(), capture_output=True, text=True, timeout=LIMIT)
 
 
 def play(folder: Path, *scenes: str) -> dict[str, list[Any]]:
@@ -38,7 +51,7 @@ def failure(function: Any) -> tuple[str, str, int]:
     try:
         function()
     except Exception as error:
-        return type(error).__name__, str(error), error.raised_by
+        return type(error).__name__, str(error), getattr(error, "raised_by", 0)
     raise AssertionError("nothing was raised")
 
 
@@ -107,6 +120,248 @@ def helpers(folder: Path) -> dict[str, Any]:
 
 def fail_on_main(rank: int) -> None:
     raise ConfigError(f"only rank {rank} was asked")
+
+
+# ---- replicas ---
+
+
+class Adjoint(torch.autograd.Function):
+    """A network whose backward pass runs it again and accumulates into its parameters itself."""
+
+    @staticmethod
+    def forward(ctx, x, net):
+        ctx.net = net
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return net(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            torch.autograd.backward(ctx.net(x), gradient)
+        return x.grad, None
+
+
+class Memoryless(Model):
+    """Its loss runs a network without keeping what it computed on the way."""
+
+    def __init__(self, *, shape):
+        super().__init__()
+        self.shape = shape
+        self.first, self.second = nn.Linear(shape[0], 5), nn.Linear(5, 3)
+
+    def loss(self, batch, *, generator=None):
+        return Loss(Adjoint.apply(self.first(batch.x), self.second).square().sum(1), {})
+
+
+class Experts(Model):
+    """Items whose first coordinate is positive and those where it is not each have an expert; one more has none."""
+
+    unused_parameters = True
+
+    def __init__(self, *, shape):
+        super().__init__()
+        self.shape = shape
+        self.experts = nn.ModuleList(nn.Linear(shape[0], 1) for _ in range(3))
+
+    def loss(self, batch, *, generator=None):
+        value = batch.x.new_zeros(len(batch))
+        for expert, mine in zip(self.experts, (batch.x[:, 0] > 0, batch.x[:, 0] <= 0), strict=False):
+            if mine.any():
+                value = value.index_put((mine,), (expert(batch.x[mine]) - 1).square().squeeze(1))
+        return Loss(value, {"positive": (batch.x[:, 0] > 0).double().mean()})
+
+
+class Careless(Experts):
+    """The same, saying nothing of it."""
+
+    unused_parameters = False
+
+
+def pairs() -> dict[str, tuple[Model, Batch]]:
+    """Models with eight items each, in double precision."""
+    from tests import training_fakes
+    from tests.contracts import families
+
+    plane, series = families.Plane(), families.Series("classify")
+    shapes = {"shape": series.shape, "target_shape": series.target_shape}
+    rows = torch.arange(8)
+    sides = torch.tensor([[1.0, 2.0], [-1.0, 0.5]]).repeat(4, 1) * torch.linspace(0.5, 2, 8)[:, None]  # one side a rank
+    models = {
+        "score matching": (training_fakes.Twice(shape=(2,)), plane.take("train", rows)),
+        "continuous flow": (families.CNF(shape=(2,), transform=Identity()), plane.take("train", rows)),
+        "equilibrium": (families.DEQ(**shapes), series.take("train", rows)),
+        "controlled equation": (families.NeuralCDE(**shapes), series.take("train", rows)),
+        "own backward pass": (Memoryless(shape=(2,)), plane.take("train", rows)),
+        "experts": (Experts(shape=(2,)), Batch(sides)),
+    }
+    return {name: (model.double(), batch.replace(x=batch.x.double())) for name, (model, batch) in models.items()}
+
+
+def gradients(folder: Path) -> dict[str, Any]:
+    """Two gradient steps of every model: of this process with the others, and of one process on all items."""
+    accelerator, outcome = processes.join(), {}
+    torch.manual_seed(0)
+    for name, (model, batch) in pairs().items():
+        alone = copy.deepcopy(model)
+        wrapped = processes.replicate(accelerator, model)
+        mine = batch[torch.arange(processes.rank(), 8, processes.world())]
+        for _ in range(2):
+            for module, items in ((wrapped, mine), (alone, batch)):
+                module.zero_grad(set_to_none=True)
+                module(items, generator=None).value.mean().backward()
+        own, expected = ([p.grad for p in m.parameters()] for m in (model, alone))
+        outcome[name] = list(zip(own, expected, strict=True))
+    model, batch = Careless(shape=(2,)).double(), pairs()["experts"][1]
+    wrapped = processes.replicate(accelerator, model)
+    wrapped(batch[torch.arange(processes.rank(), 8, 2)], generator=None).value.mean().backward()
+    outcome["careless"] = failure(lambda: processes.require_gradients(model))
+    return outcome
+
+
+# ---- training ---
+
+
+@contextmanager
+def doubles() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def trained(root: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """What a process saw in each micro-batch of a run, and what it holds at the end."""
+    from genmodels.training import loop
+    from tests import training_fakes
+
+    seen: list[Tensor] = []
+    kept: list[loop.Trainer] = []
+
+    class Kept(loop.Trainer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            kept.append(self)
+
+    training_fakes.Regression.fault = lambda batch: seen.append(batch.x.clone())
+    original, loop.Trainer = loop.Trainer, Kept
+    try:
+        run = loop.train(training_fakes.config(name=name, **changes), root=root, quiet=True)
+    finally:
+        loop.Trainer, training_fakes.Regression.fault = original, None
+    model = kept[0].model
+    averages = run.load("ema-0.9").state_dict()
+    optimizer = run.restore()[0]["optimizer"]
+    own = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    return {
+        "seen": seen,
+        "model": own,
+        "saved": run.load("model").state_dict(),
+        "ema": averages,
+        "optimizer": optimizer,
+    }
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"train": {"accumulate": 2}},
+    "hole": {"data": {"name": "t_line", "nan_at": 11}},  # one item is NaN: it is with one process, in one step
+}
+
+
+def training(folder: Path) -> dict[str, Any]:
+    root = folder / f"trained-{processes.world()}"
+    with doubles():
+        return {name: trained(root, name, **changes) for name, changes in RUNS.items()}
+
+
+# ---- sampling and evaluation ---
+
+TINY = {
+    "flow": ["configs/digits/nsf.yaml", "model.layers.1.count=1"],
+    "diffusion": [
+        "configs/digits/flow_matching.yaml",
+        "model.network.width=16",
+        "model.network.depth=1",
+        "sample.num_steps=3",
+        "likelihood={divergence: hutchinson, controller: fixed, num_steps: 2}",
+    ],
+}
+PROTOCOL = {
+    "name": "small",
+    "version": 1,
+    "dataset": {"name": "digits"},
+    "sample": {"num_items": 130, "blocks": 2, "batch_size": 33},
+    "likelihood": {"num_items": 20, "draws": 2, "batch_size": 7},
+    "metrics": [
+        {"name": "frechet", "features": "pixels"},
+        {"name": "authenticity"},
+        {"name": "bits_per_dim"},
+        {"name": "accuracy"},
+        {"name": "cost"},
+    ],
+}
+
+
+def make_runs(folder: Path) -> None:
+    """Untrained runs to draw from and to score, and the protocol, for `sampling` and `evaluation`."""
+    from genmodels.training.loop import train
+
+    for name, (path, *changes) in TINY.items():
+        quiet = ["train.steps=1", "train.batch_size=16", "train.eval_every=0", "train.sample_every=0"]
+        train(load([ROOT / path], [*changes, *quiet, f"name={name}"]), root=folder / "runs", quiet=True)
+    (folder / "small.yaml").write_text(yaml.safe_dump(PROTOCOL))
+
+
+def said(command: Any, *words: str | Path) -> str:
+    """What the inside of a command prints."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        command.__wrapped__([str(word) for word in words])
+    return out.getvalue()
+
+
+def sampling(folder: Path) -> dict[str, str]:
+    from genmodels.commands import sample
+
+    out = folder / f"samples-{processes.world()}"
+    return {
+        name: said(sample, folder / "runs" / name, "--seeds", "3-40", "--npz", "--out", out / name) for name in TINY
+    } | {"bad": failure(lambda: said(sample, folder / "runs" / "flow", "--seeds", "0-9", "--condition", "77"))}
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    """Results of both runs, and of models that refuse or fail on the second batch, which the second process has."""
+    from genmodels.evaluation.evaluate import evaluate, main
+    from genmodels.evaluation.results import read
+    from tests import evaluation_fakes as fakes
+
+    class Refuses(fakes.UniformLevels):
+        def sample(self, seeds: Tensor, *, condition: Any = None) -> Tensor:
+            if seeds[0] == 50:
+                raise NotApplicable("it draws nothing beyond seed 50")
+            return super().sample(seeds)
+
+    class Fails(fakes.UniformLevels):
+        def sample(self, seeds: Tensor, *, condition: Any = None) -> Tensor:
+            return super().sample(seeds)[: 49 if seeds[0] == 50 else 50]
+
+    protocol = fakes.FakeProtocol(
+        fakes.Levels(), ["cost", "frechet", "bits_per_dim"], sample={"num_items": 200, "batch_size": 50}
+    )
+    run = fakes.FakeRun(folder / f"refuses-{processes.world()}", Refuses())
+    fails = fakes.FakeRun(folder / "fails", Fails())
+    words = [folder / "runs" / name for name in TINY] + ["--protocol", folder / "small.yaml"]
+    words = said(main, *words, "--device", "cpu")
+    return {
+        "said": words,
+        "results": {name: read(next((folder / "runs" / name).glob("eval/small/*.json"))) for name in TINY},
+        "refuses": evaluate(run, protocol, device="cpu"),
+        "fails": failure(lambda: evaluate(fails, protocol, device="cpu")),
+    }
 
 
 def main() -> None:

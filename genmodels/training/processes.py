@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..model import Model
 from ..registry import ConfigError
 
 S, T = TypeVar("S"), TypeVar("T")
@@ -85,7 +86,8 @@ def place(name: str | None = None) -> torch.device:
         return device
     if device.index is not None:
         raise ConfigError(f"--device: {name} names one device for {launched()} processes; say {device.type}.")
-    return join(device.type).device
+    found = join(device.type).device
+    return device if found.type == "cpu" else found  # Accelerate numbers the CPU by process
 
 
 def leave() -> None:
@@ -227,18 +229,36 @@ def in_order(items: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
 # ---- replicas ------------------------------------------------------------------------------------------------------
 
 
-def replicate(accelerator: Any, model: nn.Module) -> nn.Module:
-    """The model behind a wrapper that averages gradients over processes; the same model if there is one process.
+def replicate(accelerator: Any, model: Model) -> nn.Module:
+    """The model behind a wrapper whose backward pass averages gradients over processes; of one process, itself.
 
-    A parameter that a loss leaves without gradient must be looked for, which the model asks for by
-    `unused_parameters = True`. Buffers are left alone: `copy_from_main`.
+    Buffers are left alone: see `copy_from_main`.
     """
     from accelerate.utils import DistributedDataParallelKwargs
 
     accelerator.ddp_handler = DistributedDataParallelKwargs(
-        find_unused_parameters=getattr(model, "unused_parameters", False), broadcast_buffers=False
+        find_unused_parameters=model.unused_parameters, broadcast_buffers=False
     )
-    return accelerator.prepare_model(model)
+    with warnings.catch_warnings():  # torch 2.13 gives the second option a new name, which Accelerate does not know yet
+        warnings.simplefilter("ignore", FutureWarning)
+        return accelerator.prepare_model(model)
+
+
+def require_gradients(model: Model) -> None:
+    """After a backward pass of replicas that wait for every gradient: without all of them nothing was averaged.
+
+    Raises:
+        ConfigError: on all processes, naming the parameters that have none on one of them.
+    """
+    with together():
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        if missing:
+            some = ", ".join(missing[:4]) + (f", … ({len(missing) - 4} more)" if len(missing) > 4 else "")
+            raise ConfigError(
+                f"the loss of {type(model).__name__} left these parameters without gradient: {some}. Several processes "
+                f"must be told: set `unused_parameters = True` on the class {type(model).__name__}, or freeze the "
+                "parameters that are not trained (requires_grad_(False)), or train with one process."
+            )
 
 
 @torch.no_grad()
