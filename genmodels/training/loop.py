@@ -5,7 +5,7 @@ been.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -105,12 +105,10 @@ class Trainer:
         self.state = TrainingState(run, dataset, step.model, step.optimizer, main=self.main, world=step.world)
         told = processes.by_main(lambda: self._prepare(origin))
         with processes.together():
-            told += self.state.restore()
+            told = told + self.state.restore()
         for line in told:
             console.say(line)
         self.start = self.state.step
-        if self.main:
-            run.rewind(self.start)
         step.start(self.state.averages)
         self.watch = Watch(step.accelerator, run, dataset, step.model, self.state.averages, console)
 
@@ -139,8 +137,10 @@ class Trainer:
             if _due(done, s.sample_every, s.steps):
                 self.watch.grid(done)
             reason = self._asked()
+            if _due(done, s.snapshot_every, s.steps):
+                self._keep(state.snapshot)
             if _due(done, s.save_every, s.steps) or done == s.steps or reason:
-                self._save()
+                self._keep(state.save)
             if reason and done < s.steps:
                 break
             interval.resume()
@@ -171,17 +171,19 @@ class Trainer:
         if loss is not None and self.main and self.step.parameters and self.state.consider(loss):
             self.run.record(best={"step": self.state.step, "val/loss": loss})
 
-    def _save(self) -> None:
+    def _keep(self, write: Callable[[], None]) -> None:
         with processes.together():
-            self.state.save()
+            write()
 
     def _skipped(self, problem: str) -> None:
         self.console.at(self.state.step, f"{problem}; the step is skipped")
         if self.step.guard.exhausted:
-            raise TrainingFailed(
-                f"{PATIENCE} steps in a row were not finite, last at step {self.state.step}: {problem}. The weights "
-                f"were not touched. {self.run.saved()} Lower train.optimizer.lr or train.clip, or look at the data."
-            )
+            with processes.together():
+                raise TrainingFailed(
+                    f"{PATIENCE} steps in a row were not finite, last at step {self.state.step}: {problem}. "
+                    f"The weights were not touched. {self.run.saved()} "
+                    "Lower train.optimizer.lr or train.clip, or look at the data."
+                )
 
     def _asked(self) -> str | None:
         """Why training should stop: the first reason of any process, the same on all of them."""

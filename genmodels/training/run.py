@@ -37,8 +37,10 @@ from ..hashing import canonical
 from ..model import Model
 from ..networks.network import set_autocast
 from ..registry import ConfigError
-from . import checkpoint
+from . import checkpoint, posthoc
 from .checkpoint import CheckpointError, DiskFull, Tensors, write_text
+from .ema import PowerProfile
+from .posthoc import Snapshots
 
 
 class RunConflict(ConfigError):
@@ -251,10 +253,17 @@ class Run:
     def has_checkpoint(self) -> bool:
         return bool(checkpoint.steps_in(self.checkpoints))
 
+    @property
+    def snapshots(self) -> Snapshots:
+        return Snapshots(self.path / "snapshots")
+
+    def header(self, facts: dict[str, Any]) -> dict[str, str]:
+        """What every file of weights says of itself: enough to rebuild the model."""
+        return {"config": canonical(self.config.tree), "facts": canonical(facts)}
+
     def save(self, sets: dict[str, Tensors], state: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Write a checkpoint; the header of each file is enough to rebuild the model."""
-        header = {"config": canonical(self.config.tree), "facts": canonical(facts)}
-        checkpoint.save(self.checkpoints, sets, state, header, self.config.train.keep)
+        """Write a checkpoint."""
+        checkpoint.save(self.checkpoints, sets, state, self.header(facts), self.config.train.keep)
         self._verified = None
 
     def restore(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
@@ -280,7 +289,11 @@ class Run:
         chosen = weights or (averages[0] if averages else "model")
         if chosen in self.weights_names():
             return chosen
-        raise ConfigError(f"{self.path} has no weights '{chosen}'. It has: {', '.join(self.weights_names())}.")
+        std = _std(chosen)
+        if std is not None and self.snapshots.listed():
+            return f"ema-{std!r}"
+        hint = "" if std is None else f" Others can be combined from snapshots. {posthoc.HOW_TO_TRACK}"
+        raise ConfigError(f"{self.path} has no weights '{chosen}'. It has: {', '.join(self.weights_names())}.{hint}")
 
     def step_of(self, weights: str) -> int:
         """The step after which weights of that name were taken."""
@@ -289,7 +302,12 @@ class Run:
     def tensors(self, weights: str | None = None) -> Tensors:
         """The tensors of some weights, at the newest sound checkpoint; see `load`."""
         name = self.weights_name(weights)
-        return checkpoint.read_tensors(self._newest()[0] / f"{name}.safetensors")[0]
+        folder = self._newest()[0]
+        if name in self.weights_names():
+            return checkpoint.read_tensors(folder / f"{name}.safetensors")[0]
+        rules = [rule for rule in self.config.train.ema if isinstance(rule, PowerProfile)]
+        also = [(rule.std, self.step, folder / f"{rule.label}.safetensors") for rule in rules]
+        return self.snapshots.reconstruct(_std(name), self.step, also if self.step else ())[0]
 
     def load(self, weights: str | None = None, device: torch.device | str = "cpu") -> Model:
         """The trained model in eval mode with frozen parameters, at the newest sound checkpoint.
@@ -341,11 +359,13 @@ class Run:
         return lines
 
     def rewind(self, step: int) -> None:
-        """Cut metrics.jsonl after a step, so that a resumed run logs no step twice, and lines cut short by a crash."""
+        """Forget what came after a step, so that a resumed run logs and keeps nothing twice: lines of metrics.jsonl
+        (those that a crash cut short as well) and snapshots."""
         path = self.path / "metrics.jsonl"
         kept = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step)
         if path.exists() and path.read_bytes() != kept.encode():
             write_text(path, kept)
+        self.snapshots.rewind(step)
 
     def folder(self, name: str) -> Path:
         """A folder of the run, made if missing."""
@@ -362,6 +382,14 @@ def _tensor_files(folder: Path, state: dict[str, Any]) -> list[Path]:
 def _next(path: Path, separator: str, first: int) -> Path:
     """The first path `<path><separator><k>`, k = first, first + 1, …, that is free."""
     return next(p for k in count(first) if not (p := path.with_name(f"{path.name}{separator}{k}")).exists())
+
+
+def _std(weights: str) -> float | None:
+    """The width of the average that a name like ema-0.07 means."""
+    try:
+        return float(weights.removeprefix("ema-")) if weights.startswith("ema-") else None
+    except ValueError:
+        return None
 
 
 def _bytes(folder: Path) -> int:

@@ -108,6 +108,8 @@ class TrainingState:
         if state["best"] is not None:
             self.best = Best(state["best"]["step"], state["best"]["loss"], sets["best"])
         self.step, self.seconds = state["step"], state["seconds"]
+        if self.main:  # what a killed process did after its last checkpoint comes again
+            self.run.rewind(self.step)
         told = [f"warning: {problem}" for problem in self.run.problems()]
         if state["world_size"] not in (None, self.world) and self.step:
             told.append(
@@ -150,6 +152,11 @@ class TrainingState:
         tensors = self.model.state_dict() if first is None else first.tensors
         self.best = Best(self.step, loss, {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()})
         return True
+
+    def snapshot(self) -> None:
+        """Keep the power-function averages for good, on the main process."""
+        if self.main:
+            self.run.snapshots.write(self.step, self.averages, self.run.header(self.dataset.facts()))
 
     def save(self) -> None:
         """Write a checkpoint of the state after `step` optimiser steps, on the main process."""

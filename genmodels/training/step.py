@@ -86,20 +86,27 @@ class Step:
         value.backward()
 
     def update(self, step: int, loss: Tensor) -> tuple[Tensor, str | None]:
-        """Clip, step and average, unless loss or gradient is not finite.
+        """Clip, step and average, unless loss or gradient is not finite on any process: replicas never part.
 
         Returns:
-            [] the norm of the gradient, and what was not finite, the same on every process so that replicas never part.
+            [] the norm of the gradient, and what was not finite.
+        Raises:
+            ConfigError: if replicas wait for gradients that the loss does not give.
         """
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros_like(loss)
-        good = self.accelerator.reduce((loss.isfinite() & norm.isfinite()).long(), "sum")
+        whole = torch.tensor(self.model.unused_parameters or len(grads) == len(self.parameters), device=loss.device)
+        votes = torch.stack((loss.isfinite() & norm.isfinite(), whole)).long()
+        good, complete = self.accelerator.reduce(votes, "sum").tolist()
+        if complete < self.world > 1:
+            processes.require_gradients(self.model)
         problem = None
-        if good.item() < self.world:
+        if good < self.world:
             problem = self.guard.failed(loss)
         else:
             if self.optimizer is not None:
                 self._descend(step, norm)
+            processes.copy_from_main(self.model.buffers())  # running statistics are those of each one's share
             for average in self.averages.values():
                 average.update(self.model, step + 1)
             self.guard.passed()

@@ -13,6 +13,7 @@ from ..model import Model
 from ..rng import generator
 from ..sampling import default_seeds, draw, request, write_picture
 from ..types import Loss, NotApplicable, SupportsSample
+from . import processes
 from .console import Console, count
 from .ema import WeightAverage, best
 from .run import Run
@@ -154,13 +155,15 @@ class Watch:
 
     def grid(self, done: int) -> None:
         """Samples of fixed seeds under the first average of the weights; a model that cannot sample (yet) goes on."""
-        if self.main and isinstance(self.model, SupportsSample):
-            try:
-                self.console.at(done, f"samples in {self._draw(done)}")
-            except (NotApplicable, RuntimeError, ValueError, ArithmeticError) as error:
-                # Early weights can be too wild for a solver; a picture is not worth the run.
-                self.console.at(done, f"no samples: {error}")
-        self.accelerator.wait_for_everyone()
+        if isinstance(self.model, SupportsSample):
+            processes.by_main(lambda: self._grid(done))
+
+    def _grid(self, done: int) -> None:
+        try:
+            self.console.at(done, f"samples in {self._draw(done)}")
+        except (NotApplicable, RuntimeError, ValueError, ArithmeticError) as error:
+            # Early weights can be too wild for a solver; a picture is not worth the run.
+            self.console.at(done, f"no samples: {error}")
 
     def _draw(self, done: int) -> Any:
         seeds = default_seeds(self.model, self.dataset)

@@ -320,3 +320,39 @@ def test_the_limit_counts_from_the_beginning():
         from genmodels.config import Train
 
         Train(max_hours=0.0)
+
+
+# ---- averages that were not tracked ---
+
+
+def test_an_average_is_made_after_training(fakes, tmp_path):
+    """From two tracked profiles and their snapshots, the one that a third run tracked all along."""
+    power = [{"name": "power", "std": std} for std in (0.05, 0.1)]
+    cadence = {"steps": 200, "snapshot_every": 10, "log_every": 0, "eval_every": 0, "save_every": 70}
+    config = fakes.config(**fakes.RICH).replace({"train": {**cadence, "ema": power}})
+    run = train(config, root=tmp_path / "a", quiet=True)
+    direct = train(
+        config.replace({"train": {"ema": [{"name": "power", "std": 0.07}]}}), root=tmp_path / "b", quiet=True
+    )
+    assert run.weights_names() == ["ema-0.05", "ema-0.1", "model"] and run.weights_name("ema-0.07") == "ema-0.07"
+    assert checkpoint.steps_in(run.path / "snapshots") == list(range(10, 201, 10))
+    expected, found, start = (
+        direct.load().state_dict(),
+        run.load("ema-0.07").state_dict(),
+        run.load("model").state_dict(),
+    )
+    for name in ("goal", "network.weight", "network.bias"):
+        moved = (expected[name] - start[name]).norm()
+        assert (found[name] - expected[name]).norm() < 0.02 * moved, name
+    with pytest.raises(ConfigError, match=r"std 0\.01 .* is not made.*can be had"):
+        run.load("ema-0.01")
+    with pytest.raises(ConfigError, match=r"no weights 'ema-0\.2'.*Track two profiles"):
+        train(fakes.config(name="e"), root=tmp_path, quiet=True).load("ema-0.2")
+    fakes.stop_at(155)  # after the checkpoint of step 140 and the snapshot of step 150
+    with pytest.raises(fakes.Stop):
+        train(config, root=tmp_path / "c", quiet=True)
+    fakes.Regression.fault = None
+    assert checkpoint.steps_in(tmp_path / "c" / "r" / "snapshots")[-1] == 150
+    resumed = train(config, root=tmp_path / "c", quiet=True)
+    again = resumed.load("ema-0.07").state_dict()
+    assert fakes.digests(resumed) == fakes.digests(run) and all(torch.equal(again[n], v) for n, v in found.items())

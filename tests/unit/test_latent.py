@@ -95,7 +95,11 @@ def test_images_are_encoded_and_decoded_in_parts():
         ({"scaling": 0.0}, SHAPE, "scaling > 0"),
         ({}, (1, 8, 12), r"images of 3 channels with sides divisible by 2, found items of shape \[1, 8, 12\]"),
         ({}, (3, 8, 9), "divisible by 2"),
-        ({"path": "nowhere"}, SHAPE, r"nowhere lacks config.json and diffusion_pytorch_model.safetensors \(there is no"),
+        (
+            {"path": "nowhere"},
+            SHAPE,
+            r"nowhere lacks config.json and diffusion_pytorch_model.safetensors \(there is no",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, shape, message):
