@@ -43,6 +43,11 @@ EXAMPLES: dict[str, dict] = {
         "condition": 3,
         "classes": 4,
     },
+    "array": {
+        "path": example("images.npy", random.integers(0, 256, (120, 3, 4, 6), dtype=np.uint8)),
+        "labels": example("labels.npy", random.integers(0, 5, 120)),
+        "flip": True,
+    },
 }
 
 

@@ -14,7 +14,6 @@ from hypothesis.extra import numpy as arrays
 
 from genmodels.config import load
 from genmodels.data.dataset import Dataset
-from genmodels.data.partition import partition
 from genmodels.data.tabular import Table
 from genmodels.data.text_table import TextTable
 from genmodels.registry import ConfigError, build, resolve
@@ -166,27 +165,10 @@ def test_labels_stay_with_their_rows(tmp_path):
 # ---- splits ----
 
 
-@FEW
-@given(
-    n=st.integers(1, 400), val=st.floats(0, 0.45), test=st.floats(0, 0.45), order=st.sampled_from(["file", "shuffled"])
-)
-def test_every_row_is_in_one_split_whose_size_is_the_stated_one(n, val, test, order):
-    rows = partition(n, val, test, order, 0, "here")
-    n_test = int(test * n)
-    assert [len(rows[split]) for split in ("val", "test")] == [int(val * (n - n_test)), n_test]
-    together = torch.cat([rows["train"], rows["val"], rows["test"]])
-    assert sorted(together.tolist()) == list(range(n))
-    if order == "file":
-        assert torch.equal(together, torch.arange(n))
-
-
-def test_the_default_shares_are_those_of_the_literature(tmp_path):
-    """POWER and GAS of Papamakarios et al. 2017, table 2: the rows that each split has."""
-    for n, sizes in ((2_049_280, (1_659_917, 184_435, 204_928)), (1_052_065, (852_174, 94_685, 105_206))):
-        assert tuple(map(len, partition(n, 0.1, 0.1, "file", 0, "here").values())) == sizes
+def test_the_default_cuts_a_tenth_from_the_end_of_the_file(tmp_path):
     dataset = table(save(tmp_path, x=np.arange(1000.0)[:, None]), order="file")
-    assert values(dataset, "train").ravel().tolist() == list(range(810))
-    assert values(dataset, "test").ravel().tolist() == list(range(900, 1000))
+    for split, rows in (("train", range(810)), ("val", range(810, 900)), ("test", range(900, 1000))):
+        assert values(dataset, split).ravel().tolist() == list(rows)
 
 
 def test_the_shuffle_is_random_fixed_and_of_the_seed(tmp_path):
