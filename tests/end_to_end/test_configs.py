@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from genmodels.config import Config, load
@@ -15,14 +16,33 @@ FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name !
 TINY = ["train.steps=2", "train.batch_size=16", "train.eval_every=0", "train.sample_every=2", "train.eval_items=8"]
 
 
+def table(folder: Path) -> list[str]:
+    np.savetxt(folder / "rows.csv", np.random.default_rng(0).normal(size=(100, 2)), delimiter=",", header="a,b")
+    return [f"data.path={folder / 'rows.csv'}"]
+
+
+# configurations of the user's own files: what makes such files in a folder, and the overrides that name them
+OWN_DATA = {"tables/nsf.yaml": table}
+
+
+def protocol(config: Config) -> Protocol:
+    """The configuration's own, or the likelihood of its test split."""
+    if config.protocols:
+        return Protocol.load(config.protocols[0])
+    metrics = [{"name": "nll"}, {"name": "cost"}]
+    return Protocol({"name": "own_data", "version": 1, "dataset": config.tree["data"], "metrics": metrics})
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_configuration_travels_the_whole_way(path, tmp_path):
-    config = load([path], TINY)
-    assert Config(config.tree).hash == config.hash == load([path], TINY).hash
+    make = OWN_DATA.get(f"{path.parent.name}/{path.name}")
+    overrides = TINY + (make(tmp_path) if make else [])
+    config = load([path], overrides)
+    assert Config(config.tree).hash == config.hash == load([path], overrides).hash
     assert set(config.protocols) <= {p.stem for p in FOLDER.glob("*.yaml")}
     run = train(config, root=tmp_path, quiet=True)
     assert [p.suffix for p in (run.path / "samples").iterdir()] == [".png"]
-    full = Protocol.load(config.protocols[0])
+    full = protocol(config)
     metrics = [m for m in full.tree["metrics"] if m["name"] in ("bits_per_dim", "nll", "cost")]
     small = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "metrics": metrics}
     options = (
