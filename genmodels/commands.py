@@ -14,7 +14,7 @@ EXAMPLES = """examples:
   python train.py configs/digits/flow_matching.yaml train.steps=500 name=try
   python train.py configs/digits/flow_matching.yaml model.network.depth=6 --dry-run
   python train.py runs/try                                 (continues that run)
-  python train.py configs/toy2d/nsf.yaml --sweep seed=0,1,2 model.layers[0].bins=8,16 --jobs 2
+  python train.py configs/toy2d/nsf.yaml --sweep seed=0,1,2 model.layers[0].count=2,4 --jobs 2
   python train.py --list solver
   python train.py --describe network.dit
 """
