@@ -1,4 +1,4 @@
-"""The commands: `train`, `sample`, `evaluate`, `leaderboard`; the scripts at the top level only call them."""
+"""The commands: `train`, `sample`, `evaluate`, `leaderboard`, `plots`; the scripts at the top level only call them."""
 
 import argparse
 import functools
@@ -14,15 +14,17 @@ EXAMPLES = """examples:
   python train.py configs/digits/flow_matching.yaml train.steps=500 name=try
   python train.py configs/digits/flow_matching.yaml model.network.depth=6 --dry-run
   python train.py runs/try                                 (continues that run)
+  python train.py configs/toy2d/nsf.yaml --sweep seed=0,1,2 model.layers[0].count=2,4 --jobs 2
   python train.py --list solver
   python train.py --describe network.dit
 """
 
 
-def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str] | None], int]:
+def guarded(command: Callable[[Sequence[str]], int | None]) -> Callable[[Sequence[str] | None], int]:
     """Run a command; a mistake of the user's is one message on stderr and exit status 2, without a traceback.
 
-    Interrupted commands exit with 130. With the environment variable GENMODELS_DEBUG set, errors keep their traceback.
+    A command may return another status than 0. Interrupted commands exit with 130. With the environment variable
+    GENMODELS_DEBUG set, errors keep their traceback.
     """
 
     @functools.wraps(command)
@@ -38,7 +40,7 @@ def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
-                command(sys.argv[1:] if argv is None else argv)
+                status = command(sys.argv[1:] if argv is None else argv)
                 sys.stdout.flush()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -54,7 +56,7 @@ def guarded(command: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]
                 processes.leave()
             return 2
         processes.leave()
-        return 0
+        return status or 0
 
     return run
 
@@ -113,43 +115,75 @@ def _run_of(files: Sequence[str]) -> Path | None:
     return path.parent if path.name == "config.yaml" and (path.parent / "checkpoints").is_dir() else None
 
 
-@guarded
-def train(argv: Sequence[str]) -> None:
-    """Train a configuration, or continue its run; list and describe components."""
+def _train_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("train.py", description=train.__doc__, epilog=EXAMPLES, formatter_class=_Formatter)
     parser.add_argument(
         "config", nargs="*", help="configuration files (or a run) and overrides key=value, later ones over earlier ones"
     )
     parser.add_argument("--root", help="folder of runs (default: runs, or where the given run is)")
     parser.add_argument("--fresh", action="store_true", help="set an existing run of that name aside and start again")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="show configuration, size, one loss and speed; write nothing"
+    many = parser.add_argument_group("many runs")
+    many.add_argument(
+        "--sweep",
+        nargs="+",
+        action="extend",
+        metavar="KEY=A,B",
+        help="train every combination of these values, each as a run of its own named by them; the same command again "
+        "skips what is finished and continues the rest (a comma inside brackets or quotes belongs to the value)",
     )
-    parser.add_argument("--list", nargs="?", const="", metavar="KIND", help="list components, of one kind or all")
-    parser.add_argument("--describe", metavar="KIND.NAME", help="describe a component and its arguments")
-    parser.add_argument("--cite", action="store_true", help="print the sources of the components of a configuration")
-    given = parser.parse_intermixed_args(list(argv))
+    many.add_argument(
+        "--jobs", type=int, metavar="N", help="runs of a sweep at a time; they share threads and GPUs (default: 1)"
+    )
+    look = parser.add_argument_group("looking, without training")
+    look.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show configuration, size, one loss and speed, or the runs of a sweep; write nothing",
+    )
+    look.add_argument("--profile", action="store_true", help="show where the time of a step goes; writes a trace")
+    look.add_argument("--list", nargs="?", const="", metavar="KIND", help="list components, of one kind or all")
+    look.add_argument("--describe", metavar="KIND.NAME", help="describe a component and its arguments")
+    look.add_argument("--cite", action="store_true", help="print what a configuration stands on, as BibTeX")
+    return parser
+
+
+@guarded
+def train(argv: Sequence[str]) -> int | None:
+    """Train a configuration, or continue its run; train many; list, describe and cite components."""
+    given = _train_options().parse_intermixed_args(list(argv))
 
     from . import registry
     from .config import dotlist, load
 
     if given.list is not None:
         print(registry.listing(given.list or None))
-        return
+        return None
     if given.describe:
         print(registry.describe_name(given.describe))
-        return
-    files, overrides = _split(given.config)
+        return None
+    axes = [word for word in given.sweep or () if "=" in word and not Path(word).is_file()]
+    files, overrides = _split([*given.config, *(word for word in given.sweep or () if word not in axes)])
     if not files:
         raise registry.ConfigError(
             "no configuration file was given. Try: python train.py configs/digits/flow_matching.yaml"
         )
-    config, of_run = load(files, overrides), _run_of(files)
+    of_run = _run_of(files)
     if of_run is not None and "name" not in dotlist(overrides):
-        config = config.replace({"name": of_run.name})  # the folder may have been renamed
+        overrides = [*overrides, f"name={of_run.name}"]  # the folder may have been renamed
     root = Path(given.root or (of_run.parent if of_run is not None else "runs"))
+    if given.sweep:
+        return _sweep(given, files, overrides, axes, root)
+    if given.jobs is not None:
+        raise registry.ConfigError("--jobs: is for --sweep; one run is one process (or those of a launcher).")
+    config = load(files, overrides)
     if given.cite:
-        print("\n".join(registry.cite(config.tree)))
+        from .citations import cite
+
+        print(cite(config.tree))
+    elif given.profile:
+        from .training.profile import profile
+
+        print(profile(config, root))
     elif given.dry_run:
         from .training.dry_run import dry_run
 
@@ -160,6 +194,22 @@ def train(argv: Sequence[str]) -> None:
 
         with signals() as stop:
             run(config, root=root, fresh=given.fresh, stop=stop)
+    return None
+
+
+def _sweep(given: argparse.Namespace, files: list[str], overrides: list[str], axes: list[str], root: Path) -> int:
+    from .registry import ConfigError
+    from .training.grid import grid
+    from .training.sweep import Sweep, listing
+
+    if given.cite or given.profile:
+        raise ConfigError(f"--{'cite' if given.cite else 'profile'} is for one configuration; leave --sweep out.")
+    plans = grid(files, overrides, axes)
+    if given.dry_run:
+        print(listing(plans, root, fresh=given.fresh))
+        return 0
+    jobs = 1 if given.jobs is None else given.jobs
+    return Sweep(plans, [*files, *overrides], root, jobs=jobs, fresh=given.fresh).run()
 
 
 @guarded
@@ -232,14 +282,52 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     pass
 
 
+@guarded
+def plots(argv: Sequence[str]) -> None:
+    """Draw the training curves of runs beside each other."""
+    parser = argparse.ArgumentParser("genmodels plots", description=plots.__doc__, formatter_class=_Formatter)
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help=".png, .pdf or .svg (default: curves.png)")
+    parser.add_argument("--keys", help="what to draw, e.g. train/loss,train/grad_norm (default: train/loss,val/loss)")
+    parser.add_argument("--x", choices=("step", "seconds", "samples"), default="step", help="the axis below")
+    parser.add_argument(
+        "--smooth", type=float, default=0, metavar="STEPS", help="draw means over so many steps, the values behind them"
+    )
+    parser.add_argument("--log", action="store_true", help="logarithmic scale of the values")
+    given = parser.parse_args(list(argv))
+
+    from .training.plots import curves
+    from .training.run import Run
+
+    keys = None if given.keys is None else [key.strip() for key in given.keys.split(",")]
+    runs = [Run.open(folder) for folder in given.runs]
+    print(curves(runs, given.out, keys, x=given.x, window=given.smooth, log=given.log))
+
+
+VERBS = """usage: genmodels VERB …
+
+  train        train a configuration, continue a run, sweep a grid; list and describe components
+  sample       draw samples of a run
+  evaluate     score runs under a protocol
+  leaderboard  make the tables of results
+  plots        draw the training curves of runs
+
+Each answers --help.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """`genmodels train|sample|evaluate|leaderboard …`."""
+    """`genmodels train|sample|evaluate|leaderboard|plots …`, also as `python -m genmodels …`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    verbs = {"train": train, "sample": sample, "evaluate": _evaluate, "leaderboard": _leaderboard}
-    if not words or words[0] not in verbs:
-        print(f"usage: genmodels {{{'|'.join(verbs)}}} …   (each answers --help)", file=sys.stderr)
-        return 2
-    return verbs[words[0]](words[1:])
+    verbs = {"train": train, "sample": sample, "evaluate": _evaluate, "leaderboard": _leaderboard, "plots": plots}
+    if words and words[0] in verbs:
+        return verbs[words[0]](words[1:])
+    if words and words[0] in ("-h", "--help"):
+        print(VERBS, end="")
+        return 0
+    unknown = f"error: there is no verb '{words[0]}'.\n" if words else ""
+    print(f"{unknown}usage: genmodels {{{'|'.join(verbs)}}} …   (each answers --help)", file=sys.stderr)
+    return 2
 
 
 def _evaluate(argv: Sequence[str]) -> int:

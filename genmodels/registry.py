@@ -273,14 +273,6 @@ def describe(base: type, name: str) -> str:
     )
 
 
-def cite(tree: dict) -> list[str]:
-    """`kind.name: source` of every component of a resolved configuration that states its source."""
-    from .config import components_of  # only there are the sections of a file known
-
-    found = [(f"{_snake(base)}.{cls.registered_name}", source(cls)) for base, cls in components_of(tree)]
-    return list(dict.fromkeys(_fill("", f"{name}: {text}", 4) for name, text in found if text))
-
-
 def components(f: Callable, node: dict) -> Iterator[tuple[type, type]]:
     """(kind, class) of every component in a node resolved against `f`, parents before their children."""
     for name, hint, _ in arguments(f):

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import yaml
 from PIL import Image
 
 from genmodels import commands
-from genmodels.commands import sample, train
+from genmodels.commands import plots, sample, train
 from genmodels.training.run import Run
 from tests.unit.fakes import restored
 
@@ -116,7 +117,8 @@ def test_lists_and_descriptions(answer):
     assert "Squared distance" in answer(train, "--list", "model")[1]
     out = answer(train, "--describe", "learning_rate.one_cycle")[1]
     assert "rise" in out and "Smith & Topin" in out
-    assert answer(train, "lab/small.yaml", "train.learning_rate=one_cycle", "--cite")[1].count("Smith & Topin") == 1
+    out = answer(train, "lab/small.yaml", "train.learning_rate=one_cycle", "--cite")[1]
+    assert out.startswith("@misc{genmodels,") and "\n% learning_rate.one_cycle\n@misc{smith2018super,\n" in out
 
 
 def test_dry_run_leaves_no_trace(answer, here):
@@ -183,10 +185,24 @@ def test_a_damaged_checkpoint_is_one_clean_line(answer, here):
     assert "warning: " in answer(train, "lab/small.yaml")[2] and answer(sample, "runs/lab-small")[2] == ""
 
 
+def test_profile_is_told(answer, here, monkeypatch):
+    asked = []
+    fake = types.SimpleNamespace(profile=lambda config, root: asked.append((config.name, root)) or "all in one step")
+    monkeypatch.setitem(sys.modules, "genmodels.training.profile", fake)
+    status, out, _ = answer(train, "lab/small.yaml", "--profile", "--root", "there")
+    assert (status, out, asked) == (0, "all in one step\n", [("lab-small", Path("there"))])
+    assert not Path("there").exists()
+
+
 def test_one_front(capsys):
-    assert commands.main([]) == 2 and "train|sample|evaluate|leaderboard" in capsys.readouterr().err
+    assert commands.main([]) == 2 and "train|sample|evaluate|leaderboard|plots" in capsys.readouterr().err
+    assert commands.main(["tarin"]) == 2 and "there is no verb 'tarin'" in capsys.readouterr().err
+    assert commands.main(["--help"]) == 0
+    help_ = capsys.readouterr().out
+    assert all(f"\n  {verb} " in help_ for verb in ("train", "sample", "evaluate", "leaderboard", "plots"))
     assert commands.main(["train", "--list", "average"]) == 0 and "constant" in capsys.readouterr().out
-    for command, word in ((train, "Train a configuration"), (sample, "Draw samples of a run")):
+    told = ((train, "Train a configuration"), (sample, "Draw samples of a run"), (plots, "Draw the training curves"))
+    for command, word in told:
         with pytest.raises(SystemExit) as caught:
             command(["--help"])
         assert caught.value.code == 0 and word in capsys.readouterr().out
@@ -331,6 +347,12 @@ def test_on_a_terminal_there_is_one_live_line(here):
     assert "step 400/400  val loss" in text and frames[-2].startswith("done: runs/lab-small at step 400")
     assert "step 50/400  loss" not in text  # intervals are told in place …
     assert "step 50/400  loss" in Path("runs/lab-small/log.txt").read_text()  # … and kept
+
+
+def test_the_package_is_a_command(here):
+    words = [sys.executable, "-m", "genmodels", "train", "lab/small.yaml", "train.steps=1"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "done: runs/lab-small at step 1 " in done.stderr
 
 
 def test_a_reader_who_left_is_no_error():

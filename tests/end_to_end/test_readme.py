@@ -12,6 +12,7 @@ from genmodels import commands, registry
 from genmodels.config import load
 from genmodels.model import Model
 from genmodels.schema import MEMBERS
+from genmodels.training.grid import grid
 from genmodels.training.loop import train
 from genmodels.training.run import Run
 
@@ -45,8 +46,9 @@ def test_training_commands_resolve(monkeypatch):
     found = [shlex.split(line)[2:] for line in lines if line.startswith("python train.py")]
     assert found
     for words in found:
-        files, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
-        assert load(files, overrides).name
+        given = commands._train_options().parse_intermixed_args(words)
+        files, overrides = commands._split(given.config)
+        assert all(plan.name for plan in grid(files, overrides, given.sweep or ()))
 
 
 def test_python_example_runs(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What `--list`, `--describe` and `--cite` print."""
+"""What `--list` and `--describe` print."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from genmodels import registry
-from genmodels.config import Config
 from genmodels.registry import ConfigError, register
 
-from .fakes import restored, tree, world
+from .fakes import restored, world
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +73,3 @@ def test_source_ends_where_the_next_part_begins(fake):
     followed = type("Followed", (), {"__doc__": "Short.\n\nSource: A 2000,\n    part 1.\nArgs:\n    a: b."})
     assert registry.source(followed) == "A 2000, part 1."
     assert registry.source(fake.Euler) is None and registry.summary(fake.Cosine) == "A cosine."
-
-
-def test_cite_names_every_component_with_a_source_once(fake, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    model = {
-        "name": "fake_flow",
-        "layers": [
-            {"name": "coupling", "network": "mlp"},
-            {"name": "coupling", "network": {"name": "mlp", "width": 8}},
-        ],
-        "schedule": "cosine",
-        "guide": {"name": "tree", "depth": 1},
-    }
-    config = Config(tree(model=model, sample={"solver": "heun"}))
-    assert registry.cite(config.tree) == [
-        "fake_net.mlp: Rumelhart et al. 1986, page 318; and a second line.",
-        "fake_schedule.linear: Euclid, book 1.",
-        "optimizer.adam: Kingma & Ba 2015; Loshchilov & Hutter 2019.",
-        "fake_solver.heun: Heun 1900.",
-    ]
