@@ -37,6 +37,7 @@ def guarded(command: Callable[[Sequence[str]], int | None]) -> Callable[[Sequenc
         from .types import NotApplicable
 
         deliberate = (ConfigError, CheckpointError, TrainingFailed, SolverError, NotApplicable)
+        status = None
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning

@@ -16,7 +16,7 @@ from ..data.dataset import Dataset
 from ..data.stream import check_batch, stream
 from ..rng import fold
 from ..types import Batch
-from . import processes
+from . import processes, tracking
 from .checkpoint import DISK_FULL
 from .console import Console, duration
 from .guard import PATIENCE, TrainingFailed
@@ -60,6 +60,8 @@ def train(
     with processes.together():  # before anything is loaded or made
         existing = Run.check(config, root, fresh=fresh)
         dataset = config.dataset() if dataset is None else dataset
+        if s.tensorboard:
+            tracking.check()
         if s.steps:
             check_batch(s.batch_size, accelerator.num_processes, s.accumulate, dataset.size("train"))
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
@@ -200,6 +202,7 @@ class Trainer:
     def _finish(self, reason: str | None) -> None:
         """What is recorded and said at the end, or where training stops for a reason."""
         self.step.accelerator.wait_for_everyone()
+        self.watch.close()
         state, steps = self.state, self.settings.steps
         if self.main:
             ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .console import Console, count
 from .ema import WeightAverage, best
 from .run import Run
 from .state import size
+from .tracking import TensorBoard
 
 VALIDATION_BATCH = 128  # items that share one stream of noise; at most this many, whatever the number of processes
 
@@ -78,9 +80,12 @@ class Watch:
         self.accelerator, self.run, self.dataset, self.model = accelerator, run, dataset, model
         self.averages, self.console = averages, console
         self.settings, self.main = run.config.train, accelerator.is_main_process
+        self.board: TensorBoard | None = None
 
     def greet(self, start: int) -> None:
         """What is trained, on what, from where."""
+        if self.settings.tensorboard and self.main:
+            self.board = TensorBoard(self.run.folder("tensorboard"), start)
         tree, world = self.run.config.tree, self.accelerator.num_processes
         self.console.say(
             f"{self.run.path}: {f'continuing at step {start:,}' if start else 'new run'}, {tree['model']['name']} with "
@@ -115,6 +120,8 @@ class Watch:
 
     def _log(self, done: int, seconds: float, **values: float) -> None:
         self.run.log(done, samples=done * self.settings.batch_size, seconds=round(seconds, 3), **values)
+        if self.board is not None:
+            self.board.scalars(done, values)
 
     def validate(self, done: int, seconds: float) -> float | None:
         """The loss on fixed validation items with fixed noise, under the first average of the weights; logs it.
@@ -165,10 +172,18 @@ class Watch:
             # Early weights can be too wild for a solver; a picture is not worth the run.
             self.console.at(done, f"no samples: {error}")
 
-    def _draw(self, done: int) -> Any:
+    def _draw(self, done: int) -> Path:
         seeds = default_seeds(self.model, self.dataset)
         with best(self.averages, self.model):
             x, condition = draw(self.model, self.dataset, seeds, self.run.config.options("sample"))
         weights = next(iter(self.averages), "model")
         notes = request(seeds, condition, self.run.config.answer("sample"), weights, done)
-        return write_picture(self.run.folder("samples") / f"{done:08d}", x, self.dataset, notes)
+        path = write_picture(self.run.folder("samples") / f"{done:08d}", x, self.dataset, notes)
+        if self.board is not None:
+            self.board.picture(done, path)
+        return path
+
+    def close(self) -> None:
+        """Nothing more will be said."""
+        if self.board is not None:
+            self.board.close()

@@ -356,3 +356,33 @@ def test_an_average_is_made_after_training(fakes, tmp_path):
     resumed = train(config, root=tmp_path / "c", quiet=True)
     again = resumed.load("ema-0.07").state_dict()
     assert fakes.digests(resumed) == fakes.digests(run) and all(torch.equal(again[n], v) for n, v in found.items())
+
+
+# ---- TensorBoard ---
+
+
+def test_tensorboard_shows_what_the_log_says(fakes, tmp_path, monkeypatch):
+    """Every number of the log once, also after an interruption, and the grids."""
+    import sys
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = fakes.config(**fakes.RICH).replace({"train": {"tensorboard": True, "sample_every": 5, "log_every": 1}})
+    fakes.stop_at(8)  # after the checkpoint of step 4: the steps 5 to 7 come again
+    with pytest.raises(fakes.Stop):
+        train(config, root=tmp_path, quiet=True)
+    fakes.Regression.fault = None
+    run = train(config, root=tmp_path, quiet=True)
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    for key in ("train/loss", "train/first", "val/loss"):
+        logged = {line["step"]: line[key] for line in run.metrics() if key in line}
+        shown = events.Scalars(key)
+        assert len(shown) == len(logged) and {e.step: e.value for e in shown} == pytest.approx(logged, rel=1e-6)
+    assert [e.step for e in events.Images("samples")] == [5, 10]
+    plain = train(config.replace({"train": {"tensorboard": False}}), root=tmp_path / "plain", quiet=True)
+    assert fakes.digests(plain) == fakes.digests(run) and not (plain.path / "tensorboard").exists()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"train\.tensorboard: .*pip install 'genmodels\[track\]'"):
+        train(config.replace({"name": "without"}), root=tmp_path, quiet=True)
+    assert not (tmp_path / "without").exists()
