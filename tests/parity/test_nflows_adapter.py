@@ -60,6 +60,13 @@ CASES = [
     case("AffineCouplingTransform", network=True),
     case("AffineCouplingTransform", network=True, mask=[1, 1, 0, 0, 1]),
     case("PiecewiseRationalQuadraticCouplingTransform", network=True, apply_unconditional_transform=True, **LINEAR),
+    case(
+        "PiecewiseRationalQuadraticCouplingTransform",
+        IMAGE,
+        network=True,
+        apply_unconditional_transform=True,
+        **LINEAR,
+    ),
     case("MaskedAffineAutoregressiveTransform", hidden_features=8, activation="tanh"),
     case("MaskedPiecewiseRationalQuadraticAutoregressiveTransform", hidden_features=8, **LINEAR),
     case("MaskedPiecewiseQuadraticAutoregressiveTransform", hidden_features=8, **LINEAR),
@@ -272,8 +279,9 @@ def mixed():
 
 def test_the_start_is_that_of_nflows_and_happens_once():
     f, x = mixed(), 3 + 2 * items(200, (3,))
-    f.eval()
     f.initialize(x)
+    assert f.training
+    f.eval()
     first, inner, norm, _ = f.transform._transforms
     y = x * first.scale + first.shift
     torch.testing.assert_close(y.mean(0), torch.zeros(3).double(), rtol=0, atol=1e-12)
@@ -436,6 +444,15 @@ def test_what_nflows_does_not_register_follows_the_dtype():
     assert f.double().transform.temperature.dtype == torch.float64
     assert f.float().transform.temperature.dtype == torch.float32
     assert f.to("meta").transform.temperature.device.type == "meta"
+    slope = NflowsBijection.of(nflows.LeakyReLU(), VECTOR).to("meta").transform.log_negative_slope
+    assert slope.device.type == "cpu"  # nflows multiplies it by a mask that it makes on the CPU, wherever x is
+
+
+@pytest.mark.parametrize("shape", [VECTOR, IMAGE])
+def test_a_coupling_transforms_the_odd_places_unless_told_otherwise(shape):
+    f, x = make(COUPLING, shape), items(4, shape)
+    moved = ((f(x)[0] - x).abs() > 1e-6).flatten(2).any(2) if len(shape) > 1 else (f(x)[0] - x).abs() > 1e-6
+    assert moved.any(0).tolist() == [i % 2 == 1 for i in range(shape[0])]
 
 
 # ---- training ----
