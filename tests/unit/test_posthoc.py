@@ -92,7 +92,6 @@ def test_an_available_profile_is_its_own_answer():
         c = coefficients(available, target)
         assert c.tolist() == [float(p == target) for p in available]
         assert residual(available, target, c) < 1e-7
-        # the solver, which was not asked, agrees
         near = coefficients(available, (target[0] * (1 + 1e-9), target[1]))
         torch.testing.assert_close(near, c, rtol=0, atol=1e-5)
 
@@ -112,8 +111,7 @@ def test_narrow_profiles_stay_finite():
     assert exponent_of(0.01) > 90
     gram = cosines(available, available)
     assert gram.isfinite().all() and (gram.diagonal() - 1).abs().max() < 1e-12
-    c = coefficients(available, (0.015, 1_000_000))
-    assert c.isfinite().all() and residual(available, (0.015, 1_000_000), c) < 0.1
+    assert residual(available, (0.015, 10**6), coefficients(available, (0.015, 10**6))) < 0.1
 
 
 def test_nearly_equal_profiles_do_not_upset_the_solution():
@@ -282,6 +280,8 @@ def test_snapshots_are_kept_listed_and_rewound(tmp_path):
     assert [(std, step) for std, step, _ in snapshots.listed()] == [(s, k) for k in (10, 20, 30) for s in STDS]
     tensors, header = read_tensors(snapshots.listed()[-1][2])
     assert all(torch.equal(tensors[k], v) for k, v in averages[2].tensors.items()) and "aliases" in header
+    facts = json.loads((tmp_path / "s" / "00000010" / "snapshot.json").read_text())
+    assert facts["profiles"] == {"ema-0.05": 0.05, "ema-0.1": 0.1} and facts["copied"] == ["count", "scale"]
     snapshots.rewind(30)
     assert len(snapshots.listed()) == 6
     (tmp_path / "s" / ".writing-0").mkdir()
@@ -394,13 +394,7 @@ def test_one_file_is_read_at_a_time_and_files_of_another_model_are_named(tmp_pat
     assert opened == [paths[5], paths[0], paths[2], paths[3]]  # those without weight stay closed
     expected = sum(w * read_tensors(p)[0]["weight"].double() for w, p in zip(c.tolist(), paths, strict=True))
     torch.testing.assert_close(found["weight"], expected.float(), rtol=1e-7, atol=0)
-    other, _ = Snapshots(tmp_path / "o"), None
+    other = Snapshots(tmp_path / "o")
     other.write(5, labelled([WeightAverage(PowerProfile(0.05), Point(7))]), {})
     with pytest.raises(CheckpointError, match="holds other tensors than"):
         combine([other.listed()[0][2], paths[0]], torch.ones(2, dtype=torch.float64))
-
-
-def test_the_description_says_what_was_averaged(tmp_path):
-    a_few(tmp_path / "s", steps=(10,))
-    facts = json.loads((tmp_path / "s" / "00000010" / "snapshot.json").read_text())
-    assert facts["profiles"] == {"ema-0.05": 0.05, "ema-0.1": 0.1} and facts["copied"] == ["count", "scale"]
