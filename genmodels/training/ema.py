@@ -92,6 +92,15 @@ class PowerProfile(Average):
         self.exponent = exponent_of(std)
         self.std = std
 
+    @classmethod
+    def of_label(cls, label: str) -> "PowerProfile | None":
+        """The profile that a label `ema-<std>` means; None if it is no such label (`model`, `ema-0.999`)."""
+        start, _, number = label.partition("ema-")
+        try:
+            return None if start else cls(float(number))
+        except ValueError:
+            return None
+
     @property
     def label(self) -> str:
         return f"ema-{self.std!r}"

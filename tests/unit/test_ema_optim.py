@@ -131,6 +131,14 @@ def test_the_widest_profile_is_the_mean_of_all_weights():
     torch.testing.assert_close(average.tensors["weight"], torch.stack(seen).mean(0), rtol=1e-12, atol=1e-14)
 
 
+def test_a_label_says_which_profile_it_means():
+    for std in (0.05, 0.07, 1e-05, WIDEST):
+        assert PowerProfile.of_label(PowerProfile(std).label).std == std
+    assert PowerProfile.of_label("ema-0.070").label == "ema-0.07"
+    for other in ("model", "ema-0.999", "ema-", "ema-x", "ema-nan", "0.07", "my-ema-0.07"):
+        assert PowerProfile.of_label(other) is None
+
+
 # ---- what all averages share ---
 
 

@@ -91,8 +91,7 @@ def test_an_available_profile_is_its_own_answer():
     for target in (available[0], available[37], available[-1]):
         c = coefficients(available, target)
         assert c.tolist() == [float(p == target) for p in available]
-        assert residual(available, target, c) == 0.0
-        # the solver, which was not asked, agrees
+        assert residual(available, target, c) < 1e-7
         near = coefficients(available, (target[0] * (1 + 1e-9), target[1]))
         torch.testing.assert_close(near, c, rtol=0, atol=1e-5)
 
@@ -112,27 +111,34 @@ def test_narrow_profiles_stay_finite():
     assert exponent_of(0.01) > 90
     gram = cosines(available, available)
     assert gram.isfinite().all() and (gram.diagonal() - 1).abs().max() < 1e-12
-    c = coefficients(available, (0.015, 1_000_000))
-    assert c.isfinite().all() and residual(available, (0.015, 1_000_000), c) < 0.1
+    assert residual(available, (0.015, 10**6), coefficients(available, (0.015, 10**6))) < 0.1
 
 
 def test_nearly_equal_profiles_do_not_upset_the_solution():
     """A checkpoint one step after a snapshot, of a long run, is nearly the same profile."""
     plain, target = regular(16, 10**6), (0.07, 16 * 10**6)
-    near = [*plain, *((std, 16 * 10**6 - 1) for std in STDS), (0.05 * (1 + 1e-15), 16 * 10**6)]
-    assert condition(near) > 1e12
+    alike = [(std * (1 + i * 1e-15), step) for std, step in plain for i in range(1, 6)]
+    near = [*plain, *((std, 16 * 10**6 - 1) for std in STDS), *alike]
+    assert condition(near) > 1e15
     c = coefficients(near, target)
-    assert c.abs().sum() < 10
+    assert c.abs().sum() < 2 and c.sum().item() == pytest.approx(1, abs=1e-9)
     assert residual(near, target, c) == pytest.approx(residual(plain, target, coefficients(plain, target)), rel=0.05)
+
+
+def test_steps_count_from_one():
+    with pytest.raises(ValueError, match=r"std 0.05 over 0 steps has no profile"):
+        coefficients([(0.05, 0), (0.1, 10)], (0.07, 10))
 
 
 def test_condition_and_range_are_as_documented():
     assert condition(regular(32, 1)) == pytest.approx(1e4, rel=0.3)
     assert condition(regular(100, 1)) == pytest.approx(1e6, rel=0.3)
-    low, high = reachable(regular(32, 100), 3200)
-    assert 0.01 < low < 0.02 and 0.25 < high < WIDEST
-    for std in (low, high):
-        assert residual(regular(32, 100), (std, 3200), coefficients(regular(32, 100), (std, 3200))) <= 0.1
+    available = regular(32, 100)
+    low, high = reachable(available, 3200)
+    errors = [residual(available, (s, 3200), coefficients(available, (s, 3200))) for s in (low, high)]
+    assert 0.01 < low < 0.02 and 0.25 < high < WIDEST and max(errors) <= 0.1
+    beyond = (low / 1.08, min(high * 1.08, WIDEST))  # the range is found to 7 %
+    assert min(residual(available, (s, 3200), coefficients(available, (s, 3200))) for s in beyond) > 0.1
     assert reachable([(0.05, 10)], 1000) is None
 
 
@@ -229,7 +235,7 @@ def test_a_tracked_profile_comes_back_bit_for_bit(trained):
             found, report = snapshots.reconstruct(std, step)
             tensors, _ = read_tensors(path)
             assert found.keys() == tensors.keys() and all(torch.equal(found[k], v) for k, v in tensors.items())
-            assert report.residual == 0 and report.gain == 1 and report.snapshots == 1
+            assert report.residual < 1e-7 and report.gain == 1 and report.snapshots == 1
 
 
 def test_buffers_are_those_of_the_step(trained):
@@ -274,6 +280,8 @@ def test_snapshots_are_kept_listed_and_rewound(tmp_path):
     assert [(std, step) for std, step, _ in snapshots.listed()] == [(s, k) for k in (10, 20, 30) for s in STDS]
     tensors, header = read_tensors(snapshots.listed()[-1][2])
     assert all(torch.equal(tensors[k], v) for k, v in averages[2].tensors.items()) and "aliases" in header
+    facts = json.loads((tmp_path / "s" / "00000010" / "snapshot.json").read_text())
+    assert facts["profiles"] == {"ema-0.05": 0.05, "ema-0.1": 0.1} and facts["copied"] == ["count", "scale"]
     snapshots.rewind(30)
     assert len(snapshots.listed()) == 6
     (tmp_path / "s" / ".writing-0").mkdir()
@@ -342,6 +350,13 @@ def test_damage_is_named(tmp_path, harm):
     assert torch.isfinite(_without(tmp_path / "s" / "00000020", snapshots)["weight"]).all()
 
 
+def test_a_snapshot_of_another_step_is_named(tmp_path):
+    snapshots, _ = a_few(tmp_path / "s")
+    (tmp_path / "s" / "00000020").rename(tmp_path / "s" / "00000025")
+    with pytest.raises(CheckpointError, match=r"00000025/snapshot.json does not describe format 1 at its step"):
+        snapshots.listed()
+
+
 def _without(folder, snapshots):
     for path in folder.iterdir():
         path.unlink()
@@ -379,13 +394,7 @@ def test_one_file_is_read_at_a_time_and_files_of_another_model_are_named(tmp_pat
     assert opened == [paths[5], paths[0], paths[2], paths[3]]  # those without weight stay closed
     expected = sum(w * read_tensors(p)[0]["weight"].double() for w, p in zip(c.tolist(), paths, strict=True))
     torch.testing.assert_close(found["weight"], expected.float(), rtol=1e-7, atol=0)
-    other, _ = Snapshots(tmp_path / "o"), None
+    other = Snapshots(tmp_path / "o")
     other.write(5, labelled([WeightAverage(PowerProfile(0.05), Point(7))]), {})
     with pytest.raises(CheckpointError, match="holds other tensors than"):
         combine([other.listed()[0][2], paths[0]], torch.ones(2, dtype=torch.float64))
-
-
-def test_the_description_says_what_was_averaged(tmp_path):
-    a_few(tmp_path / "s", steps=(10,))
-    facts = json.loads((tmp_path / "s" / "00000010" / "snapshot.json").read_text())
-    assert facts["profiles"] == {"ema-0.05": 0.05, "ema-0.1": 0.1} and facts["copied"] == ["count", "scale"]
