@@ -289,10 +289,10 @@ class Run:
         chosen = weights or (averages[0] if averages else "model")
         if chosen in self.weights_names():
             return chosen
-        std = _std(chosen)
-        if std is not None and self.snapshots.listed():
-            return f"ema-{std!r}"
-        hint = "" if std is None else f" Others can be combined from snapshots. {posthoc.HOW_TO_TRACK}"
+        profile = PowerProfile.of_label(chosen)
+        if profile is not None and self.snapshots.listed():
+            return profile.label
+        hint = "" if profile is None else f" Others can be combined from snapshots. {posthoc.HOW_TO_TRACK}"
         raise ConfigError(f"{self.path} has no weights '{chosen}'. It has: {', '.join(self.weights_names())}.{hint}")
 
     def step_of(self, weights: str) -> int:
@@ -307,7 +307,7 @@ class Run:
             return checkpoint.read_tensors(folder / f"{name}.safetensors")[0]
         rules = [rule for rule in self.config.train.ema if isinstance(rule, PowerProfile)]
         also = [(rule.std, self.step, folder / f"{rule.label}.safetensors") for rule in rules]
-        return self.snapshots.reconstruct(_std(name), self.step, also if self.step else ())[0]
+        return self.snapshots.reconstruct(PowerProfile.of_label(name).std, self.step, also if self.step else ())[0]
 
     def load(self, weights: str | None = None, device: torch.device | str = "cpu") -> Model:
         """The trained model in eval mode with frozen parameters, at the newest sound checkpoint.
@@ -382,14 +382,6 @@ def _tensor_files(folder: Path, state: dict[str, Any]) -> list[Path]:
 def _next(path: Path, separator: str, first: int) -> Path:
     """The first path `<path><separator><k>`, k = first, first + 1, …, that is free."""
     return next(p for k in count(first) if not (p := path.with_name(f"{path.name}{separator}{k}")).exists())
-
-
-def _std(weights: str) -> float | None:
-    """The width of the average that a name like ema-0.07 means."""
-    try:
-        return float(weights.removeprefix("ema-")) if weights.startswith("ema-") else None
-    except ValueError:
-        return None
 
 
 def _bytes(folder: Path) -> int:

@@ -35,7 +35,9 @@ def step_of(run: Run) -> int | None:
 
 def finished(run: Run | None, steps: int) -> bool:
     """Whether a run was trained to the end, and has its last checkpoint."""
-    return run is not None and run.meta.get("steps") == steps and bool(run.meta.get("finished")) and step_of(run) == steps
+    return (
+        run is not None and run.meta.get("steps") == steps and bool(run.meta.get("finished")) and step_of(run) == steps
+    )
 
 
 def listing(plans: Sequence[Plan], root: Path, *, fresh: bool = False) -> str:
