@@ -1,6 +1,5 @@
 """A residual convolutional network on images of one size: the conditioner of image flows."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import init
 
