@@ -55,7 +55,7 @@ class Multiscale(Bijection):
         levels: the layers of each level, each built for the shape that the one before it leaves.
     Raises:
         ConfigError: if there is no level, one without layers, or one that leaves a single channel to split.
-    Source: Dinh et al. 2017 (Real NVP), section 3.6; Durkan et al. 2019 (Neural Spline Flows), appendix B.2.
+    Source: Dinh et al. 2017 (Real NVP), section 3.6; Durkan et al. 2019 (Neural Spline Flows), section 5.3.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ class Conv1x1(LULinear):
 
     Args:
         start: "permutation" starts at W = P, "orthogonal" at a random orthogonal W, which is factorised into L S U P.
-    Source: Kingma & Dhariwal 2018 (Glow), section 3.2; Durkan et al. 2019 (Neural Spline Flows), appendix B.2.
+    Source: Kingma & Dhariwal 2018 (Glow), section 3.2; Durkan et al. 2019 (Neural Spline Flows), section 5.3.
     """
 
     def __init__(

@@ -1,6 +1,5 @@
 """A residual convolutional network on images of one size: the conditioner of image flows."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import init
 
@@ -47,7 +46,7 @@ class ResNet(Network):
         zero_init: start the last layer (`head`) at zero.
     Raises:
         ConfigError: unless items are images [C, H, W] of one size in and out.
-    Source: Durkan et al. 2019 (Neural Spline Flows), appendix B.2; He et al. 2016 (Identity mappings in deep residual
+    Source: Durkan et al. 2019 (Neural Spline Flows), section 5.3; He et al. 2016 (Identity mappings in deep residual
         networks), section 3.
     """
 

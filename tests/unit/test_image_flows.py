@@ -10,6 +10,7 @@ from torch import nn
 
 from genmodels.config import dotlist, overlay, read
 from genmodels.flows.bijection import Bijection
+from genmodels.flows.linear import Conv1x1
 from genmodels.model import Model
 from genmodels.networks.network import Network
 from genmodels.registry import ConfigError, build
@@ -306,6 +307,7 @@ def test_the_cifar_model_has_the_published_number_of_parameters(bits, coupling, 
     assert model.layers.out_shape == (192, 4, 4)
     halves = [m for m in model.modules() if hasattr(m, "kept")]
     assert len(halves) == 21 and all((m.transformed < m.shape[0] // 2).all() for m in halves), "the first half moves"
+    assert sum(isinstance(m, Conv1x1) for m in model.modules()) == 3 * (7 + 1), "one more closes each level"
 
 
 @pytest.mark.parametrize("bits", [8, 5])
