@@ -11,7 +11,8 @@ from genmodels.evaluation.protocol import FOLDER, Protocol
 from genmodels.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "_base")
+DOWNLOADED = {"cifar10"}  # configurations of data that the user has to fetch
+FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name not in {"_base", *DOWNLOADED})
 TINY = ["train.steps=2", "train.batch_size=16", "train.eval_every=0", "train.sample_every=2", "train.eval_items=8"]
 
 

@@ -19,7 +19,7 @@ IMAGE = (3, 8, 12)
          r"halve the image 3 times, but 28x28 is not divisible by 8\. Use at most 3 multipliers .* multiples of 8\."),
         ((3, 8, 9), {"multipliers": (1, 2)}, "Use at most 1 multiplier for images of this size"),
         ((3, 8, 12), {"attention": (16,)}, "no level has the resolution 16; those of this network are 12, 6"),
-        ((3, 8, 12), {"heads": 3}, "heads: a divisor of the 16 channels where attention acts is needed, found 3"),
+        ((3, 8, 12), {"heads": 3}, "heads: a divisor of the 16 channels at attention is needed, found 3"),
         ((3, 8, 12), {"head_channels": 5}, "head_channels: a divisor of the 16 channels"),
         ((3, 8, 12), {"blocks": 0, "dropout": 1.0}, r"blocks=0, multipliers=\[1, 2\], dropout=1\.0"),
         ((3, 8, 12), {"multipliers": ()}, r"multipliers=\[\]"),
@@ -72,7 +72,7 @@ def test_dropout_acts_in_training_alone():
 
 
 def test_skip_scale_halves_the_variance_that_blocks_add():
-    """Blocks at their start pass their input on: scaled, it is divided by √2 in each, here three times to the middle."""
+    """Blocks at their start pass their input on: scaled, it is divided by √2 in each, three times in all."""
     plain, scaled = (make("unet", moved=False, multipliers=(1,), skip_scale=s) for s in (False, True))
     h, e = randn(2, 8, 8, 12), randn(2, 32, seed=1)
     for step in (plain.down[0], plain.middle[0], scaled.down[0], scaled.middle[0]):
@@ -81,7 +81,7 @@ def test_skip_scale_halves_the_variance_that_blocks_add():
 
 
 def test_every_level_sees_the_whole_image():
-    """One pixel changes the output at the far corner: through the bottom level, which convolutions alone do not reach."""
+    """One pixel changes the output at the far corner: through the bottom level, beyond convolutions."""
     network, x = make("unet", (1, 16, 16), multipliers=(1, 1, 1), num_classes=None), randn(1, 1, 16, 16)
     other = x.clone()
     other[0, 0, 0, 0] += 1
@@ -94,7 +94,8 @@ def test_every_level_sees_the_whole_image():
 
 @pytest.mark.parametrize("coupling", ["spline_coupling", "affine_coupling"])
 def test_it_conditions_a_coupling_that_starts_as_it_should(coupling):
-    node = {"name": coupling, "network": {"name": "unet", "channels": 8, "multipliers": [1, 2], "blocks": 1, "heads": 2}}
+    network = {"name": "unet", "channels": 8, "multipliers": [1, 2], "blocks": 1, "heads": 2}
+    node = {"name": coupling, "network": network}
     layer = build(Bijection, node, shape=(5, 4, 8), num_classes=None, condition_shape=None).double()
     x = randn(3, 5, 4, 8)
     z, log_det = layer(x)
