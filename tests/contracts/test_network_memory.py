@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -168,12 +169,14 @@ def test_batch_sizes_do_not_compile_without_end(name, graphs):
         x = randn(n, *image(name)).float()
         network(torch.linspace(0, 1, n), x, torch.arange(n) % 4).sum().backward()
         counts.append(graphs())
-    assert counts[0] > 0 and counts[-1] == counts[1]
+    assert counts[0] > 0 and counts[-1] <= 3  # one for a number, one for a symbol, one where it equals another size
 
 
 @pytest.mark.slow
 def test_many_networks_of_one_class_are_all_compiled(graphs):
     """Twelve of different widths, more than the graphs that torch keeps by default for one piece of code."""
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("torch before 2.13 counts the graphs of all of them together")
 
     class Chain(nn.Module):
         def __init__(self) -> None:
