@@ -43,6 +43,7 @@ benchmarks: $(READY)
 	$(PY) -m evals.benchmarks.splines
 	$(PY) -m evals.benchmarks.solvers
 	$(PY) -m evals.benchmarks.image_flows
+	$(PY) -m evals.benchmarks.networks
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

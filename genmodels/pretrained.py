@@ -36,7 +36,7 @@ def check_folder(path: str, kind: str, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}.path: {folder / CONFIG} is not readable as JSON: {error}.") from None
     if not isinstance(config, dict) or config.get("_class_name", kind) != kind:
         found = config.get("_class_name") if isinstance(config, dict) else None
-        raise ConfigError(f"{where}.path: {folder / CONFIG} describes a {found}; a {kind} is needed.")
+        raise ConfigError(f"{where}.path: {folder / CONFIG} describes the class {found}; {kind} is needed.")
     return config
 
 

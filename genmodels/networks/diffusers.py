@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import pretrained
 from ..registry import ConfigError, arguments, register
@@ -27,7 +27,8 @@ class _Adapter(Network):
         super().__init__()
         import diffusers
 
-        self.in_shape, self.out_shape, self.timed, self.time_scale = tuple(in_shape), tuple(out_shape), timed, time_scale
+        self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
+        self.timed, self.time_scale = timed, time_scale
         name = self.registered_name
         check_images(name, self.in_shape, self.out_shape)
         if path is None:
@@ -41,8 +42,8 @@ class _Adapter(Network):
         outside = inside if outside is None else outside
         if inside != in_shape[0] or outside not in (out_shape[0], 2 * out_shape[0]):
             raise ConfigError(
-                f"{name}.path: {path} maps {inside} to {outside} channels; {in_shape[0]} to {out_shape[0]} (or twice as "
-                "many, of which the first half is used) are needed for these data."
+                f"{name}.path: {path} maps {inside} to {outside} channels; {in_shape[0]} to {out_shape[0]} (or twice "
+                "as many, of which the first half is used) are needed for these data."
             )
         self.model.enable_gradient_checkpointing(self.recompute)
 
@@ -63,7 +64,8 @@ def _unused(cls: type, given: dict[str, Any], where: str) -> None:
     defaults = {a.name: a.default for a in arguments(cls)}
     changed = [key for key, value in given.items() if value != _tupled(defaults[key])]
     if changed:
-        raise ConfigError(f"{where}: with path, {pretrained.CONFIG} of that folder decides on {', '.join(changed)}. Drop it.")
+        listed = ", ".join(changed)
+        raise ConfigError(f"{where}: with path, {pretrained.CONFIG} of that folder decides on {listed}. Drop it.")
 
 
 def _tupled(value: Any) -> Any:
@@ -143,10 +145,9 @@ class DiffusersUNet(_Adapter):
         given |= {"num_class_embeds": rows, "class_embed_type": "identity" if vectors else None}
         super().__init__(path, given, time_scale, in_shape, out_shape, timed)
         self._check_sides()
-        if path is not None:
-            _check_labels("diffusers_unet", self.model.config.num_class_embeds, num_classes, rows)
-            if vectors != (self.model.config.class_embed_type == "identity"):
-                raise ConfigError("diffusers_unet.path: vectors as conditions need a model with class_embed_type identity.")
+        _check_labels("diffusers_unet", self.model.config.num_class_embeds, num_classes, rows)
+        if vectors != (self.model.config.class_embed_type == "identity"):
+            raise ConfigError("diffusers_unet.path: vectors need a model whose class_embed_type is identity.")
         width = self.model.time_embedding.linear_2.out_features
         self.num_classes, shape = num_classes, condition_shape if vectors else None
         self.condition = ConditionEmbedding(width, num_classes=None, condition_shape=shape)
@@ -174,9 +175,9 @@ class DiffusersUNet(_Adapter):
 class DiffusersDiT(_Adapter):
     """diffusers' DiTTransformer2DModel, new or from a folder of weights; options as there.
 
-    Their timestep is time_scale · t, a real number. Class labels are theirs, with num_classes for "none", which is their
-    row for dropped labels; the dropping of labels inside the model is switched off, since ours is the model's. Images
-    must be square. Runs that start from a folder need it again wherever they are loaded.
+    Their timestep is time_scale · t, a real number. Class labels are theirs, with num_classes for "none", which is
+    their row for dropped labels; the dropping of labels inside it is switched off, because the model that owns the
+    network drops them. Images must be square. Runs that start from a folder need it again wherever they are loaded.
 
     Args:
         path: a folder with config.json and weights, which start the network; the other options but time_scale then come

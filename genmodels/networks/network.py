@@ -6,6 +6,7 @@ What a run decides about arithmetic and memory is set on a model with `set_autoc
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -116,7 +117,8 @@ def set_gradient_checkpointing(model: nn.Module, on: bool = True) -> None:
 def set_compile(model: nn.Module, backend: str = "inductor") -> None:
     """Compile every network of a model with torch.compile at its first call, in place: names of tensors stay.
 
-    A second batch size makes the first axis symbolic, so that further sizes compile nothing.
+    A second batch size makes the first axis symbolic, so that further sizes compile little or nothing. Networks of one
+    class do not count against each other's limit of graphs (torch 2.13 or later).
 
     Args:
         backend: a name that torch.compile knows.
@@ -128,5 +130,6 @@ def set_compile(model: nn.Module, backend: str = "inductor") -> None:
             f"train.compile: the loss of {type(model).__name__} differentiates its network, and compiled code has no "
             "second derivative. Set train.compile=false."
         )
+    own = {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
     for network in networks(model):
-        network.compile(backend=backend)
+        network.compile(backend=backend, **own)

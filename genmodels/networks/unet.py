@@ -198,14 +198,15 @@ class UNet(Network):
         scale = 0.5**0.5 if skip_scale else 1.0
         style = Style(groups, dropout, modulation, width if self.embeddings.active else None, scale)
         widths = [m * channels for m in multipliers]
-        bottom = len(widths) - 1
-        attending = [side in attention or level == bottom for level, side in enumerate(sides)]
-        counts = [_heads(w, heads, head_channels) if a else None for w, a in zip(widths, attending, strict=True)]
-        inner = [n if side in attention else None for n, side in zip(counts, sides, strict=True)]
+        counts = [
+            _heads(w, heads, head_channels) if side in attention else None
+            for w, side in zip(widths, sides, strict=True)
+        ]
+        bottom = _heads(widths[-1], heads, head_channels)
         self.enter = nn.Conv2d(in_shape[0], channels, 3, padding=1)
-        self.down, kept = _way_down(channels, widths, blocks, style, inner, resample)
-        self.middle = nn.ModuleList(Step(widths[-1], widths[-1], style, n) for n in (counts[-1], None))
-        self.up = _way_up(kept, widths, blocks, style, inner, resample)
+        self.down, kept = _way_down(channels, widths, blocks, style, counts, resample)
+        self.middle = nn.ModuleList(Step(widths[-1], widths[-1], style, n) for n in (bottom, None))
+        self.up = _way_up(kept, widths, blocks, style, counts, resample)
         self.norm = normalization(widths[0], groups)
         self.head = zeroed(nn.Conv2d(widths[0], out_shape[0], 3, padding=1))
 
@@ -275,13 +276,10 @@ def _heads(width: int, heads: int, head_channels: int | None) -> int:
     """How many heads attention of some channels has."""
     if head_channels is not None and (head_channels < 1 or width % head_channels):
         raise ConfigError(
-            f"unet.head_channels: a divisor of the {width} channels where attention acts is needed, found "
-            f"{head_channels}."
+            f"unet.head_channels: a divisor of the {width} channels at attention is needed, found {head_channels}."
         )
     if head_channels is None and (heads < 1 or width % heads):
-        raise ConfigError(
-            f"unet.heads: a divisor of the {width} channels where attention acts is needed, found {heads}."
-        )
+        raise ConfigError(f"unet.heads: a divisor of the {width} channels at attention is needed, found {heads}.")
     return heads if head_channels is None else width // head_channels
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -120,9 +121,11 @@ def graphs() -> Iterator[Callable[[], int]]:
     torch._dynamo.reset()
 
 
-def compare_compiled(name: str, backend: str, checkpointing: bool, graphs: Callable[[], int]) -> None:
+def compare_compiled(
+    name: str, backend: str, checkpointing: bool, graphs: Callable[[], int], **arguments_: object
+) -> None:
     """Loss and gradients to 1e-5 of the largest, with the same names of tensors; bfloat16's digits under autocast."""
-    network, x = make(name).float().train(), randn(5, *image(name)).float()
+    network, x = make(name, **arguments_).float().train(), randn(5, *image(name)).float()
     loss, plain = gradients(network, x)
     compiled = copy.deepcopy(network)
     set_compile(compiled, backend)
@@ -146,11 +149,14 @@ def test_traced_networks_give_the_same(name, checkpointing, graphs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_networks_give_the_same(checkpointing, graphs):
+@pytest.mark.parametrize(
+    ("name", "arguments_", "checkpointing"),
+    [("residual_mlp", {"blocks": 1}, True), ("unet", {"multipliers": (1,), "heads": 1}, False)],
+)
+def test_compiled_networks_give_the_same(name, arguments_, checkpointing, graphs):
     if not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("no C++ compiler")
-    compare_compiled("unet", "inductor", checkpointing, graphs)
+    compare_compiled(name, "inductor", checkpointing, graphs, **arguments_)
 
 
 @every
@@ -163,12 +169,14 @@ def test_batch_sizes_do_not_compile_without_end(name, graphs):
         x = randn(n, *image(name)).float()
         network(torch.linspace(0, 1, n), x, torch.arange(n) % 4).sum().backward()
         counts.append(graphs())
-    assert counts[0] > 0 and counts[-1] == counts[1]
+    assert counts[0] > 0 and counts[-1] <= 3  # one for a number, one for a symbol, one where it equals another size
 
 
 @pytest.mark.slow
 def test_many_networks_of_one_class_are_all_compiled(graphs):
     """Twelve of different widths, more than the graphs that torch keeps by default for one piece of code."""
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("torch before 2.13 counts the graphs of all of them together")
 
     class Chain(nn.Module):
         def __init__(self) -> None:

@@ -153,18 +153,9 @@ def test_a_residual_block_is_that_of_diffusers(before, resample, modulation, sca
 def test_attention_is_that_of_diffusers():
     from diffusers.models.attention_processor import Attention as Theirs
 
+    options = {"residual_connection": True, "bias": True, "_from_deprecated_attn_block": True}
     theirs = moved(
-        Theirs(
-            12,
-            heads=3,
-            dim_head=4,
-            rescale_output_factor=2**0.5,
-            eps=1e-5,
-            norm_num_groups=3,
-            residual_connection=True,
-            bias=True,
-            _from_deprecated_attn_block=True,
-        )  # fmt: skip
+        Theirs(12, heads=3, dim_head=4, rescale_output_factor=2**0.5, eps=1e-5, norm_num_groups=3, **options)
     )
     ours = Attention(12, 3, Style(3, 0.0, "shift", None, 0.5**0.5)).double()
     copy_attention(ours, theirs)

@@ -95,11 +95,7 @@ def test_images_are_encoded_and_decoded_in_parts():
         ({"scaling": 0.0}, SHAPE, "scaling > 0"),
         ({}, (1, 8, 12), r"images of 3 channels with sides divisible by 2, found items of shape \[1, 8, 12\]"),
         ({}, (3, 8, 9), "divisible by 2"),
-        (
-            {"path": "nowhere"},
-            SHAPE,
-            r"nowhere lacks config.json and diffusion_pytorch_model.safetensors \(there is no",
-        ),
+        ({"path": "nowhere"}, SHAPE, r"nowhere lacks config.json and diffusion_.* \(there is no"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, shape, message):
@@ -110,10 +106,10 @@ def test_what_does_not_fit_is_refused(arguments, shape, message):
 def test_folders_of_something_else_are_named(tmp_path):
     folder = shutil.copytree(tiny(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    with pytest.raises(ConfigError, match="lacks config.json and .* Its folders model hold models; name one"):
+    with pytest.raises(ConfigError, match=r"lacks config.json and .* Its folders model hold models; name one"):
         Latent(str(tmp_path), shape=SHAPE)
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
-    with pytest.raises(ConfigError, match="describes a UNet2DModel; a AutoencoderKL is needed"):
+    with pytest.raises(ConfigError, match="describes the class UNet2DModel; AutoencoderKL is needed"):
         Latent(str(folder), shape=SHAPE)
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not readable as JSON"):
