@@ -259,6 +259,10 @@ def test_finished_means_to_the_last_step_with_its_checkpoint(here):
     (run.path / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "finished"}))
     assert not finished(run, 10)
     (run.path / "meta.json").write_text(json.dumps(meta))
+    run.record(steps=5)  # of an earlier, shorter training
+    assert not finished(run, 10)
+    run.record(steps=10)
+    assert finished(run, 10)
     (run.checkpoints / "00000010").rename(run.checkpoints / "lost")
     assert not finished(run, 10)
 
@@ -288,6 +292,44 @@ def test_so_many_at_a_time_and_a_failure_is_the_status_of_all(here, monkeypatch,
     together = [sum(began[k] <= began[j] < ended[k] for k in range(5)) for j in range(5)]
     assert max(together) == 2
     assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+TRAP = """
+import signal, sys, time
+name, = (word.removeprefix("name=") for word in sys.argv if word.startswith("name="))
+def save(*of):
+    open(f"{name}.saved", "w").close()
+    sys.exit(0) if "seed0" in name else None
+signal.signal(signal.SIGTERM, save)
+open(f"{name}.ready", "w").close()
+time.sleep(60)
+"""
+
+
+def test_processes_may_save_when_asked_to_stop_and_are_killed_when_asked_twice(here, monkeypatch, capsys):
+    command = Sweep._command
+    monkeypatch.setattr(Sweep, "_command", lambda self, plan: [sys.executable, "-c", TRAP, *command(self, plan)])
+    plans, lines = grid(["small.yaml"], [], ["seed=0,1,2"]), []
+    sweep = Sweep(plans, ["small.yaml"], Path("runs"), jobs=2, fresh=True, say=lines.append)
+
+    def disturb():
+        await_(lambda: Path("s-seed0.ready").exists() and Path("s-seed1.ready").exists())
+        os.kill(os.getpid(), signal.SIGINT)
+        await_(lambda: Path("s-seed1.saved").exists() and any("interrupted" in line for line in lines))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    before, began = signal.getsignal(signal.SIGINT), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run()
+    thread.join()
+    assert time.monotonic() - began < 40  # the second would go on for a minute
+    assert Path("s-seed0.saved").exists() and not Path("s-seed2.ready").exists()
+    assert [sweep.status[f"s-seed{k}"] for k in (0, 1)] == ["interrupted", "interrupted"]
+    assert lines[-1].startswith("2 interrupted, 1 not started. The same command without --fresh skips ")
+    assert capsys.readouterr().out.splitlines()[-1].split()[-3:-1] == ["not", "started"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_is_trained_by_a_command_that_can_be_repeated(here):

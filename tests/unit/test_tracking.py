@@ -30,7 +30,11 @@ def test_scalars_are_those_given_and_on_disk_at_once(tmp_path):
     assert sorted(found.Tags()["scalars"]) == ["train/loss", "val/loss"]
     assert shown(tmp_path / "new" / "board", "train/loss") == [(s, np.float32(1 / s)) for s in (1, 2, 30)]
     assert all(np.isnan(value) for _, value in shown(tmp_path / "new" / "board", "val/loss"))
+    board.scalars(40, {f"log/{k}": 0.5 for k in range(200)})
+    (file,) = (tmp_path / "new" / "board").iterdir()
+    size = file.stat().st_size  # at once: nothing may be on its way
     board.close()
+    assert size == file.stat().st_size
 
 
 def test_steps_that_were_rewound_are_shown_once(tmp_path):
