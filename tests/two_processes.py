@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from genmodels.config import load
 from genmodels.model import Model
-from genmodels.registry import ConfigError
+from genmodels.registry import ConfigError, register
 from genmodels.training import processes
+from genmodels.training.run import Run
 from genmodels.transforms import Identity
 from genmodels.types import Batch, Loss, NotApplicable
 
@@ -252,13 +253,14 @@ def trained(root: Path, name: str, **changes: Any) -> dict[str, Any]:
         run = loop.train(training_fakes.config(name=name, **changes), root=root, quiet=True)
     finally:
         loop.Trainer, training_fakes.Regression.fault = original, None
-    model = kept[0].model
+    model = kept[0].watch.model
     averages = run.load("ema-0.9").state_dict()
     optimizer = run.restore()[0]["optimizer"]
     own = {key: value.detach().clone() for key, value in model.state_dict().items()}
     return {
         "seen": seen,
         "model": own,
+        "averages": [average.tensors for average in kept[0].watch.averages.values()],
         "saved": run.load("model").state_dict(),
         "ema": averages,
         "optimizer": optimizer,
@@ -276,6 +278,40 @@ def training(folder: Path) -> dict[str, Any]:
     root = folder / f"trained-{processes.world()}"
     with doubles():
         return {name: trained(root, name, **changes) for name, changes in RUNS.items()}
+
+
+def replicas(folder: Path) -> dict[str, Any]:
+    """What every process holds after training: running statistics, unused parameters; failures of one or of all."""
+    from genmodels.training.loop import train
+    from tests import training_fakes
+
+    for name, model in (("experts", Experts), ("careless", Careless)):
+        register(Model, f"t_{name}")(model)
+    root = folder / "replicas"
+    changes: dict[str, Any] = {"model": {"name": "t_experts"}}
+    bad = {"data": {"name": "t_line", "nan_at": 0, "items": 8}, "train": {"steps": 30}}
+
+    def fails(name: str, **changes: Any) -> tuple[str, str, int]:
+        return failure(lambda: train(training_fakes.config(name=name, **changes), root=root, quiet=True))
+
+    outcome = {
+        "statistics": trained(root, "statistics"),
+        "experts": trained(root, "experts", **changes),
+        "careless": fails("careless", model={"name": "t_careless"}),
+        "exhausted": fails("exhausted", **bad),
+    }
+    (root / "blocked").write_text("a file where the run needs a folder")
+    outcome["blocked"] = fails("blocked")
+    save, Run.save = Run.save, refuse
+    try:
+        outcome["full"] = fails("full")
+    finally:
+        Run.save = save
+    return outcome
+
+
+def refuse(*arguments: Any) -> None:
+    raise OSError("no space left")
 
 
 # ---- sampling and evaluation ---

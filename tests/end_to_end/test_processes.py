@@ -15,7 +15,7 @@ from tests import two_processes
 from tests.two_processes import ROOT, launch, variables
 from tests.unit.fakes import restored
 
-SCENES = ("helpers", "gradients", "training", "sampling", "evaluation")
+SCENES = ("helpers", "gradients", "training", "replicas", "sampling", "evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,39 @@ def test_two_processes_end_where_one_does(played, alone, name):
             torch.testing.assert_close(first[part][key], one[part][key], rtol=1e-12, atol=1e-13)
     for key in parameters:
         assert torch.equal(first["model"][key], second["model"][key]), key
+
+
+@pytest.mark.parametrize("name", ["statistics", "experts"])
+def test_processes_hold_the_same_bits(played, name):
+    """Parameters and running statistics; what is saved is what all of them hold."""
+    first, second = (outcome[name] for outcome in played["replicas"])
+    assert first["model"].keys() == second["model"].keys() == first["saved"].keys()
+    for key, value in first["model"].items():
+        assert torch.equal(value, second["model"][key]) and torch.equal(value, first["saved"][key]), key
+    assert [own.keys() for own in first["averages"]] == [own.keys() for own in second["averages"]]
+    for own, other in zip(first["averages"], second["averages"], strict=True):
+        assert all(torch.equal(value, other[key]) for key, value in own.items())
+
+
+def test_running_statistics_are_of_the_share_of_the_first_process(played):
+    first = played["replicas"][0]["statistics"]
+    mean = torch.zeros(2)
+    for part in first["seen"]:
+        mean = mean.lerp(part.mean(0), 0.1)
+    torch.testing.assert_close(first["model"]["mean"], mean)
+    assert first["model"]["count"] == 10
+
+
+def test_failures_of_training_are_told_once(played):
+    first, second = played["replicas"]
+    for name, kind, words in [
+        ("careless", "ConfigError", "Careless left these parameters without gradient"),
+        ("exhausted", "TrainingFailed", "20 steps in a row were not finite"),
+        ("blocked", "ConfigError", "blocked is a file where the run needs a folder"),
+        ("full", "OSError", "no space left"),
+    ]:
+        assert first[name] == second[name] and first[name][0] == kind and first[name][2] == 0, name
+        assert words in first[name][1]
 
 
 # ---- sampling and evaluation ---
