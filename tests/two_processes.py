@@ -28,22 +28,22 @@ from genmodels.types import Batch, NotApplicable
 from tests.replica_fakes import Careless, Experts, Memoryless
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 60  # seconds; longer is a hang
+LIMIT = 60  # seconds that one command may take; longer is a hang
 
 
 def variables() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(*words: str | Path) -> subprocess.CompletedProcess:
+def launch(*words: str | Path, limit: float = LIMIT) -> subprocess.CompletedProcess:
     """A command in two processes under torchrun, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*command, *map(str, words)], env=variables(), capture_output=True, text=True, timeout=LIMIT)
+    return subprocess.run([*command, *map(str, words)], env=variables(), capture_output=True, text=True, timeout=limit)
 
 
 def play(folder: Path, *scenes: str) -> dict[str, list[Any]]:
     """What each of two processes returned in each scene."""
-    done = launch("-m", "tests.two_processes", folder, *scenes)
+    done = launch("-m", "tests.two_processes", folder, *scenes, limit=LIMIT * len(scenes))
     assert done.returncode == 0, done.stderr
     return {scene: [pickle.loads((folder / f"{scene}-{rank}").read_bytes()) for rank in (0, 1)] for scene in scenes}
 
@@ -306,13 +306,17 @@ def said(command: Any, *words: str | Path) -> str:
     return out.getvalue()
 
 
-def sampling(folder: Path) -> dict[str, str]:
+def sampling(folder: Path) -> dict[str, Any]:
     from genmodels.commands import sample
+    from genmodels.sampling import default_batch_size
 
     out = folder / f"samples-{processes.world()}"
     return {
         name: said(sample, folder / "runs" / name, "--seeds", "3-40", "--npz", "--out", out / name) for name in TINY
-    } | {"bad": failure(lambda: said(sample, folder / "runs" / "flow", "--seeds", "0-9", "--condition", "77"))}
+    } | {
+        "bad": failure(lambda: said(sample, folder / "runs" / "flow", "--seeds", "0-9", "--condition", "77")),
+        "size": default_batch_size(400),
+    }
 
 
 def evaluation(folder: Path) -> dict[str, Any]:
