@@ -1,5 +1,8 @@
 """Several processes do what one does: they fail together, and no number depends on how many there are."""
 
+import fcntl
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,27 +23,40 @@ SCENES = ("helpers", "gradients", "training", "replicas", "sampling", "evaluatio
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the scenes are played."""
-    return tmp_path_factory.mktemp("scenes")
+    """Where the scenes are played, shared by the workers of one test session."""
+    own = tmp_path_factory.getbasetemp()
+    path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "scenes"
+    path.mkdir(exist_ok=True)
+    return path
 
 
 @pytest.fixture(scope="module")
-def played(folder):
-    """The scenes of one pair of processes."""
-    two_processes.make_runs(folder)
-    return two_processes.play(folder, *SCENES)
+def outcomes(folder):
+    """What two processes returned in every scene, and what one did; played by the first worker that needs it."""
+    file = folder / "outcomes"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            two_processes.make_runs(folder)
+            played = two_processes.play(folder, *SCENES)
+            with restored():
+                from tests import training_fakes
+
+                training_fakes.register_all()
+                alone = {name: getattr(two_processes, name)(folder) for name in ("training", "sampling", "evaluation")}
+                training_fakes.register_all()
+            file.write_bytes(pickle.dumps((played, alone)))
+    return pickle.loads(file.read_bytes())
 
 
 @pytest.fixture(scope="module")
-def alone(played, folder):
-    """The same by one process."""
-    with restored():
-        from tests import training_fakes
+def played(outcomes):
+    return outcomes[0]
 
-        training_fakes.register_all()
-        outcome = {name: getattr(two_processes, name)(folder) for name in ("training", "sampling", "evaluation")}
-        training_fakes.register_all()
-    return outcome
+
+@pytest.fixture(scope="module")
+def alone(outcomes):
+    return outcomes[1]
 
 
 # ---- working and failing together ---
