@@ -16,32 +16,34 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from genmodels.config import load
 from genmodels.model import Model
-from genmodels.registry import ConfigError
+from genmodels.registry import ConfigError, register
 from genmodels.training import processes
+from genmodels.training.run import Run
 from genmodels.transforms import Identity
-from genmodels.types import Batch, Loss, NotApplicable
+from genmodels.types import Batch, NotApplicable
+from tests.replica_fakes import Careless, Experts, Memoryless
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 60  # seconds; longer is a hang
+LIMIT = 60  # seconds that one command may take; longer is a hang
 
 
 def variables() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(*words: str | Path) -> subprocess.CompletedProcess:
+def launch(*words: str | Path, limit: float = LIMIT) -> subprocess.CompletedProcess:
     """A command in two processes under torchrun, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*command, *map(str, words)], env=variables(), capture_output=True, text=True, timeout=LIMIT)
+    return subprocess.run([*command, *map(str, words)], env=variables(), capture_output=True, text=True, timeout=limit)
 
 
 def play(folder: Path, *scenes: str) -> dict[str, list[Any]]:
     """What each of two processes returned in each scene."""
-    done = launch("-m", "tests.two_processes", folder, *scenes)
+    done = launch("-m", "tests.two_processes", folder, *scenes, limit=LIMIT * len(scenes))
     assert done.returncode == 0, done.stderr
     return {scene: [pickle.loads((folder / f"{scene}-{rank}").read_bytes()) for rank in (0, 1)] for scene in scenes}
 
@@ -125,61 +127,6 @@ def fail_on_main(rank: int) -> None:
 # ---- replicas ---
 
 
-class Adjoint(torch.autograd.Function):
-    """A network whose backward pass runs it again and accumulates into its parameters itself."""
-
-    @staticmethod
-    def forward(ctx, x, net):
-        ctx.net = net
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return net(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            torch.autograd.backward(ctx.net(x), gradient)
-        return x.grad, None
-
-
-class Memoryless(Model):
-    """Its loss runs a network without keeping what it computed on the way."""
-
-    def __init__(self, *, shape):
-        super().__init__()
-        self.shape = shape
-        self.first, self.second = nn.Linear(shape[0], 5), nn.Linear(5, 3)
-
-    def loss(self, batch, *, generator=None):
-        return Loss(Adjoint.apply(self.first(batch.x), self.second).square().sum(1), {})
-
-
-class Experts(Model):
-    """Items whose first coordinate is positive and those where it is not each have an expert; one more has none."""
-
-    unused_parameters = True
-
-    def __init__(self, *, shape):
-        super().__init__()
-        self.shape = shape
-        self.experts = nn.ModuleList(nn.Linear(shape[0], 1) for _ in range(3))
-
-    def loss(self, batch, *, generator=None):
-        value = batch.x.new_zeros(len(batch))
-        for expert, mine in zip(self.experts, (batch.x[:, 0] > 0, batch.x[:, 0] <= 0), strict=False):
-            if mine.any():
-                value = value.index_put((mine,), (expert(batch.x[mine]) - 1).square().squeeze(1))
-        return Loss(value, {"positive": (batch.x[:, 0] > 0).double().mean()})
-
-
-class Careless(Experts):
-    """The same, saying nothing of it."""
-
-    unused_parameters = False
-
-
 def pairs() -> dict[str, tuple[Model, Batch]]:
     """Models with eight items each, in double precision."""
     from tests import training_fakes
@@ -252,13 +199,14 @@ def trained(root: Path, name: str, **changes: Any) -> dict[str, Any]:
         run = loop.train(training_fakes.config(name=name, **changes), root=root, quiet=True)
     finally:
         loop.Trainer, training_fakes.Regression.fault = original, None
-    model = kept[0].model
+    model = kept[0].watch.model
     averages = run.load("ema-0.9").state_dict()
     optimizer = run.restore()[0]["optimizer"]
     own = {key: value.detach().clone() for key, value in model.state_dict().items()}
     return {
         "seen": seen,
         "model": own,
+        "averages": [average.tensors for average in kept[0].watch.averages.values()],
         "saved": run.load("model").state_dict(),
         "ema": averages,
         "optimizer": optimizer,
@@ -276,6 +224,40 @@ def training(folder: Path) -> dict[str, Any]:
     root = folder / f"trained-{processes.world()}"
     with doubles():
         return {name: trained(root, name, **changes) for name, changes in RUNS.items()}
+
+
+def replicas(folder: Path) -> dict[str, Any]:
+    """What every process holds after training: running statistics, unused parameters; failures of one or of all."""
+    from genmodels.training.loop import train
+    from tests import training_fakes
+
+    for name, model in (("experts", Experts), ("careless", Careless)):
+        register(Model, f"t_{name}")(model)
+    root = folder / "replicas"
+    changes: dict[str, Any] = {"model": {"name": "t_experts"}}
+    bad = {"data": {"name": "t_line", "nan_at": 0, "items": 8}, "train": {"steps": 30}}
+
+    def fails(name: str, **changes: Any) -> tuple[str, str, int]:
+        return failure(lambda: train(training_fakes.config(name=name, **changes), root=root, quiet=True))
+
+    outcome = {
+        "statistics": trained(root, "statistics"),
+        "experts": trained(root, "experts", **changes),
+        "careless": fails("careless", model={"name": "t_careless"}),
+        "exhausted": fails("exhausted", **bad),
+    }
+    (root / "blocked").write_text("a file where the run needs a folder")
+    outcome["blocked"] = fails("blocked")
+    save, Run.save = Run.save, refuse
+    try:
+        outcome["full"] = fails("full")
+    finally:
+        Run.save = save
+    return outcome
+
+
+def refuse(*arguments: Any) -> None:
+    raise OSError("no space left")
 
 
 # ---- sampling and evaluation ---
@@ -324,13 +306,17 @@ def said(command: Any, *words: str | Path) -> str:
     return out.getvalue()
 
 
-def sampling(folder: Path) -> dict[str, str]:
+def sampling(folder: Path) -> dict[str, Any]:
     from genmodels.commands import sample
+    from genmodels.sampling import default_batch_size
 
     out = folder / f"samples-{processes.world()}"
     return {
         name: said(sample, folder / "runs" / name, "--seeds", "3-40", "--npz", "--out", out / name) for name in TINY
-    } | {"bad": failure(lambda: said(sample, folder / "runs" / "flow", "--seeds", "0-9", "--condition", "77"))}
+    } | {
+        "bad": failure(lambda: said(sample, folder / "runs" / "flow", "--seeds", "0-9", "--condition", "77")),
+        "size": default_batch_size(400),
+    }
 
 
 def evaluation(folder: Path) -> dict[str, Any]:

@@ -61,11 +61,7 @@ def evaluate(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with processes.together():
         model = run.load(weights, device)
-        if tuple(model.shape) != tuple(protocol.dataset.shape):
-            raise ConfigError(
-                f"protocol '{protocol.name}': its items have shape {list(protocol.dataset.shape)}, but {run.path} "
-                f"was trained on {list(model.shape)}. Choose a protocol for {run.config.tree['data']['name']}."
-            )
+        _check_shapes(run, model, protocol)
         answers = _answers(run, model, overrides or {})
         options = {question: run.config.options(question, (overrides or {}).get(question)) for question in answers}
         interview = Interview(model, protocol, options, progress)
@@ -93,6 +89,14 @@ def evaluate(
         return result
 
     return processes.by_main(written)
+
+
+def _check_shapes(run: Run, model: Model, protocol: Protocol) -> None:
+    if tuple(model.shape) != tuple(protocol.dataset.shape):
+        raise ConfigError(
+            f"protocol '{protocol.name}': its items have shape {list(protocol.dataset.shape)}, but {run.path} "
+            f"was trained on {list(model.shape)}. Choose a protocol for {run.config.tree['data']['name']}."
+        )
 
 
 def _answers(run: Run, model: Model, overrides: dict[str, Any]) -> dict[str, dict]:

@@ -1,5 +1,8 @@
 """Several processes do what one does: they fail together, and no number depends on how many there are."""
 
+import fcntl
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,32 +18,45 @@ from tests import two_processes
 from tests.two_processes import ROOT, launch, variables
 from tests.unit.fakes import restored
 
-SCENES = ("helpers", "gradients", "training", "sampling", "evaluation")
+SCENES = ("helpers", "gradients", "training", "replicas", "sampling", "evaluation")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the scenes are played."""
-    return tmp_path_factory.mktemp("scenes")
+    """Where the scenes are played, shared by the workers of one test session."""
+    own = tmp_path_factory.getbasetemp()
+    path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "scenes"
+    path.mkdir(exist_ok=True)
+    return path
 
 
 @pytest.fixture(scope="module")
-def played(folder):
-    """The scenes of one pair of processes."""
-    two_processes.make_runs(folder)
-    return two_processes.play(folder, *SCENES)
+def outcomes(folder):
+    """What two processes returned in every scene, and what one did; played by the first worker that needs it."""
+    file = folder / "outcomes"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            two_processes.make_runs(folder)
+            played = two_processes.play(folder, *SCENES)
+            with restored():
+                from tests import training_fakes
+
+                training_fakes.register_all()
+                alone = {name: getattr(two_processes, name)(folder) for name in ("training", "sampling", "evaluation")}
+                training_fakes.register_all()
+            file.write_bytes(pickle.dumps((played, alone)))
+    return pickle.loads(file.read_bytes())
 
 
 @pytest.fixture(scope="module")
-def alone(played, folder):
-    """The same by one process."""
-    with restored():
-        from tests import training_fakes
+def played(outcomes):
+    return outcomes[0]
 
-        training_fakes.register_all()
-        outcome = {name: getattr(two_processes, name)(folder) for name in ("training", "sampling", "evaluation")}
-        training_fakes.register_all()
-    return outcome
+
+@pytest.fixture(scope="module")
+def alone(outcomes):
+    return outcomes[1]
 
 
 # ---- working and failing together ---
@@ -147,6 +163,39 @@ def test_two_processes_end_where_one_does(played, alone, name):
         assert torch.equal(first["model"][key], second["model"][key]), key
 
 
+@pytest.mark.parametrize("name", ["statistics", "experts"])
+def test_processes_hold_the_same_bits(played, name):
+    """Parameters and running statistics; what is saved is what all of them hold."""
+    first, second = (outcome[name] for outcome in played["replicas"])
+    assert first["model"].keys() == second["model"].keys() == first["saved"].keys()
+    for key, value in first["model"].items():
+        assert torch.equal(value, second["model"][key]) and torch.equal(value, first["saved"][key]), key
+    assert [own.keys() for own in first["averages"]] == [own.keys() for own in second["averages"]]
+    for own, other in zip(first["averages"], second["averages"], strict=True):
+        assert all(torch.equal(value, other[key]) for key, value in own.items())
+
+
+def test_running_statistics_are_of_the_share_of_the_first_process(played):
+    first = played["replicas"][0]["statistics"]
+    mean = torch.zeros(2)
+    for part in first["seen"]:
+        mean = mean.lerp(part.mean(0), 0.1)
+    torch.testing.assert_close(first["model"]["mean"], mean)
+    assert first["model"]["count"] == 10
+
+
+def test_failures_of_training_are_told_once(played):
+    first, second = played["replicas"]
+    for name, kind, words in [
+        ("careless", "ConfigError", "Careless left these parameters without gradient"),
+        ("exhausted", "TrainingFailed", "20 steps in a row were not finite"),
+        ("blocked", "ConfigError", "blocked is a file where the run needs a folder"),
+        ("full", "OSError", "no space left"),
+    ]:
+        assert first[name] == second[name] and first[name][0] == kind and first[name][2] == 0, name
+        assert words in first[name][1]
+
+
 # ---- sampling and evaluation ---
 
 
@@ -164,6 +213,11 @@ def test_samples_do_not_depend_on_how_many_draw_them(played, alone, folder, name
     assert len(np.unique(arrays[0])) > 10
     first, second = (outcome[name] for outcome in played["sampling"])
     assert "38 samples" in first and first.count("\n") == 2 == alone["sampling"][name].count("\n") and second == ""
+
+
+def test_batches_are_not_cut_by_the_number_of_processes(played):
+    """Where that moved no bits in the tests above, it may on other machines."""
+    assert [outcome["size"] for outcome in played["sampling"]] == [100, 100]
 
 
 def test_a_request_that_fails_does_so_on_both(played):

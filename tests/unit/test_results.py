@@ -130,6 +130,19 @@ def test_what_does_not_follow_the_schema_is_named(path, value, message):
         check(changed(path, value))
 
 
+def test_older_results_do_not_say_how_many_processes_answered():
+    old = example()
+    assert "world_size" not in check(old)["environment"]
+    for value, fine in ((2, True), ("two", False)):
+        new = {**old, "environment": old["environment"] | {"world_size": value}}
+        new["id"] = identify(new)
+        expected = (
+            contextlib.nullcontext() if fine else pytest.raises(ResultError, match=r"environment\.world_size: int")
+        )
+        with expected:
+            check(new)
+
+
 def test_own_keys_are_free():
     result = example(**{"x-note": {"anything": [1, 2]}})
     assert check(result) is result

@@ -13,8 +13,10 @@ from genmodels.registry import ConfigError
 from genmodels.sampling import (
     COLUMNS,
     conditions,
+    default_batch_size,
     default_seeds,
     draw,
+    draw_in_batches,
     parse_seeds,
     request,
     write_arrays,
@@ -120,6 +122,25 @@ def test_item_i_depends_on_seed_i_alone(classy):
     for part in ([29], [4, 17, 3], seeds[10:20]):
         assert torch.equal(draw(*classy, part, {})[0], whole[part])
     assert torch.equal(draw(*classy, [4], {"contrast": 0.0})[0], torch.zeros(1, 1, 4, 4))
+
+
+def test_batches_depend_on_the_number_of_seeds_alone(classy, monkeypatch):
+    """Their sizes are written down: another rule would change the last bits of samples that people have."""
+    assert [default_batch_size(n) for n in (1, 32, 33, 64, 80, 1024, 5000)] == [8, 8, 9, 16, 20, 256, 256]
+    calls = []
+    sample = classy[0].sample
+    monkeypatch.setattr(
+        classy[0], "sample", lambda seeds, **rest: (calls.append(list(seeds)), sample(seeds, **rest))[1]
+    )
+    x = draw_in_batches(*classy, list(range(20)), {}, 2)
+    assert calls == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
+    assert torch.equal(x, draw(*classy, list(range(20)), {}, 2)[0])
+    calls.clear()
+    draw_in_batches(*classy, list(range(20)), {}, batch_size=15)
+    assert [len(seeds) for seeds in calls] == [15, 5]
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=f"--batch-size: at least 1 is needed, found {size}"):
+            draw_in_batches(*classy, [0], {}, batch_size=size)
 
 
 def test_a_model_without_samples_is_told(fakes):
