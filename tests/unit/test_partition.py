@@ -33,9 +33,18 @@ def test_the_default_shares_are_those_of_the_literature():
 
 def test_values_beside_the_levels_are_found():
     x = torch.tensor(
-        [[0.0, 0.25], [0.5, 0.75], [0.5, 1.0], [-0.25, 0.0], [0.125, 0.5], [0.25001, 0.0], [torch.nan, 0.0]]
+        [
+            [0.0, 0.25],
+            [0.5, 0.75],
+            [0.5, 1.0],
+            [-0.25, 0.0],
+            [0.125, 0.5],
+            [0.25001, 0.0],
+            [torch.nan, 0.0],
+            [0.26, 0.0],
+        ]
     )
-    assert off_levels(x, 4, 0.25).tolist() == [False, False, True, True, True, False, True]
+    assert off_levels(x, 4, 0.25).tolist() == [False, False, True, True, True, False, True, True]
     eighths = torch.arange(256).reshape(-1, 1) / 255  # as images are stored that were divided by 255
     assert not off_levels(eighths, 256, 1 / 255).any() and off_levels(eighths, 255, 1 / 255).sum() == 1
 
