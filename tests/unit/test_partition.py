@@ -26,7 +26,7 @@ def test_every_row_is_in_one_split_whose_size_is_the_stated_one(n, val, test, or
 
 
 def test_the_default_shares_are_those_of_the_literature():
-    """POWER and GAS of Papamakarios et al. 2017, table 2: the rows that each split has."""
+    """The rows that the splits of POWER and GAS have wherever these data are used."""
     for n, sizes in ((2_049_280, (1_659_917, 184_435, 204_928)), (1_052_065, (852_174, 94_685, 105_206))):
         assert tuple(map(len, partition(n, 0.1, 0.1, "file", 0, "here").values())) == sizes
 
