@@ -20,7 +20,7 @@ def held_out(n: int, val: float, test: float, where: str) -> tuple[int, int]:
         where: who asks, for errors.
     Raises:
         ConfigError: if a number is negative or has a fraction, or if nothing is left for training.
-    Source: Papamakarios et al. 2017 (Masked Autoregressive Flow), appendix D, whose shares are 0.1 and 0.1.
+    Source: Papamakarios et al. 2017 (Masked Autoregressive Flow), the UCI data sets, with shares 0.1 and 0.1.
     """
     for name, given in (("val", val), ("test", test)):
         if given < 0 or (given >= 1 and given != int(given)):

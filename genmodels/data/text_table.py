@@ -133,7 +133,7 @@ class TextTable:
                     encoding="utf-8-sig",
                     quotechar=None if blank else '"',
                 )
-        except (ValueError, UserWarning):
+        except (ValueError, Warning):
             return None
         return found if found.shape[1] == len(columns) else None
 

@@ -82,6 +82,10 @@ def test_beyond_the_budget_files_share_it(tmp_path, budget):
     large = bytes(5 * BLOCK)
     plain = fingerprint_of(tmp_path, large, b"small")
     assert fingerprint_of(tmp_path, large, b"Small") != plain != fingerprint_of(tmp_path, changed(large, 0), b"small")
+    two = [bytes(5 * BLOCK)] * 2
+    plain = fingerprint_of(tmp_path, *two)
+    seen = [fingerprint_of(tmp_path, two[0], changed(two[1], k * BLOCK + 7)) != plain for k in range(5)]
+    assert seen == [True, False, False, False, True]
     nine = [bytes(BLOCK)] * 9
     plain = fingerprint_of(tmp_path, *nine)
     one = [[changed(f, 7) if i == j else f for j, f in enumerate(nine)] for i in range(9)]

@@ -26,16 +26,25 @@ def test_every_row_is_in_one_split_whose_size_is_the_stated_one(n, val, test, or
 
 
 def test_the_default_shares_are_those_of_the_literature():
-    """POWER and GAS of Papamakarios et al. 2017, table 2: the rows that each split has."""
+    """The rows that the splits of POWER and GAS have wherever these data are used."""
     for n, sizes in ((2_049_280, (1_659_917, 184_435, 204_928)), (1_052_065, (852_174, 94_685, 105_206))):
         assert tuple(map(len, partition(n, 0.1, 0.1, "file", 0, "here").values())) == sizes
 
 
 def test_values_beside_the_levels_are_found():
     x = torch.tensor(
-        [[0.0, 0.25], [0.5, 0.75], [0.5, 1.0], [-0.25, 0.0], [0.125, 0.5], [0.25001, 0.0], [torch.nan, 0.0]]
+        [
+            [0.0, 0.25],
+            [0.5, 0.75],
+            [0.5, 1.0],
+            [-0.25, 0.0],
+            [0.125, 0.5],
+            [0.25001, 0.0],
+            [torch.nan, 0.0],
+            [0.26, 0.0],
+        ]
     )
-    assert off_levels(x, 4, 0.25).tolist() == [False, False, True, True, True, False, True]
+    assert off_levels(x, 4, 0.25).tolist() == [False, False, True, True, True, False, True, True]
     eighths = torch.arange(256).reshape(-1, 1) / 255  # as images are stored that were divided by 255
     assert not off_levels(eighths, 256, 1 / 255).any() and off_levels(eighths, 255, 1 / 255).sum() == 1
 
