@@ -102,6 +102,15 @@ def proposal(given: Builder | None, default: dict[str, Any]) -> dict[str, Any]:
     return default if given is None else given.node
 
 
+def centred(levels: int, noise: bool = True) -> dict[str, Any]:
+    """The transform node that maps the levels 0 … levels-1 to [-1, 1], spread over [0, levels) by uniform noise first
+    unless they are to stay as they are (for a classifier)."""
+    if not noise:
+        return {"name": "affine", "loc": (levels - 1) / 2, "scale": (levels - 1) / 2}
+    affine = {"name": "affine", "loc": levels / 2, "scale": levels / 2}
+    return {"name": "compose", "parts": [{"name": "dequantize", "levels": levels}, affine]}
+
+
 def context(facts: dict[str, Any]) -> dict[str, Any]:
     """What constructors of models may ask for by keyword, from the facts of a data set."""
     shapes = {key: None if facts[key] is None else tuple(facts[key]) for key in _SHAPES}
