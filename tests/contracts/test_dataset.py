@@ -17,6 +17,7 @@ from genmodels.data.toy import Checkerboard, EightGaussians, Moons, Rings, Smoot
 from genmodels.registry import build, member, names, resolve
 from genmodels.rng import BatchNoise, generator
 from genmodels.types import Batch
+from tests import data_files
 from tests.oracles import grid
 
 SPLITS = ("train", "val", "test")
@@ -24,7 +25,7 @@ SPLITS = ("train", "val", "test")
 NAMES = [name for name in names(Dataset) if member(Dataset, name, "data").__module__.startswith("genmodels.")]
 TOYS = [name for name in NAMES if issubclass(member(Dataset, name, "data"), Toy)]
 # arguments under which a data set can be built from nothing but the package
-EXAMPLES: dict[str, dict] = {}
+EXAMPLES: dict[str, dict] = data_files.examples()
 
 
 @functools.cache
