@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
         ValueError: if a file is not below the root.
         OSError: if a file cannot be read.
     """
-    files = sorted((path.relative_to(root).as_posix(), path) for path in paths)
+    # a name need not be text: its bytes count
+    files = sorted((os.fsencode(path.relative_to(root).as_posix()).decode("latin-1"), path) for path in paths)
     sizes = [path.stat().st_size for _, path in files]
     chosen = range(len(files)) if sum(sizes) <= BUDGET else _spread(len(files), BUDGET // BLOCK)
     share = BUDGET if sum(sizes) <= BUDGET else BUDGET // len(chosen)

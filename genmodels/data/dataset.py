@@ -102,6 +102,15 @@ def proposal(given: Builder | None, default: dict[str, Any]) -> dict[str, Any]:
     return default if given is None else given.node
 
 
+def centred(levels: int, noise: bool = True, bin_width: float = 1.0) -> dict[str, Any]:
+    """The transform node that maps the levels 0, bin_width, … to [-1, 1], spread by uniform noise first unless they are
+    to stay as they are (for a classifier)."""
+    half = (levels if noise else levels - 1) * bin_width / 2
+    affine = {"name": "affine", "loc": half, "scale": half}
+    dequantize = {"name": "dequantize", "levels": levels, "bin_width": bin_width}
+    return {"name": "compose", "parts": [dequantize, affine]} if noise else affine
+
+
 def context(facts: dict[str, Any]) -> dict[str, Any]:
     """What constructors of models may ask for by keyword, from the facts of a data set."""
     shapes = {key: None if facts[key] is None else tuple(facts[key]) for key in _SHAPES}

@@ -15,7 +15,7 @@ from ..registry import register
 from ..rng import generator
 from ..transforms import Transform
 from ..types import Batch
-from .dataset import Dataset, Split, proposal
+from .dataset import Dataset, Split, centred, proposal
 from .memory import InMemory
 
 SPLIT_FILE = Path(__file__).with_name("digits_split.json")
@@ -95,10 +95,7 @@ class Digits(InMemory):
         classify = task == "classify"
         self.num_classes = None if classify else 10
         self.target_shape = (10,) if classify else None
-        dequantize = {"name": "dequantize", "levels": LEVELS}
-        noisy = {"name": "compose", "parts": [dequantize, {"name": "affine", "loc": LEVELS / 2, "scale": LEVELS / 2}]}
-        plain = {"name": "affine", "loc": (LEVELS - 1) / 2, "scale": (LEVELS - 1) / 2}
-        self.transform = proposal(transform, plain if classify else noisy)
+        self.transform = proposal(transform, centred(LEVELS, noise=not classify))
         for name in ("train", "val", "test"):
             rows = torch.tensor(split[name])
             self.hold(name, Batch(x[rows], **{"target" if classify else "condition": labels[rows]}))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import ConfigError
 from ..rng import generator
-from .dataset import Split
+from .dataset import Split, centred
 
 Order = Literal["shuffled", "file"]
 
@@ -49,16 +49,8 @@ def partition(n: int, val: float, test: float, order: Order, seed: int, where: s
 
 
 def proposal_for(levels: int | None, bin_width: float) -> dict[str, Any]:
-    """The node of the transform that suits: standardise, or dequantise and map [0, levels·bin_width) to [-1, 1).
-
-    Args:
-        levels: None for continuous data.
-    """
-    if levels is None:
-        return {"name": "standardize"}
-    half = levels * bin_width / 2
-    dequantize = {"name": "dequantize", "levels": levels, "bin_width": bin_width}
-    return {"name": "compose", "parts": [dequantize, {"name": "affine", "loc": half, "scale": half}]}
+    """The node of the transform that suits: standardise (levels is None), or `centred`."""
+    return {"name": "standardize"} if levels is None else centred(levels, bin_width=bin_width)
 
 
 def off_levels(x: Tensor, levels: int, bin_width: float) -> Tensor:

@@ -3,9 +3,7 @@
 import functools
 import json
 import math
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +17,7 @@ from genmodels.data.toy import Checkerboard, EightGaussians, Moons, Rings, Smoot
 from genmodels.registry import build, member, names, resolve
 from genmodels.rng import BatchNoise, generator
 from genmodels.types import Batch
+from tests import data_files
 from tests.oracles import grid
 
 SPLITS = ("train", "val", "test")
@@ -26,30 +25,8 @@ SPLITS = ("train", "val", "test")
 NAMES = [name for name in names(Dataset) if member(Dataset, name, "data").__module__.startswith("genmodels.")]
 NAMES.remove("external")
 TOYS = [name for name in NAMES if issubclass(member(Dataset, name, "data"), Toy)]
-# what a data set reads that comes from files of the user's
-FILES = tempfile.TemporaryDirectory()  # removed at the end
-
-
-def example(name: str, array: np.ndarray) -> str:
-    path = Path(FILES.name, name)
-    np.save(path, array) if path.suffix == ".npy" else np.savetxt(path, array, delimiter=",")
-    return str(path)
-
-
-random = np.random.default_rng(0)
-# arguments under which a data set can be built from nothing but the package and such files
-EXAMPLES: dict[str, dict] = {
-    "table": {
-        "path": example("rows.csv", np.c_[random.normal(3, 2, (300, 3)), random.integers(0, 4, 300)]),
-        "condition": 3,
-        "classes": 4,
-    },
-    "array": {
-        "path": example("images.npy", random.integers(0, 256, (120, 3, 4, 6), dtype=np.uint8)),
-        "labels": example("labels.npy", random.integers(0, 5, 120)),
-        "flip": True,
-    },
-}
+# arguments under which a data set can be built from nothing but the package
+EXAMPLES: dict[str, dict] = data_files.examples()
 
 
 @functools.cache

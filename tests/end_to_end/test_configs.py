@@ -3,46 +3,61 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from genmodels.config import Config, load
 from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.protocol import FOLDER, Protocol
 from genmodels.training.loop import train
+from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
-DOWNLOADED = {"cifar10"}  # configurations of data that the user has to fetch
-FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name not in {"_base", *DOWNLOADED})
+FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "_base")
 TINY = ["train.steps=2", "train.batch_size=16", "train.eval_every=0", "train.sample_every=2", "train.eval_items=8"]
 
 
-def table(folder: Path) -> list[str]:
-    np.savetxt(folder / "rows.csv", np.random.default_rng(0).normal(size=(100, 2)), delimiter=",", header="a,b")
-    return [f"data.path={folder / 'rows.csv'}"]
+def pictures(folder: Path) -> list[str]:
+    made = write_pictures(folder / "pictures", 40, 33, 40)
+    return [f"data.path={made}", f"data.cache={folder / 'cache'}", "sample.num_steps=2"]
+
+
+def archive(folder: Path) -> list[str]:
+    made = write_cifar_archive(folder / "cifar-10-python.tar.gz", cifar_files())
+    return [f"data.path={made}", "data.checksum=ignore", "data.val=10"]
 
 
 # configurations of the user's own files: what makes such files in a folder, and the overrides that name them
-OWN_DATA = {"tables/nsf.yaml": table}
+OWN_DATA = {
+    "images": pictures,
+    "tables": lambda folder: [f"data.path={write_table(folder / 'rows.csv')}"],
+    "cifar10": archive,
+}
+# networks of millions of parameters are cut down; what they are is tested by their count
+SMALL = {
+    "cifar10/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
+    "cifar10/edm": ["model.network.channels=8", "model.network.blocks=1", "sample.num_steps=2"],
+    "cifar10/nsf": ["model.layers[0].layers[1].count=1", "model.layers[0].layers[1].layers[2].network.width=8"],
+}
 
 
 def protocol(config: Config) -> Protocol:
-    """The configuration's own, or the likelihood of its test split."""
+    """The configuration's own, or one such as users write for data that only they have."""
     if config.protocols:
         return Protocol.load(config.protocols[0])
-    metrics = [{"name": "nll"}, {"name": "cost"}]
-    return Protocol({"name": "own_data", "version": 1, "dataset": config.tree["data"], "metrics": metrics})
+    metrics = [{"name": "nll" if config.dataset().bin_width is None else "bits_per_dim"}, {"name": "cost"}]
+    return Protocol({"name": "own", "version": 1, "dataset": config.tree["data"], "metrics": metrics})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_configuration_travels_the_whole_way(path, tmp_path):
-    make = OWN_DATA.get(f"{path.parent.name}/{path.name}")
-    overrides = TINY + (make(tmp_path) if make else [])
+    make = OWN_DATA.get(path.parent.name, lambda folder: [])
+    overrides = [*TINY, *make(tmp_path), *SMALL.get(f"{path.parent.name}/{path.stem}", [])]
     config = load([path], overrides)
     assert Config(config.tree).hash == config.hash == load([path], overrides).hash
     assert set(config.protocols) <= {p.stem for p in FOLDER.glob("*.yaml")}
     run = train(config, root=tmp_path, quiet=True)
-    assert [p.suffix for p in (run.path / "samples").iterdir()] == [".png"]
+    drawn = len(config.dataset().shape) == 3 or config.dataset().shape == (2,)
+    assert [p.suffix for p in (run.path / "samples").iterdir()] == [".png" if drawn else ".npz"]
     full = protocol(config)
     metrics = [m for m in full.tree["metrics"] if m["name"] in ("bits_per_dim", "nll", "cost")]
     small = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "metrics": metrics}

@@ -1,0 +1,125 @@
+"""Files such as users have, made small: a folder of pictures, and CIFAR-10's archive in its own format."""
+
+import atexit
+import functools
+import io
+import pickle
+import struct
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FOLDER = "cifar-10-batches-py"
+BATCHES = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch")
+
+
+def picture(seed: int, height: int = 8, width: int = 8, channels: int = 3) -> np.ndarray:
+    """[height, width, channels] uint8 with the levels 0 and 255 among others."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    pixels[0, 0], pixels[0, 1] = 0, 255
+    return pixels
+
+
+def write_pictures(folder: Path, count: int = 60, height: int = 8, width: int = 8, classes: int = 2) -> Path:
+    """PNG files in `classes` sub-folders."""
+    for k in range(count):
+        place = folder / f"class{k % classes}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(k, height, width)).save(place / f"{k:03}.png")
+    return folder
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Protocol 2 as Python 2 wrote it: strings without an encoding, numpy's old module names."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_string(self, text: str | bytes) -> None:
+        raw = text.encode("ascii") if isinstance(text, str) else text
+        short = len(raw) < 256
+        self.write((b"U" + bytes([len(raw)]) if short else b"T" + struct.pack("<i", len(raw))) + raw)
+        self.memoize(text)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+    def save_global(self, thing: object, name: str | None = None) -> None:
+        name = name or thing.__qualname__
+        module = "numpy.core.multiarray" if name == "_reconstruct" else thing.__module__
+        self.write(f"c{module}\n{name}\n".encode())
+        self.memoize(thing)
+
+    dispatch[type] = dispatch[type(len)] = dispatch[type(picture)] = save_global
+
+
+def python2_pickle(value: object) -> bytes:
+    out = io.BytesIO()
+    _Python2Pickler(out, 2).dump(value)
+    return out.getvalue()
+
+
+def cifar_batch(name: str, count: int = 20) -> dict[bytes, object]:
+    """A batch with `count` random images in place of 10,000."""
+    rng = np.random.default_rng(BATCHES.index(name))
+    data = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+    data[:, 0], data[:, -1] = 0, 255
+    return {
+        b"batch_label": f"{name} of 5".encode(),
+        b"labels": rng.permutation(np.arange(count) % 10).tolist(),
+        b"data": data,
+        b"filenames": [f"image_s_{k:06}.png".encode() for k in range(count)],
+    }
+
+
+def cifar_files(**changed: bytes | None) -> dict[str, bytes]:
+    """The pickled batches by name; a batch that is changed to None is left out."""
+    files = {name: python2_pickle(cifar_batch(name)) for name in BATCHES if name not in changed}
+    return files | {name: content for name, content in changed.items() if content is not None}
+
+
+def write_cifar_archive(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        folder = tarfile.TarInfo(FOLDER)
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+        tar.addfile(folder)
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{FOLDER}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_table(path: Path) -> Path:
+    """Three columns of numbers and one of four classes."""
+    random = np.random.default_rng(0)
+    np.savetxt(path, np.c_[random.normal(3, 2, (300, 3)), random.integers(0, 4, 300)], delimiter=",")
+    return path
+
+
+def write_arrays(folder: Path) -> dict[str, str]:
+    """Images as one .npy file, and their labels."""
+    random = np.random.default_rng(0)
+    made = {"path": random.integers(0, 256, (120, 3, 4, 6), dtype=np.uint8), "labels": random.integers(0, 5, 120)}
+    for name, array in made.items():
+        np.save(folder / f"{name}.npy", array)
+    return {name: str(folder / f"{name}.npy") for name in made}
+
+
+@functools.cache
+def examples() -> dict[str, dict]:
+    """Arguments of the data sets that are read from files, by name; the files go when the process ends."""
+    place = tempfile.TemporaryDirectory(prefix="genmodels-tests-")
+    atexit.register(place.cleanup)
+    folder = Path(place.name)
+    return {
+        "image_folder": {"path": str(write_pictures(folder / "pictures")), "val": 8, "test": 8},
+        "cifar10": {
+            "path": str(write_cifar_archive(folder / "cifar-10-python.tar.gz", cifar_files())),
+            "val": 10,
+            "checksum": "ignore",
+        },
+        "table": {"path": str(write_table(folder / "rows.csv")), "condition": 3, "classes": 4},
+        "array": {**write_arrays(folder), "flip": True},
+    }
