@@ -146,7 +146,7 @@ def test_sources_that_are_not_understood(source, message):
 
 
 def test_entries_are_read_as_written():
-    author, title = r'{{\O}ye, A. and B{\"o}hm, C.}', "{A {B}\n    C}"
+    author, title = r"{{\O}ye, A. and B{\"o}hm, C.}", "{A {B}\n    C}"
     text = f"% a comment with @x{{\n@misc{{a2000b,\n  author = {author},\n  title = {title},\n}}\n@book{{c,x={{}}}}"
     found = parse(text)
     assert list(found) == ["a2000b", "c"] and found["c"].fields == {"x": ""} and found["a2000b"].kind == "misc"
