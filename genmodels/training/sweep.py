@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -182,7 +182,8 @@ class Sweep:
         elif self.stops > 1 and self.told < 2:
             self.told = 2
             for child in self.running:
-                os.killpg(child.process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError, PermissionError):  # it has just ended
+                    os.killpg(child.process.pid, signal.SIGKILL)
 
     def _end(self, child: Child) -> None:
         """A process ended: keep what it said, and say how it went."""
