@@ -9,7 +9,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -94,6 +94,8 @@ def leave() -> None:
     """Part in good order, at the end of a command that every process has reached, whether well or with an error."""
     global _group
     if _group is not None:
+        with suppress(RuntimeError):  # a launcher kills the rest once one has ended: let the first finish its sentence
+            torch.distributed.barrier(group=_group)
         torch.distributed.destroy_process_group()
         _group = None
 
