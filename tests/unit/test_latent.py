@@ -169,6 +169,8 @@ def test_a_model_is_trained_in_latent_space_and_samples_images(model, folder, tm
     with pytest.raises(ValueError, match=r"built for \[B, 3, 8, 12\]"):
         model.encode(torch.zeros(2, 2, 4, 6))
     assert model.encode(images(2)).shape == (2, 2, 4, 6)
+    logs = model.loss(Batch(images(2)), generator=generator("loss")).logs
+    assert "bits_per_dim" not in logs, "a density of latents is none of images"
 
 
 def test_other_weights_in_the_folder_are_refused_by_a_checkpoint(folder, tmp_path):
