@@ -248,7 +248,7 @@ def _sample(given: argparse.Namespace, device: Any) -> None:
     seeds = None if given.seeds is None else parse_seeds(given.seeds)
     run = Run.open(given.run)
     options = run.config.options("sample", overrides.get("sample"))
-    model, dataset = run.load(given.weights, device), run.config.dataset()
+    model, dataset = run.load(given.weights, device), run.dataset()
     seeds = default_seeds(model, dataset) if seeds is None else seeds
     began = time.monotonic()
     x = draw_in_batches(model, dataset, seeds, options, given.condition, given.batch_size)
@@ -257,7 +257,8 @@ def _sample(given: argparse.Namespace, device: Any) -> None:
     seconds = time.monotonic() - began
     condition = conditions(model, dataset, seeds, given.condition)
     answer = run.config.answer("sample", overrides.get("sample"))
-    notes = request(seeds, condition, answer, run.weights_name(given.weights), run.step)
+    weights = run.weights_name(given.weights)
+    notes = request(seeds, condition, answer, weights, run.step_of(weights))
     stem = _stem(given, run, seeds, answer if overrides else None)
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = write_picture(stem, x, dataset, notes)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .data.dataset import Dataset
+from .data.external import External
 from .model import Model
 from .registry import ConfigError
 from .rng import as_seeds
@@ -127,9 +128,13 @@ def request(
 def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
     """Images as a grid, points of the plane as a scatter plot, anything else as .npz; notes go into the metadata.
 
+    Data whose items are not at hand to compare with give .npz as well.
+
     Args:
         stem: path without its suffix; its folder must exist.
     """
+    if isinstance(dataset, External):
+        return write_arrays(stem.with_name(stem.name + ".npz"), x, notes)
     if len(dataset.shape) == 3 and dataset.shape[0] in (1, 3):
         return _grid(stem.with_name(stem.name + ".png"), x, dataset, notes)
     if dataset.shape == (2,):

@@ -20,12 +20,21 @@ Array = Tensor | np.ndarray
 class External(Dataset):
     """Stands for data that were given from Python: `train(config, dataset=from_tensors(x))` with `data: external`.
 
-    The configuration of such a run says how, not on what it was trained. Any use of this object raises ConfigError.
+    The configuration of such a run says how, not on what it was trained. Whoever asks for items gets a ConfigError.
     """
 
     @property
     def shape(self) -> Shape:
         self._absent()
+
+    @classmethod
+    def known_by(cls, facts: dict[str, Any]) -> Dataset:
+        """What a trained run still knows of such data: shapes and classes, no items."""
+        names = ("shape", "condition_shape", "target_shape")
+        shapes = {name: None if facts[name] is None else tuple(facts[name]) for name in names}
+        known = type("Known", (cls,), shapes)()
+        known.num_classes, known.bin_width = facts["num_classes"], facts["bin_width"]
+        return known
 
     def size(self, split: Split) -> int:
         self._absent()

@@ -24,7 +24,8 @@ from ..metrics.metric import Metric, Subject
 from ..model import Model
 from ..registry import ConfigError
 from ..training import processes
-from ..training.run import Run, provenance
+from ..training.provenance import provenance
+from ..training.run import Run
 from ..types import Estimate, NotApplicable
 from .answers import QUESTIONS, Bill, Interview, Progress
 from .protocol import FOLDER, Protocol
@@ -225,16 +226,16 @@ def _row(entry: int, metric: Metric, name: str, estimate: Estimate) -> dict[str,
 
 
 def _facts(run: Run, model: Model, weights: str | None) -> dict[str, Any]:
-    tree = run.config.tree
+    tree, name = run.config.tree, run.weights_name(weights)
     return {
         "name": tree["model"]["name"],
         "dataset": tree["data"]["name"],
         "config_hash": run.config.hash,
         "config": tree,
         "seed": tree["seed"],
-        "step": run.step,
-        "samples_seen": run.samples_seen,
-        "weights": run.weights_name(weights),
+        "step": run.step_of(name),
+        "samples_seen": run.samples_seen * run.step_of(name) // max(run.step, 1),
+        "weights": name,
         "parameters": num_parameters(model),
         "trainable": num_parameters(model, trainable=True),
     }

@@ -25,7 +25,6 @@ from ..hashing import sha256
 FORMAT = 2
 Tensors = dict[str, Tensor]
 State = dict[str, Any]
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(RuntimeError):
@@ -34,10 +33,6 @@ class CheckpointError(RuntimeError):
 
 class NewerFormat(CheckpointError):
     """A checkpoint that a later version of this package wrote: nothing may be written beside it."""
-
-
-class DiskFull(CheckpointError):
-    """A write failed for want of space; what was saved before is untouched."""
 
 
 def _from_1(state: State) -> State:
@@ -169,8 +164,7 @@ def save(
     """Write the checkpoint of `state["step"]`, point `latest` to it, and remove all but the newest `keep`.
 
     Raises:
-        OSError: if it cannot be written (DISK_FULL lists the errors that mean want of space); earlier checkpoints are
-            untouched.
+        OSError: if it cannot be written, for want of space perhaps; earlier checkpoints are untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".writing-*"):

@@ -31,7 +31,8 @@ def dry_run(config: Config, root: Path) -> str:
         [
             OmegaConf.to_yaml(OmegaConf.create(config.tree)).rstrip(),
             "",
-            f"run        {root / config.name} (hash {config.hash}): {status}; nothing is written now",
+            f"run        {root / config.name} (hash {config.hash}): {status}; nothing is written now"
+            f"{', but for data.cache' if config.tree['data'].get('cache') else ''}",
             f"data       {sizes} items of {step.dataset.shape}",
             f"model      {sum(p.numel() for p in step.model.parameters()):,} parameters",
             *_table(step.model),

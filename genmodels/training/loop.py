@@ -16,12 +16,12 @@ from ..data.dataset import Dataset
 from ..data.stream import check_batch, stream
 from ..rng import fold
 from ..types import Batch
-from . import processes, tracking
-from .checkpoint import DISK_FULL
+from . import disk, processes, tracking
 from .console import Console, duration
 from .guard import PATIENCE, TrainingFailed
 from .interruption import Stop, first_of, time_limit
-from .run import Run, provenance
+from .provenance import provenance
+from .run import Run
 from .state import Origin, TrainingState
 from .step import Step
 from .watch import Interval, Watch
@@ -88,9 +88,9 @@ def train(
             console.note(f"error: {error}")
             raise
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if error.errno not in disk.FULL or processes.told_elsewhere(error):
                 raise
-            raise run.disk_full(error) from error
+            raise disk.full(error, run.path, run.saved()) from error
         finally:
             console.close()
     return run

@@ -11,17 +11,9 @@ runs/<name>/
   eval/          results by protocol
 """
 
-import errno
 import fcntl
-import hashlib
 import json
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,12 +25,15 @@ import torch
 from omegaconf import OmegaConf
 
 from ..config import Config, diff, read
+from ..data.dataset import Dataset
+from ..data.external import External
 from ..hashing import canonical
 from ..model import Model
 from ..networks.network import set_autocast
 from ..registry import ConfigError
 from . import checkpoint, posthoc
-from .checkpoint import CheckpointError, DiskFull, Tensors, write_text
+from .checkpoint import CheckpointError, Tensors, write_text
+from .disk import writing
 from .ema import PowerProfile
 from .posthoc import Snapshots
 
@@ -124,7 +119,7 @@ class Run:
         if existing is not None:
             return existing
         path = Path(root) / config.name
-        with _told(f"{path} cannot be made", "Choose another folder with --root, or make that one writable."):
+        with writing(f"{path} cannot be made", "Choose another folder with --root, or make that one writable."):
             if path.exists() and fresh:
                 with cls(path, config).locked():
                     path.rename(_next(path, ".old-", 1))
@@ -215,21 +210,6 @@ class Run:
             return f"Nothing is saved yet in {self.path}."
         return f"Step {steps[-1]:,} is saved in {checkpoint.folder_of(self.checkpoints, steps[-1])}."
 
-    def disk_full(self, error: OSError) -> DiskFull:
-        """The error to tell when a write into this run failed for want of space: what is saved, what can be freed."""
-        free = shutil.disk_usage(self.path).free
-        root = self.path.resolve().parent
-        others = sorted(
-            ((_bytes(p), p.name) for p in root.iterdir() if p.is_dir() and p.name != self.name), reverse=True
-        )
-        listed = ", ".join(f"{name} ({_megabytes(size)})" for size, name in others[:3])
-        also = f" The largest beside this run in {root}: {listed}." if listed else ""
-        return DiskFull(
-            f"{self.path}: {error.strerror or error} (writing {error.filename or 'a file'}; "
-            f"{_megabytes(free)} free there, this run holds {_megabytes(_bytes(self.path))}). {self.saved()} "
-            f"Free some space, lower train.keep, or set old runs aside.{also} The same command goes on from there."
-        )
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second training of this run out while the block runs; the lock goes with the process.
@@ -237,7 +217,7 @@ class Run:
         Raises:
             ConfigError: if another process is training it, or if the folder cannot be written.
         """
-        with _told(f"{self.path} is read-only", "Make it writable, or train elsewhere (--root, name=…)."):
+        with writing(f"{self.path} is read-only", "Make it writable, or train elsewhere (--root, name=…)."):
             file = (self.path / ".lock").open("a")
         with file:
             try:
@@ -309,6 +289,16 @@ class Run:
         also = [(rule.std, self.step, folder / f"{rule.label}.safetensors") for rule in rules]
         return self.snapshots.reconstruct(PowerProfile.of_label(name).std, self.step, also if self.step else ())[0]
 
+    def dataset(self) -> Dataset:
+        """The configured data set; of data that were given from Python what the run knows of them, without items."""
+        if self.config.tree["data"]["name"] != External.registered_name:
+            return self.config.dataset()
+        return External.known_by(self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """Of the data that the newest checkpoint was trained on."""
+        return json.loads(checkpoint.read_header(self._newest()[0] / "model.safetensors")["facts"])
+
     def load(self, weights: str | None = None, device: torch.device | str = "cpu") -> Model:
         """The trained model in eval mode with frozen parameters, at the newest sound checkpoint.
 
@@ -317,9 +307,8 @@ class Run:
                 one. "ema-<std>" of a power-function average that was not kept is put together from snapshots.
         """
         tensors, path = self.tensors(weights), self._newest()[0] / "model.safetensors"
-        header = checkpoint.read_header(path)
         with torch.random.fork_rng(devices=[]):  # fresh parameters, overwritten below, leave the caller's state alone
-            model = self.config.model(json.loads(header["facts"]))
+            model = self.config.model(self._facts())
         checkpoint.load_weights(model, tensors, path)
         set_autocast(model, torch.bfloat16 if self.config.train.precision == "bf16" else None)
         return model.to(device).eval().requires_grad_(False)
@@ -384,68 +373,5 @@ def _next(path: Path, separator: str, first: int) -> Path:
     return next(p for k in count(first) if not (p := path.with_name(f"{path.name}{separator}{k}")).exists())
 
 
-def _bytes(folder: Path) -> int:
-    """What the files below a folder take."""
-    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MB"
-
-
-@contextmanager
-def _told(problem: str, mend: str) -> Iterator[None]:
-    """Raises ConfigError with the problem and its mend where the block was not allowed to write."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise ConfigError(f"{problem}: {error.strerror}. {mend}") from None
-
-
 def _unnamed(tree: dict) -> dict:
     return {key: value for key, value in tree.items() if key != "name"}
-
-
-def provenance() -> dict[str, Any]:
-    """Commit and state of the source tree, versions, machine and command of this process."""
-    source = Path(__file__).parent
-    commit = _git(source, "rev-parse", "HEAD")
-    changes = _git(source, "status", "--porcelain") if commit else None
-    packages = {name: _version(name) for name in ("torch", "numpy", "accelerate", "omegaconf", "safetensors")}
-    return {
-        "commit": commit,
-        "dirty": bool(changes) if changes is not None else None,
-        "diff": hashlib.sha256((_git(source, "diff", "HEAD") or "").encode()).hexdigest()[:12] if changes else None,
-        "versions": {"python": platform.python_version(), **packages},
-        "hardware": _hardware(),
-        "threads": torch.get_num_threads(),
-        "argv": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    command = ["git", "-C", str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False) if _has_git() else None
-    return done.stdout.strip() if done is not None and done.returncode == 0 else None
-
-
-def _has_git() -> bool:
-    return any((Path(p) / "git").exists() for p in os.environ.get("PATH", "").split(os.pathsep))
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(0)}"
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"

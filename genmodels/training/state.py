@@ -16,7 +16,8 @@ from . import checkpoint
 from .checkpoint import CheckpointError, Tensors
 from .ema import WeightAverage
 from .guard import check_weights
-from .run import Run, provenance
+from .provenance import provenance
+from .run import Run
 
 
 class Best(NamedTuple):

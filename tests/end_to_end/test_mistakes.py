@@ -11,7 +11,7 @@ from genmodels.config import Config
 from genmodels.networks.dit import DiT
 from genmodels.registry import ConfigError
 from genmodels.solvers.base import Fixed
-from genmodels.training import checkpoint
+from genmodels.training import checkpoint, disk
 from genmodels.training.checkpoint import CheckpointError
 from genmodels.training.loop import train
 from genmodels.training.optim import Adam
@@ -62,7 +62,7 @@ def test_a_failed_write_is_an_error_of_the_disk(tmp_path):
     with pytest.raises(OSError) as caught:
         checkpoint.write_tensors(path, {"a": torch.zeros(2)}, {})
     assert caught.value.errno == errno.ENOENT and caught.value.filename == str(path)
-    assert errno.ENOENT not in checkpoint.DISK_FULL and errno.ENOSPC in checkpoint.DISK_FULL
+    assert errno.ENOENT not in disk.FULL and errno.ENOSPC in disk.FULL
 
 
 def hold(path, started, done) -> None:

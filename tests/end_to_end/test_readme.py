@@ -5,6 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,26 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert told["log_p"].shape == (8,)
     assert not told["log_p"].requires_grad
     assert told["x"].unique().frac().abs().max() == 0  # grey levels
+
+
+def test_data_from_python_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
+    """The example as it stands; afterwards its run is sampled without the data, which the commands cannot have."""
+    code = next(b for b in blocks("python") if "from_tensors" in b)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    told: dict = {}
+    exec(code, told)
+    assert told["run"].step == 200 and told["run"].meta["data"]["items"] == {"train": 810, "val": 90, "test": 100}
+    # near the law N(0, diag(1, 0.09)) that they came from: the mean of log p is -entropy
+    found = told["run"].load().log_prob(told["x"]).mean().item()
+    law = torch.distributions.Normal(torch.zeros(2), torch.tensor([1.0, 0.3]))
+    assert found == pytest.approx(law.log_prob(told["x"]).sum(1).mean().item(), abs=0.3)
+    capsys.readouterr()
+    assert commands.sample(["runs/mine", "--seeds", "0-7"]) == 0
+    with np.load(capsys.readouterr().out.split()[0]) as file:
+        assert np.abs(file["arr_0"] - told["run"].load().sample(8).numpy()).max() < 1e-5
+    assert commands.train(["runs/mine", "train.steps=300"]) == 2
+    assert "data were given from Python: pass them again" in capsys.readouterr().err
 
 
 def test_example_model_trains_and_samples(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import pytest
 
 from genmodels.registry import ConfigError
 from genmodels.training import checkpoint
-from genmodels.training.checkpoint import DiskFull
+from genmodels.training.disk import DiskFull
 from genmodels.training.loop import train
 from genmodels.training.run import Run
 from tests.unit.fakes import restored

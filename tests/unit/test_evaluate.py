@@ -222,6 +222,9 @@ def test_overrides_that_make_no_sense(run, overrides, message):
 def test_weights_name_the_file(run):
     evaluate(run, protocol(["cost"]), weights="model", device="cpu")
     assert (run.path / "eval" / "fake" / "00000012-model.json").is_file()
+    best = evaluate(run, protocol(["cost"]), weights="best", device="cpu")["model"]  # of an earlier step
+    assert (run.path / "eval" / "fake" / "00000006-best.json").is_file()
+    assert (best["step"], best["samples_seen"]) == (6, 1700)
 
 
 def test_other_shapes_are_refused(run):

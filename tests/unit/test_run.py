@@ -9,7 +9,8 @@ import torch
 from genmodels.registry import ConfigError
 from genmodels.training import checkpoint
 from genmodels.training.checkpoint import CheckpointError
-from genmodels.training.run import CheckpointWarning, Run, RunConflict, provenance
+from genmodels.training.provenance import provenance
+from genmodels.training.run import CheckpointWarning, Run, RunConflict
 
 from .fakes import restored
 
