@@ -346,19 +346,6 @@ def await_(condition, seconds=60):
         time.sleep(0.02)
 
 
-def children(pid):
-    """Processes whose parent is this one and that have not ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = path.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if int(parent) == pid and state != "Z":
-            found.append(int(path.parent.name))
-    return sorted(found)
-
-
 def test_a_sweep_whose_child_was_killed_and_that_was_stopped_ends_as_if_not(here, fakes, capsys, monkeypatch):
     """SIGTERM ends the children; killed or stopped, the same sweep again ends bit-identical to runs without it."""
     Path("slow_lab.py").write_text(LAB)
@@ -368,24 +355,28 @@ def test_a_sweep_whose_child_was_killed_and_that_was_stopped_ends_as_if_not(here
     monkeypatch.syspath_prepend(str(here))
     plans, lines, pids = grid(["slow.yaml"], [], ["seed=0,1"]), [], []
 
-    def disturb():
-        await_(lambda: all(Path(f"runs/s-seed{k}/checkpoints/00000004").is_dir() for k in (0, 1)))
-        pids.extend(children(os.getpid()))
-        os.kill(pids[0], signal.SIGKILL)
-        await_(lambda: any("failed" in line for line in lines))
-        os.kill(os.getpid(), signal.SIGTERM)
-        await_(lambda: "stopping 1 runs; once more to kill them" in lines)
-        Path("hold").unlink()
-
     def sweep():
         return Sweep(plans, ["slow.yaml"], Path("runs"), jobs=2, say=lines.append)
+
+    first = sweep()
+
+    def disturb():
+        try:
+            await_(lambda: all(Path(f"runs/s-seed{k}/checkpoints/00000004").is_dir() for k in (0, 1)))
+            pids.extend(child.process.pid for child in first.running)
+            os.kill(pids[0], signal.SIGKILL)
+            await_(lambda: any("failed" in line for line in lines))
+            os.kill(os.getpid(), signal.SIGTERM)
+            await_(lambda: "stopping 1 runs; once more to kill them" in lines)
+        finally:
+            Path("hold").unlink()
 
     Path("hold").touch()
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            sweep().run()
+            first.run()
     finally:
         thread.join()
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
