@@ -8,10 +8,6 @@ mode, the rest in eval mode. Most of the time goes into 3x3 convolutions, which 
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +18,8 @@ import genmodels  # noqa: F401  (registers the components)
 from genmodels.config import read
 from genmodels.flows.bijection import Bijection, chain
 from genmodels.registry import Builder
+
+from .side_by_side import Medians, medians, report
 
 RESULT = Path(__file__).parents[1] / "results" / "benchmarks" / "image_flows.json"
 CONFIG = Path(__file__).parents[2] / "configs" / "cifar10" / "nsf.yaml"
@@ -77,7 +75,7 @@ def tasks(flow: nn.Module, x: Tensor) -> dict[str, Callable[[], None]]:
     return {"forward and backward": backward, "forward": forward, "inverse": inverse}
 
 
-def measure(batch: int, repeats: int) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+def measure(batch: int, repeats: int) -> tuple[Medians, dict[str, int]]:
     """Median CPU milliseconds by task and side, and the parameters of each side."""
     torch.manual_seed(0)
     x = torch.rand(batch, *SHAPE, generator=torch.Generator().manual_seed(0)) - 0.5
@@ -85,16 +83,9 @@ def measure(batch: int, repeats: int) -> tuple[dict[str, dict[str, float]], dict
     flows["ours"].initialize(x)
     flows["nflows"].train()(x)  # its ActNorm starts from the first batch
     contenders = {name: tasks(flow, x) for name, flow in flows.items()}
-    times = {task: {name: [] for name in contenders} for task in contenders["ours"]}
-    for round_ in range(-2, repeats):  # the first two warm up
-        for task, row in times.items():
-            for name, seconds in row.items():
-                began = time.process_time()
-                contenders[name][task]()
-                if round_ >= 0:
-                    seconds.append(time.process_time() - began)
-    sizes = {name: sum(p.numel() for p in flow.parameters()) for name, flow in flows.items()}
-    return {task: {n: 1e3 * statistics.median(s) for n, s in row.items()} for task, row in times.items()}, sizes
+    return medians(contenders, repeats), {
+        name: sum(p.numel() for p in flow.parameters()) for name, flow in flows.items()
+    }
 
 
 def main() -> None:
@@ -103,26 +94,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    medians, sizes = measure(given.batch, given.repeats)
-    result = {
-        "what": "median CPU milliseconds of one call, one thread, float32",
-        "size": vars(given),
-        "parameters": sizes,
-        "milliseconds": {task: {n: round(t, 1) for n, t in row.items()} for task, row in medians.items()},
-        "ratio to ours": {task: {"nflows": round(row["nflows"] / row["ours"], 2)} for task, row in medians.items()},
-        "environment": {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "processor": platform.machine(),
-        },
-    }
-    print(f"{'':22}{'ours':>9}{'nflows':>9}  ms   nflows/ours")
-    for task, row in medians.items():
-        print(f"{task:22}{row['ours']:9.1f}{row['nflows']:9.1f}  {row['nflows'] / row['ours']:13.2f}")
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {RESULT}")
+    found, parameters = measure(given.batch, given.repeats)
+    report(found, vars(given), RESULT, parameters=parameters)
 
 
 if __name__ == "__main__":

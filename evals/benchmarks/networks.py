@@ -8,10 +8,6 @@ turn, so that a busy machine slows all of them; medians over rounds are compared
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from genmodels.networks.unet import UNet
+
+from .side_by_side import Medians, medians, report
 
 RESULT = Path(__file__).parents[1] / "results" / "benchmarks" / "networks.json"
 
@@ -60,22 +58,15 @@ def tasks(net: nn.Module, call: Callable[[Tensor, Tensor], Tensor], t: Tensor, x
     return {"forward and backward": backward, "forward": forward}
 
 
-def measure(batch: int, side: int, channels: int, repeats: int) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+def measure(batch: int, side: int, channels: int, repeats: int) -> tuple[Medians, dict[str, int]]:
     """Median CPU milliseconds by task and contender, and the parameters of each."""
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(batch, 3, side, side, generator=generator), torch.rand(batch, generator=generator)
     built = {"ours": ours(side, channels), "diffusers": diffusers(side, channels)}
     contenders = {name: tasks(*pair, t, x) for name, pair in built.items()}
-    times = {task: {name: [] for name in contenders} for task in contenders["ours"]}
-    for round_ in range(-2, repeats):  # the first two warm up
-        for task, row in times.items():
-            for name, seconds in row.items():
-                began = time.process_time()
-                contenders[name][task]()
-                if round_ >= 0:
-                    seconds.append(time.process_time() - began)
-    medians = {task: {n: 1e3 * statistics.median(s) for n, s in row.items()} for task, row in times.items()}
-    return medians, {name: sum(p.numel() for p in net.parameters()) for name, (net, _) in built.items()}
+    return medians(contenders, repeats), {
+        name: sum(p.numel() for p in net.parameters()) for name, (net, _) in built.items()
+    }
 
 
 def main() -> None:
@@ -84,26 +75,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    medians, parameters = measure(given.batch, given.side, given.channels, given.repeats)
-    result = {
-        "what": "median CPU milliseconds of one call, one thread, float32",
-        "size": vars(given),
-        "parameters": parameters,
-        "milliseconds": {task: {n: round(t, 2) for n, t in row.items()} for task, row in medians.items()},
-        "ratio to ours": {task: round(row["diffusers"] / row["ours"], 2) for task, row in medians.items()},
-        "environment": {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "processor": platform.machine(),
-        },
-    }
-    print(f"{'':22}{'ours':>9}{'diffusers':>11}  ms   diffusers/ours")
-    for task, row in medians.items():
-        print(f"{task:22}{row['ours']:9.1f}{row['diffusers']:11.1f}{row['diffusers'] / row['ours']:16.2f}")
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {RESULT}")
+    found, parameters = measure(given.batch, given.side, given.channels, given.repeats)
+    report(found, vars(given), RESULT, parameters=parameters)
 
 
 if __name__ == "__main__":

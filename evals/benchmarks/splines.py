@@ -8,10 +8,6 @@ for ours (as our networks give them).
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +15,8 @@ import torch
 from torch import Tensor
 
 from genmodels.flows.splines import durkan, rational_quadratic
+
+from .side_by_side import Medians, medians, report
 
 BOUND = 3.0
 RESULT = Path(__file__).parents[1] / "results" / "benchmarks" / "splines.json"
@@ -66,22 +64,14 @@ def tasks(spline: Spline, x: Tensor, raw: Tensor) -> dict[str, Callable[[], None
     }
 
 
-def measure(batch: int, features: int, bins: int, repeats: int) -> dict[str, dict[str, float]]:
+def measure(batch: int, features: int, bins: int, repeats: int) -> Medians:
     """Median CPU milliseconds by task and contender."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(features, batch, generator=generator)
     raw = torch.randn(3 * bins - 1, features, batch, generator=generator)
     theirs = x.T.contiguous(), raw.permute(2, 1, 0).contiguous()
     contenders = {"ours": tasks(ours, x, raw), "nflows": tasks(nflows, *theirs), "zuko": tasks(zuko, *theirs)}
-    times = {task: {name: [] for name in contenders} for task in contenders["ours"]}
-    for round_ in range(-5, repeats):  # the first five warm up
-        for task, row in times.items():
-            for name, seconds in row.items():
-                began = time.process_time()
-                contenders[name][task]()
-                if round_ >= 0:
-                    seconds.append(time.process_time() - began)
-    return {task: {n: 1e3 * statistics.median(s) for n, s in row.items()} for task, row in times.items()}
+    return medians(contenders, repeats, warm_up=5)
 
 
 def main() -> None:
@@ -90,28 +80,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    medians = measure(given.batch, given.features, given.bins, given.repeats)
-    result = {
-        "what": "median CPU milliseconds of one call, one thread, float32",
-        "size": vars(given),
-        "milliseconds": {task: {n: round(t, 3) for n, t in row.items()} for task, row in medians.items()},
-        "ratio to ours": {
-            task: {n: round(row[n] / row["ours"], 2) for n in row if n != "ours"} for task, row in medians.items()
-        },
-        "environment": {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "processor": platform.machine(),
-        },
-    }
-    print(f"{'':22}{'ours':>9}{'nflows':>9}{'zuko':>9}  ms   nflows/ours  zuko/ours")
-    for task, row in medians.items():
-        ratios = "".join(f"{row[n] / row['ours']:13.2f}" for n in ("nflows", "zuko"))
-        print(f"{task:22}" + "".join(f"{t:9.2f}" for t in row.values()) + "  " + ratios)
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {RESULT}")
+    report(measure(given.batch, given.features, given.bins, given.repeats), vars(given), RESULT)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 
 import fcntl
 import json
-import os
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import new_file, write_text
 from ..hashing import digest, fingerprint_files
 from ..registry import ConfigError
 
@@ -102,29 +101,13 @@ def _sound(path: Path, facts: dict[str, Any]) -> bool:
 def _write(path: Path, facts: dict[str, Any], images: Iterable[np.ndarray]) -> None:
     shape = tuple(facts["shape"])
 
-    def fill(file: BinaryIO) -> None:
+    path.with_suffix(".json").unlink(missing_ok=True)
+    with new_file(path) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for image in _counted(images, shape[0]):
             file.write(image.tobytes())
-
-    path.with_suffix(".json").unlink(missing_ok=True)
-    _replace(path, fill)
     text = json.dumps(facts | {"fingerprint": fingerprint_files([path], path.parent)}, indent=1)
-    _replace(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-
-
-def _replace(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Write a file under another name and give it its own when it is complete."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(path.with_suffix(".json"), text)
 
 
 def _counted(images: Iterable[np.ndarray], total: int) -> Iterator[np.ndarray]:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..commands import guarded
+from ..files import write_text
 from ..hashing import digest
 from ..registry import ConfigError
-from ..training.checkpoint import write_text
 from .protocol import FOLDER
 from .results import BOARD_FILE, Items, Result, ResultError, combine, find, read
 from .tables import MISSING, arrow, short, show, table

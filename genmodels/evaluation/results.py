@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..files import write_text
 from ..hashing import canonical
-from ..training.checkpoint import write_text
 from ..types import Estimate
 
 SCHEMA = "genmodels.result/1"

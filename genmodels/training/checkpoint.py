@@ -7,10 +7,8 @@ temporary name and renamed when complete. No pickle is involved in either direct
 
 import errno
 import json
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import new_folder, sync, write_text
 from ..hashing import sha256
 
 FORMAT = 2
@@ -44,28 +43,6 @@ def _from_1(state: State) -> State:
 MIGRATIONS: dict[int, Callable[[State], State]] = {1: _from_1}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> None:
     """A safetensors file; equal views of one memory (tied weights) are stored once, their other names in the header."""
     kept: Tensors = {}
@@ -88,7 +65,7 @@ def write_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> No
     except SafetensorError as error:  # it wraps the error of the file system in a text
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
-    _sync(path)
+    sync(path)
 
 
 def load_weights(model: nn.Module, tensors: Tensors, path: Path) -> None:
@@ -166,28 +143,21 @@ def save(
     Raises:
         OSError: if it cannot be written, for want of space perhaps; earlier checkpoints are untouched.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".writing-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = root / f".writing-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
+    final = folder_of(root, state["step"])
+    with new_folder(final) as temporary:  # a folder of that step can only be damaged: a sound one would be resumed from
         for name, tensors in sets.items():
             write_tensors(temporary / f"{name}.safetensors", tensors, header)
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
-        write_text(temporary / "state.json", json.dumps({"format": FORMAT, **state, "files": files}, indent=1))
-        final = folder_of(root, state["step"])
-        if final.exists():  # a damaged folder of the same step: a sound one would have been resumed from
-            shutil.rmtree(final)
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _sync(root)
+        facts = {"format": FORMAT, **state, "files": manifest(temporary)}
+        write_text(temporary / "state.json", json.dumps(facts, indent=1))
     write_text(root / "latest", final.name)
     for step in steps_in(root)[:-keep]:
         shutil.rmtree(folder_of(root, step))
     return final
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a folder."""
+    return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
 
 
 def read_state(folder: Path) -> State:
@@ -217,11 +187,12 @@ def read_state(folder: Path) -> State:
     if state["step"] != int(folder.name) or "model.safetensors" not in state["files"]:
         raise CheckpointError(f"{path} describes step {state['step']} with {', '.join(state['files']) or 'no files'}.")
     for name, wanted in state["files"].items():
-        _check_file(folder / name, wanted)
+        check_file(folder / name, wanted)
     return state
 
 
-def _check_file(path: Path, wanted: dict[str, Any]) -> None:
+def check_file(path: Path, wanted: dict[str, Any]) -> None:
+    """Raises CheckpointError unless a file is what a `manifest` says of it."""
     try:
         size = path.stat().st_size if path.is_file() else None
         sound = size == wanted["bytes"] and sha256(path) == wanted["sha256"]

@@ -8,9 +8,7 @@ Source: Karras et al. 2024 (Analyzing and improving the training dynamics of dif
 """
 
 import json
-import os
 import shutil
-import uuid
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +19,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..hashing import sha256
+from ..files import new_folder, tidy, write_text
 from ..registry import ConfigError
-from .checkpoint import CheckpointError, Tensors, folder_of, read_tensors, steps_in, write_tensors, write_text
+from .checkpoint import (
+    CheckpointError,
+    Tensors,
+    check_file,
+    folder_of,
+    manifest,
+    read_tensors,
+    steps_in,
+    write_tensors,
+)
 from .ema import WIDEST, PowerProfile, WeightAverage, exponent_of
 
 FORMAT = 1
@@ -194,30 +201,20 @@ class Snapshots:
             return None
         if step < 1:
             raise ValueError(f"snapshots: an average over {step} steps has no profile; steps count from 1.")
-        self._tidy()
-        temporary = self.folder / f".writing-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir(parents=True)
-        try:
+        final = folder_of(self.folder, step)
+        with new_folder(final) as temporary:
             for label, average in tracked.items():
                 write_tensors(temporary / f"{label}.safetensors", average.tensors, header)
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
             profiles = {label: average.rule.std for label, average in tracked.items()}
             copied = next(iter(tracked.values())).copied
-            facts = {"format": FORMAT, "step": step, "profiles": profiles, "copied": copied, "files": files}
+            facts = {"format": FORMAT, "step": step, "profiles": profiles, "copied": copied}
+            facts["files"] = manifest(temporary)
             write_text(temporary / "snapshot.json", json.dumps(facts, indent=1))
-            final = folder_of(self.folder, step)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        _sync(self.folder)
         return final
 
     def rewind(self, step: int) -> None:
         """Remove the snapshots after a step, which a run restored at that step will write again."""
-        self._tidy()
+        tidy(self.folder)
         for later in steps_in(self.folder):
             if later > step:
                 shutil.rmtree(folder_of(self.folder, later))
@@ -284,10 +281,6 @@ class Snapshots:
             warnings.warn(f"{report}; more snapshots would meet it better.", ReconstructionWarning, stacklevel=3)
         return report
 
-    def _tidy(self) -> None:
-        for leftover in self.folder.glob(".writing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
 
 def _facts(folder: Path) -> dict[str, Any]:
     path = folder / "snapshot.json"
@@ -303,23 +296,12 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def _verify(path: Path) -> None:
     """Raises CheckpointError if a file of a snapshot is missing, truncated or altered."""
-    wanted = _facts(path.parent)["files"].get(path.name, {})
-    found = path.stat().st_size if path.is_file() else None
-    if found is None:
-        raise CheckpointError(f"{path} is missing. {_without(path.parent)}")
-    if found != wanted.get("bytes"):
-        raise CheckpointError(f"{path} has {found:,} bytes, not those that were written. {_without(path.parent)}")
-    if sha256(path) != wanted.get("sha256"):
-        raise CheckpointError(f"{path} was altered after it was written. {_without(path.parent)}")
+    wanted = _facts(path.parent)["files"].get(path.name, {"bytes": 0, "sha256": ""})
+    try:
+        check_file(path, wanted)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_without(path.parent)}") from None
 
 
 def _without(folder: Path) -> str:
     return f"Put a sound copy back, or remove {folder} to do without it."
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

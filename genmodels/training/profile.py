@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config
-from .checkpoint import write_text
+from ..files import write_text
 from .measure import PARTS, TimedStep, timed_step
 
 WARM_UP, TIMED, TRACED, LISTED = 3, 20, 3, 12

@@ -27,12 +27,13 @@ from omegaconf import OmegaConf
 from ..config import Config, diff, read
 from ..data.dataset import Dataset
 from ..data.external import External
+from ..files import write_text
 from ..hashing import canonical
 from ..model import Model
 from ..networks.network import set_autocast
 from ..registry import ConfigError
 from . import checkpoint, posthoc
-from .checkpoint import CheckpointError, Tensors, write_text
+from .checkpoint import CheckpointError, Tensors
 from .disk import writing
 from .ema import PowerProfile
 from .posthoc import Snapshots

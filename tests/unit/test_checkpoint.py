@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from genmodels import files
 from genmodels.registry import build
 from genmodels.training import checkpoint
 from genmodels.training.checkpoint import CheckpointError
@@ -161,7 +162,7 @@ def test_a_killed_save_leaves_a_sound_checkpoint(tmp_path, stage):
         elif stage == "before rename":
             type(tmp_path).rename = die
         elif stage == "before latest":
-            checkpoint._sync, original = (lambda path: die() if path == tmp_path else original(path)), checkpoint._sync
+            files.sync, original = (lambda path: die() if path == tmp_path else original(path)), files.sync
         else:
             setattr(checkpoint, {"tensors": "save_file", "manifest": "write_text"}[stage], die)
         try:
@@ -198,11 +199,11 @@ def test_a_save_that_fails_raises_and_leaves_nothing_behind(tmp_path, monkeypatc
 
 def test_write_text_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "meta.json"
-    checkpoint.write_text(path, "π")
+    files.write_text(path, "π")
     assert path.read_bytes() == "π".encode()
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
-        checkpoint.write_text(path, "new")
+        files.write_text(path, "new")
     assert path.read_bytes() == "π".encode() and list(tmp_path.iterdir()) == [path]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from genmodels import files
 from genmodels.data import image_cache, images
 from genmodels.data.dataset import SPLITS, context
 from genmodels.data.image_cache import CacheWarning
@@ -206,7 +207,7 @@ def test_a_cache_appears_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_cache.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(
         ConfigError, match=r"data\.cache: .*cannot hold the decoded images.*No space left.*Choose another"
     ):
