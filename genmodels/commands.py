@@ -182,6 +182,7 @@ def train(argv: Sequence[str]) -> int | None:
 
         print(cite(config.tree))
     elif given.profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer would write its own log over the table
         from .training.profile import profile
 
         print(profile(config, root))

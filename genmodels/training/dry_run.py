@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 from ..config import Config
 from ..model import Model
 from .console import count, duration
-from .measure import Memory, TimedStep, first_batch, flops_of, memory_of, timed_step
+from .measure import FEW, Memory, TimedStep, affordable, first_batch, flops_of, memory_of, timed_step
 from .run import Run, RunConflict
 
-WARM_UP, TIMED = 2, 3
+TIMED, LONGEST = 2, 5.0  # steps, and seconds of one; of larger batches a part is timed
 
 
 def dry_run(config: Config, root: Path) -> str:
@@ -23,7 +23,7 @@ def dry_run(config: Config, root: Path) -> str:
     status = _status(config, root)
     with torch.random.fork_rng():
         step = timed_step(config)
-        batch = first_batch(step)
+        batch = first_batch(step)[: 8 * FEW]
         loss = step.forward(0, 0, batch).value.mean().item()
         costs = _costs(step) if config.train.steps else ["steps      none: the model is fitted before training"]
     sizes = " / ".join(f"{step.dataset.size(split):,}" for split in ("train", "val", "test"))
@@ -36,7 +36,7 @@ def dry_run(config: Config, root: Path) -> str:
             f"data       {sizes} items of {step.dataset.shape}",
             f"model      {sum(p.numel() for p in step.model.parameters()):,} parameters",
             *_table(step.model),
-            f"loss       {loss:.4f} at initialisation, batch of {len(batch)}",
+            f"loss       {loss:.4f} at initialisation, of {len(batch)} items",
             *costs,
         ]
     )
@@ -57,8 +57,9 @@ def _status(config: Config, root: Path) -> str:
 def _costs(step: TimedStep) -> list[str]:
     """Memory, operations, speed, and what they come to for the whole run."""
     s, device = step.settings, step.model.device
-    step.run(0, WARM_UP)
-    rate = TIMED / step.run(WARM_UP, WARM_UP + TIMED)
+    items = affordable(step, LONGEST)
+    rate = TIMED / step.run(2, 2 + TIMED, items) * items / s.batch_size
+    part = "" if items == s.batch_size else f" (timed on batches of {items}, and scaled)"
     forward, both = flops_of(step)
     total = count(float(both) * s.batch_size * s.steps)
     return [
@@ -66,8 +67,8 @@ def _costs(step: TimedStep) -> list[str]:
         f"operations {count(forward)}FLOP an item for the loss, {count(both)}FLOP with its gradient (matrix products, "
         "convolutions, attention)",
         f"           {count(both * s.batch_size * rate)}FLOP/s here, {total}FLOP in all",
-        f"speed      {rate:.3g} steps/s = {count(rate * s.batch_size)} items/s on {device}",
-        f"           {s.steps:,} steps in about {duration(s.steps / rate)} ({s.steps / rate / 3600:.3g} hours), "
+        f"speed      {rate:.3g} steps/s = {count(rate * s.batch_size)} items/s on {device}{part}",
+        f"           {s.steps:,} steps in about {duration(s.steps / rate)} ({s.steps / rate / 3600:,.2f} hours), "
         "without samples, validation and checkpoints",
     ]
 

@@ -18,6 +18,7 @@ from . import processes
 from .ema import WeightAverage
 from .step import Step
 
+FEW = 2  # items from which memory and operations are told for a batch: both grow with their number
 PARTS = ("data", "forward", "backward", "update")
 
 
@@ -58,10 +59,15 @@ class TimedStep(Step):
         with self.part("update"):
             return super().update(step, loss)
 
-    def run(self, start: int, stop: int) -> float:
-        """The seconds of the steps start … stop-1, loading included."""
+    def run(self, start: int, stop: int, items: int | None = None) -> float:
+        """The seconds of the steps start … stop-1, loading included.
+
+        Args:
+            items: of a batch; None for those of the configuration.
+        """
         s, pin = self.settings, self.model.device.type == "cuda"
-        batches = stream(self.dataset, self.seed, s.batch_size, start, stop, 0, 1, s.accumulate, s.workers, pin)
+        size = s.batch_size if items is None else items
+        batches = stream(self.dataset, self.seed, size, start, stop, 0, 1, s.accumulate, s.workers, pin)
         began = self._now()
         for step in range(start, stop):
             with self.part("data"):
@@ -82,11 +88,25 @@ def timed_step(config: Config) -> TimedStep:
     return TimedStep(config, dataset, processes.join())
 
 
+def affordable(step: TimedStep, seconds: float) -> int:
+    """How many items of a batch make a step of about so many seconds: all of them where that is not more.
+
+    The step is warm afterwards.
+    """
+    s = step.settings
+    few = min(FEW * s.accumulate, s.batch_size)
+    step.run(0, 1, few)
+    each = step.run(1, 2, few) / few
+    most = int(seconds / each) // s.accumulate * s.accumulate
+    return min(s.batch_size, max(few, most))
+
+
 class Memory(NamedTuple):
     """Bytes that training holds, by what they are for.
 
     Args:
-        saved: what a forward pass keeps for the backward pass, of one micro-batch.
+        saved: what a forward pass keeps for the backward pass, of one micro-batch: by the growth from few items to
+            twice as many.
         peak: measured on a GPU; on a CPU it is the sum of the others, without what single operations need.
     """
 
@@ -99,33 +119,50 @@ class Memory(NamedTuple):
 
 
 def memory_of(step: TimedStep) -> Memory:
-    """After at least one step: what is held, and the peak of one more forward and backward pass."""
-    model, cuda = step.model, step.model.device.type == "cuda"
-    batch = first_batch(step)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    saved: dict[tuple[int, int], int] = {}
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-
-    def note(x: Tensor) -> Tensor:
-        store = x.untyped_storage()
-        if store.data_ptr() not in own:
-            saved[store.data_ptr(), store.nbytes()] = store.nbytes()
-        return x
-
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        loss = Step.forward(step, 0, 0, batch).value.mean()
-    if loss.requires_grad:
-        loss.backward()
-    model.zero_grad(set_to_none=True)
+    """After at least one step: what is held, and on a GPU the peak of one more forward and backward pass."""
+    model, batch = step.model, first_batch(step)
+    few = min(FEW, len(batch))
+    saved = _saved(step, batch[:few])
+    if len(batch) > few:
+        twice = min(2 * few, len(batch))
+        slope = (_saved(step, batch[:twice]) - saved) / (twice - few)
+        saved += round(slope * (len(batch) - few))
     weights = sum(map(_bytes, [*model.parameters(), *model.buffers()]))
     gradients = sum(map(_bytes, step.parameters))
     states = step.optimizer.state.values() if step.optimizer is not None else ()
     optimizer = sum(_bytes(v) for state in states for v in state.values() if isinstance(v, Tensor))
     averages = sum(_bytes(v) for average in step.averages.values() for v in average.tensors.values())
-    held = (weights, gradients, optimizer, averages, sum(saved.values()))
-    return Memory(*held, torch.cuda.max_memory_allocated() if cuda else sum(held))
+    held = (weights, gradients, optimizer, averages, saved)
+    if model.device.type != "cuda":
+        return Memory(*held, sum(held))
+    torch.cuda.reset_peak_memory_stats()
+    _pass(step, batch)
+    return Memory(*held, torch.cuda.max_memory_allocated())
+
+
+def _saved(step: TimedStep, batch: Batch) -> int:
+    """Bytes that autograd keeps of the loss of a batch, weights and items of the batch not counted."""
+    saved: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in [*step.model.parameters(), *step.model.buffers()]}
+
+    def note(x: Tensor) -> Tensor:
+        store = x.untyped_storage()
+        if store.data_ptr() not in own:
+            saved[store.data_ptr()] = store.nbytes()  # alive until the backward pass: no address serves twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        _pass(step, batch)
+    return sum(saved.values())
+
+
+def _pass(step: TimedStep, batch: Batch) -> None:
+    """Forward and backward, without a trace."""
+    step.model.train()
+    loss = Step.forward(step, 0, 0, batch).value.mean()
+    if loss.requires_grad:
+        loss.backward()
+    step.model.zero_grad(set_to_none=True)
 
 
 def flops_of(step: TimedStep) -> tuple[int, int]:
@@ -133,16 +170,13 @@ def flops_of(step: TimedStep) -> tuple[int, int]:
 
     Matrix products, convolutions and attention are counted, two for a multiply-add; the rest is not.
     """
-    batch = first_batch(step)
-    counts = []
-    for backward in (False, True):
-        with FlopCounterMode(display=False) as counter:
-            loss = Step.forward(step, 0, 0, batch).value.mean()
-            if backward and loss.requires_grad:
-                loss.backward()
-        counts.append(counter.get_total_flops() // len(batch))
-    step.model.zero_grad(set_to_none=True)
-    return counts[0], counts[1]
+    batch = first_batch(step)[:FEW]
+    with FlopCounterMode(display=False) as counter:
+        Step.forward(step, 0, 0, batch)
+    forward = counter.get_total_flops() // len(batch)
+    with FlopCounterMode(display=False) as counter:
+        _pass(step, batch)
+    return forward, counter.get_total_flops() // len(batch)
 
 
 def first_batch(step: TimedStep) -> Batch:

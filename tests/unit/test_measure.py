@@ -43,6 +43,22 @@ def test_less_is_kept_under_checkpointing_and_accumulation(fakes):
     assert memory_of(small).saved == memory_of(big).saved / 4
 
 
+def test_what_is_kept_is_that_of_the_whole_batch(fakes):
+    """Few items tell it: the bytes kept of batches of 3 and of 8 items are as measured on them whole."""
+    for size in (1, 3, 8):
+        step = timed_step(fakes.config(train={"batch_size": size}))
+        assert memory_of(step).saved == measure._saved(step, measure.first_batch(step)) == 2 * size * 2 * 4
+
+
+def test_of_a_slow_step_a_part_is_timed(fakes, monkeypatch):
+    step = timed_step(fakes.config(train={"batch_size": 48, "accumulate": 2}))
+    monkeypatch.setattr(TimedStep, "run", lambda self, start, stop, items=48: 0.25 * items * (stop - start))
+    assert measure.affordable(step, 100.0) == 48
+    assert measure.affordable(step, 5.0) == 20
+    assert measure.affordable(step, 4.9) == 18  # a multiple of the micro-batches
+    assert measure.affordable(step, 0.1) == 4  # and never less than few
+
+
 def test_operations_of_an_item(fakes):
     """x W with W of 2x2: 2·2·2 operations; its gradient adds the product for W (and none for x, which has none)."""
     assert flops_of(timed_step(fakes.config())) == (8, 16)
@@ -72,9 +88,9 @@ def test_parts_add_up_on_a_fake_clock(fakes, monkeypatch):
 
 
 def test_a_dry_run_tells_the_hours(fakes, tmp_path, monkeypatch):
-    monkeypatch.setattr(TimedStep, "run", lambda self, start, stop: 0.5 * (stop - start))
+    monkeypatch.setattr(TimedStep, "run", lambda self, start, stop, items=8: 0.5 * (stop - start) * items / 8)
     text = dry_run(fakes.config(train={"steps": 14400}), tmp_path)
-    assert "speed      2 steps/s = 16 items/s on cpu" in text and "14,400 steps in about 2h00m (2 hours)" in text
+    assert "speed      2 steps/s = 16 items/s on cpu" in text and "14,400 steps in about 2h00m (2.00 hours)" in text
     assert "operations 8FLOP an item for the loss, 16FLOP with its gradient" in text
     assert f"{16 * 8 * 2}FLOP/s here, 1.84MFLOP in all" in text
     assert re.search(r"memory     \d+B in tensors\n +weights 48B, gradients 32B, optimiser ", text)
