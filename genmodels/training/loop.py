@@ -105,18 +105,14 @@ class Trainer:
         self.step, self.run, self.dataset, self.console, self.stop = step, run, dataset, console, stop
         self.settings, self.main = run.config.train, step.accelerator.is_main_process
         self.state = TrainingState(run, dataset, step.model, step.optimizer, main=self.main, world=step.world)
-        told = processes.by_main(lambda: self._prepare(origin))
+        told = processes.by_main(lambda: [] if run.has_checkpoint() else self.state.prepare(origin))
         with processes.together():
             told = told + self.state.restore()
-        for line in told:
+        for line in processes.by_main(run.adopt) + told:
             console.say(line)
         self.start = self.state.step
         step.start(self.state.averages)
         self.watch = Watch(step.accelerator, run, dataset, step.model, self.state.averages, console)
-
-    def _prepare(self, origin: Origin | None) -> list[str]:
-        told = self.run.adopt()
-        return told + ([] if self.run.has_checkpoint() else self.state.prepare(origin))
 
     def run_all(self) -> None:
         """From the restored step to the last one, or to the one after which it is asked to stop."""

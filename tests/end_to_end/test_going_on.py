@@ -242,8 +242,10 @@ def test_data_that_changed_are_refused(fakes, tmp_path):
         train(fakes.config(), root=tmp_path, quiet=True)
     fakes.Regression.fault = None
     other = fakes.Line(items=56)
+    before = fakes.contents(tmp_path)
     with pytest.raises(ConfigError, match=r"data have changed .*56 training items now, 48 then.*init_from=.*r\."):
-        train(fakes.config(), root=tmp_path, quiet=True, dataset=other)
+        train(fakes.config(train={"keep": 5, "steps": 12}), root=tmp_path, quiet=True, dataset=other)
+    assert fakes.contents(tmp_path) == before  # not even what is free to change
     assert train(fakes.config(), root=tmp_path, quiet=True, dataset=fakes.Line()).step == 10
     data = Run.open(tmp_path / "r").meta["data"]
     assert data == {
