@@ -114,8 +114,8 @@ class TrainingState:
         told = [f"warning: {problem}" for problem in self.run.problems()]
         if state["world_size"] not in (None, self.world) and self.step:
             told.append(
-                f"{self.world} processes go on where {state['world_size']} stopped: the data stay the same, the noise "
-                "of the steps to come is another."
+                f"{self.world} process{'es go' if self.world > 1 else ' goes'} on where {state['world_size']} stopped: "
+                "the data stay the same, the noise of the steps to come is another."
             )
         return told + self._check_rate(state["steps"])
 

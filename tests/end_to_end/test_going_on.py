@@ -388,3 +388,15 @@ def test_tensorboard_shows_what_the_log_says(fakes, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"train\.tensorboard: .*pip install 'genmodels\[track\]'"):
         train(config.replace({"name": "without"}), root=tmp_path, quiet=True)
     assert not (tmp_path / "without").exists()
+
+
+def test_another_number_of_processes_is_told(fakes, tmp_path, capsys):
+    fakes.stop_at(6)
+    with pytest.raises(fakes.Stop):
+        train(fakes.config(), root=tmp_path, quiet=True)
+    fakes.Regression.fault = None
+    path = tmp_path / "r" / "checkpoints" / "00000004" / "state.json"
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+    run = train(fakes.config(), root=tmp_path)
+    assert lines(capsys.readouterr().err, "1 process goes on where 2 stopped: the data stay the same, the noise of the")
+    assert run.step == 10 and run.state["world_size"] == 1 and run.meta["continued"][-1]["world_size"] == 1
