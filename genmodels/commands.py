@@ -176,7 +176,7 @@ def train(argv: Sequence[str]) -> int | None:
         return _sweep(given, files, overrides, axes, root)
     if given.jobs is not None:
         raise registry.ConfigError("--jobs: is for --sweep; one run is one process (or those of a launcher).")
-    config = load(files, overrides)
+    config = load(files, overrides, blank=given.cite)
     if given.cite:
         from .citations import cite
 
@@ -222,7 +222,7 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="sampling options, e.g. sample.num_steps=20")
     parser.add_argument("--seeds", help="e.g. 0-63 or 3,7,20-29 (default: a row of 8 for each class, or 0-63)")
     parser.add_argument("--condition", type=int, help="class of every sample (default: all classes in equal blocks)")
-    parser.add_argument("--weights", help="model or ema-<value> (default: the first average of the weights)")
+    parser.add_argument("--weights", help="model, best or ema-<value> (default: the first average)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--npz", action="store_true", help="also write the samples as arrays")
     parser.add_argument("--out", type=Path, help="file to write without its suffix (default: in the run's samples/)")

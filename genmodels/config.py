@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -21,7 +21,7 @@ from .hashing import canonical, digest
 from .model import Model
 from .registry import ConfigError
 from .schema import convert, near
-from .training.ema import Average
+from .training.ema import Average, PowerProfile
 from .training.optim import Adam, Constant, LearningRate, Optimizer
 
 
@@ -80,6 +80,11 @@ class Train:
             raise ConfigError(f"train.clip: must be above 0, or null for none, found {self.clip}.")
         if self.max_hours is not None and self.max_hours <= 0:
             raise ConfigError(f"train.max_hours: must be above 0, or null for no limit, found {self.max_hours}.")
+        if self.snapshot_every and not any(isinstance(average, PowerProfile) for average in self.ema):
+            raise ConfigError(
+                "train.snapshot_every: snapshots are of power-function averages, and train.ema has none. Add two "
+                "(train.ema=[{name: power, std: 0.05}, {name: power, std: 0.1}]), or set it to 0."
+            )
         labels = [average.label for average in self.ema]
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
@@ -286,13 +291,18 @@ def dotlist(overrides: Iterable[str]) -> dict:
     return out
 
 
-def load(files: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()) -> Config:
-    """The configuration of some files and overrides, later ones over earlier ones; interpolations are resolved."""
+def load(files: str | Path | Iterable[str | Path], overrides: Iterable[str] = (), *, blank: bool = False) -> Config:
+    """The configuration of some files and overrides, later ones over earlier ones; interpolations are resolved.
+
+    Args:
+        blank: let what a file leaves to the user ("???") be an empty text: to look at a configuration, not to train it.
+    """
     files = [files] if isinstance(files, str | Path) else list(files)
     tree: dict = {}
     for path in files:
         tree = overlay(tree, read(path))
     tree = overlay(tree, dotlist(overrides))
+    tree = _blanked(tree) if blank else tree
     try:
         tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
@@ -301,6 +311,12 @@ def load(files: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()
     if not tree.get("name") and files:
         tree["name"] = "-".join((Path(files[-1]).resolve().parent.name, Path(files[-1]).stem))
     return Config(tree)
+
+
+def _blanked(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _blanked(value) for key, value in tree.items()}
+    return [_blanked(item) for item in tree] if isinstance(tree, list) else "" if tree == MISSING else tree
 
 
 def diff(old: Any, new: Any, path: str = "") -> list[str]:

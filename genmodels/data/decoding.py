@@ -173,8 +173,13 @@ def _load(path: Path, image: Picture) -> Picture:
 
 
 def _damaged(path: Path, error: Exception) -> ConfigError:
+    reason = str(error).rstrip(".")
+    if "decompression bomb" in reason:
+        return ConfigError(
+            f"{path} is too large to be decoded: {reason.partition(', could be')[0]}. Make it smaller, or remove it."
+        )
     return ConfigError(
-        f"{path} cannot be decoded: {error}. The file is cut short or damaged; replace it, or remove it from the "
+        f"{path} cannot be decoded: {reason}. The file is cut short or damaged; replace it, or remove it from the "
         "folder."
     )
 

@@ -88,6 +88,8 @@ class ImageFolder(Held):
     ) -> None:
         _check(size, background, val, test)
         classify = task == "classify"
+        if not path.strip():
+            raise ConfigError("data.path: the folder of images must be named, found an empty text.")
         self.folder = Path(os.path.expanduser(path))
         self.names = find(self.folder)
         self.decoder = Decoder(size, channels, resize, filter, upscale, background)

@@ -29,8 +29,9 @@ def check_batch(batch_size: int, world: int, accumulate: int, size: int) -> None
         )
     if batch_size % (world * accumulate):
         raise ConfigError(
-            f"train.batch_size: {batch_size} items cannot be divided equally over {world} processes times {accumulate} "
-            f"micro-batches. Make train.batch_size a multiple of {world * accumulate}, or change train.accumulate."
+            f"train.batch_size: {batch_size} items cannot be divided equally over {world} "
+            f"process{'es' if world > 1 else ''} times {accumulate} micro-batches. "
+            f"Make train.batch_size a multiple of {world * accumulate}, or change train.accumulate."
         )
 
 

@@ -1,5 +1,6 @@
 """Rows of numbers from the user's files."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .memory import InMemory
 from .partition import Order, partition, proposal_for
 from .text_table import DELIMITERS, TextTable
 
+GRAIN = 1e-2  # spacing of float32 numbers against the spread of their column, beyond which it is told
 Columns = str | int | tuple[str | int, ...]
 NAMES: dict[Split, tuple[str, ...]] = {  # what the arrays of a file may be called that hold its splits
     "train": ("train",),
@@ -134,7 +136,19 @@ def read_float32(table: AnyTable, columns: list[int]) -> tuple[Tensor, np.ndarra
             f"{table.title}, {table.place(int(row))}, {table.label(columns[k])}: found {what} ({many} NaN, infinity or "
             "too large a number). Delete such rows, fill them in, or leave the column out with data.columns."
         )
+    _warn_of_grain(table, columns, values, x)
     return torch.from_numpy(x), values
+
+
+def _warn_of_grain(table: AnyTable, columns: list[int], values: np.ndarray, x: np.ndarray) -> None:
+    """Warn of columns whose neighbours in float32 are far apart against their spread (time stamps, identifiers)."""
+    grain, spread = np.spacing(np.abs(x).max(0)), values.std(0)
+    for k in np.flatnonzero((spread > 0) & (grain > GRAIN * spread)):
+        warnings.warn(
+            f"{table.title}, {table.label(columns[k])}: float32 numbers of this size lie {grain[k]:g} apart, and their "
+            f"spread is {spread[k]:.3g}. Subtract an offset from the column before, or leave it out with data.columns.",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,10 @@ class TextTable:
 
     def _ragged(self, number: int, fields: list[str]) -> NoReturn:
         before = "the header has" if self.names else "the first line has"
-        advice = self._hint(fields) or " Correct the line, or delete it."
+        mend = " Correct the line, or delete it."
+        if self.names and self.width == 1:
+            mend = f" If the first line ({self.names[0]!r}) is a remark and no header, delete it."
+        advice = self._hint(fields) or mend
         raise ConfigError(f"{self.path}, line {number} has {_count(len(fields))}, but {before} {self.width}.{advice}")
 
     def _no_number(self, number: int, column: int, field: str) -> NoReturn:
@@ -170,13 +173,15 @@ class TextTable:
         if not field:
             raise ConfigError(f"{where}: the value is missing. Fill it in, {mend}")
         text = field if len(field) <= 40 else f"{field[:40]}…"
-        decimal = " Write decimals with a point." if re.fullmatch(r"[+-]?\d+,\d+", field) else ""
+        commas = " Write decimals with a point, and thousands without a comma."
+        decimal = commas if re.fullmatch(r"[+-]?\d+(,\d+)+(\.\d+)?", field) else ""
         advice = self._hint([field]) or f"{decimal} Correct it, {mend}"
         raise ConfigError(f"{where}: {text!r} is no number.{advice}")
 
     def _hint(self, fields: list[str]) -> str:
         """Another delimiter that the whole line seems to use."""
-        seen = [name for mark, name in OTHERS.items() if self.width == 1 and mark in fields[0].strip()]
+        head = (self.names or [""])[0].replace(" ", "")  # a name may hold a space
+        seen = [name for mark, name in OTHERS.items() if self.width == 1 and mark in head + fields[0].strip()]
         return f" Set data.delimiter if {seen[0]} separates the columns." if seen else ""
 
 

@@ -303,7 +303,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--protocol", action="append", help="name or file of a protocol (default: those of the run's `eval:` section)"
     )
-    parser.add_argument("--weights", help="model or ema-<value> (default: the first average of the weights)")
+    parser.add_argument("--weights", help="model, best or ema-<value> (default: the first average)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--publish", action="store_true", help=f"also copy the results to {PUBLISHED.parent.name}/results"

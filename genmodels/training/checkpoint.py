@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import new_folder, sync, write_text
-from ..hashing import sha256
+from ..hashing import digest, sha256
 
 FORMAT = 2
 Tensors = dict[str, Tensor]
@@ -148,11 +148,19 @@ def save(
         for name, tensors in sets.items():
             write_tensors(temporary / f"{name}.safetensors", tensors, header)
         facts = {"format": FORMAT, **state, "files": manifest(temporary)}
-        write_text(temporary / "state.json", json.dumps(facts, indent=1))
+        write_text(temporary / "state.json", json.dumps({**facts, "digest": digest(facts)}, indent=1))
     write_text(root / "latest", final.name)
-    for step in steps_in(root)[:-keep]:
-        shutil.rmtree(folder_of(root, step))
+    prune(root, keep, state["step"])
     return final
+
+
+def prune(root: Path, keep: int, sound: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to one that is known to be sound.
+
+    Newer ones can only be damaged: they do not count, or the sound one might go in their favour.
+    """
+    for step in [step for step in steps_in(root) if step <= sound][:-keep]:
+        shutil.rmtree(folder_of(root, step))
 
 
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -173,13 +181,16 @@ def read_state(folder: Path) -> State:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     found = state.get("format") if isinstance(state, dict) else None
-    if isinstance(found, int) and found > FORMAT:
+    found = found if isinstance(found, int) else None
+    if found is not None and found > FORMAT:
         raise NewerFormat(
             f"{path} has format {found}: a newer version of genmodels wrote it, and this one reads formats up to "
             f"{FORMAT}. Upgrade genmodels; nothing was changed."
         )
     if found != FORMAT and found not in MIGRATIONS:
         raise CheckpointError(f"{path} has checkpoint format {found}; this version reads formats 1 to {FORMAT}.")
+    if found > 1 and state.pop("digest", None) != digest(state):
+        raise CheckpointError(f"{path} was altered after it was written (its digest differs).")
     for older in range(found, FORMAT):
         state = MIGRATIONS[older](state)
     if not (isinstance(state.get("files"), dict) and {"step", "samples", "seconds"} <= state.keys()):
@@ -196,8 +207,8 @@ def check_file(path: Path, wanted: dict[str, Any]) -> None:
     try:
         size = path.stat().st_size if path.is_file() else None
         sound = size == wanted["bytes"] and sha256(path) == wanted["sha256"]
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    except (OSError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be compared with what was written: {error}.") from None
     if size is None:
         raise CheckpointError(f"{path} is missing.")
     if size != wanted["bytes"]:

@@ -35,14 +35,15 @@ def full(error: OSError, run: Path, saved: str) -> DiskFull:
     Args:
         saved: a sentence on what the run has saved.
     """
-    root = run.resolve().parent
+    root = next(folder for folder in run.resolve().parents if folder.is_dir())
     others = [(_bytes(folder), folder.name) for folder in root.iterdir() if folder.is_dir() and folder.name != run.name]
     listed = ", ".join(f"{name} ({_megabytes(size)})" for size, name in sorted(others, reverse=True)[:LISTED])
     also = f" The largest beside this run in {root}: {listed}." if listed else ""
     return DiskFull(
         f"{run}: {error.strerror or error} (writing {error.filename or 'a file'}; "
-        f"{_megabytes(shutil.disk_usage(run).free)} free there, this run holds {_megabytes(_bytes(run))}). {saved} "
-        f"Free some space, lower train.keep, or set old runs aside.{also} The same command goes on from there."
+        f"{_megabytes(shutil.disk_usage(root).free)} free there, this run holds {_megabytes(_bytes(run))}). {saved} "
+        f"Free some space, or start again with a lower train.keep, which removes older checkpoints first.{also} "
+        "The same command goes on from there."
     )
 
 

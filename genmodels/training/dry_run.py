@@ -63,7 +63,7 @@ def _costs(step: TimedStep) -> list[str]:
     forward, both = flops_of(step)
     total = count(float(both) * s.batch_size * s.steps)
     return [
-        *_memory(memory_of(step), device.type),
+        *_memory(memory_of(step), device.type, s.gradient_checkpointing),
         f"operations {count(forward)}FLOP an item for the loss, {count(both)}FLOP with its gradient (matrix products, "
         "convolutions, attention)",
         f"           {count(both * s.batch_size * rate)}FLOP/s here, {total}FLOP in all",
@@ -73,10 +73,14 @@ def _costs(step: TimedStep) -> list[str]:
     ]
 
 
-def _memory(m: Memory, device: str) -> list[str]:
+def _memory(m: Memory, device: str, again: bool) -> list[str]:
     held = {"weights": m.weights, "gradients": m.gradients, "optimiser": m.optimizer, "averages": m.averages}
     parts = ", ".join(f"{name} {count(size)}B" for name, size in {**held, "kept for backward": m.saved}.items())
-    return [f"memory     {count(m.peak)}B {'at most' if device == 'cuda' else 'in tensors'}", f"           {parts}"]
+    more = ", without those of the one block that is computed again" if again else ""
+    return [
+        f"memory     {count(m.peak)}B {'at most' if device == 'cuda' else f'in tensors{more}'}",
+        f"           {parts}",
+    ]
 
 
 def _table(model: Model) -> list[str]:

@@ -104,7 +104,7 @@ def grid(files: Sequence[str], overrides: Sequence[str], words: Sequence[str]) -
     for point in points:
         try:
             configs.append(load(files, [*overrides, *point]))
-        except ConfigError as error:
+        except ValueError as error:  # of a constructor as well: a value out of range
             raise ConfigError(f"{error} (in the run with {' '.join(point)})") from error
         suffixes.append("".join(_suffix(label[k], v) for k, _, v in (word.partition("=") for word in point)))
     seen: dict[str, tuple[str, ...]] = {}

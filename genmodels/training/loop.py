@@ -4,6 +4,7 @@ Data order and randomness are functions of (seed, step), so that a run which was
 been.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -72,7 +73,7 @@ def train(
             step = Step(config, model, accelerator)
             begun = existing is not None and existing.has_checkpoint()
             origin = Origin.of(config.init_from, model) if config.init_from and not begun else None
-        processes.by_main(lambda: Run.create(config, root, fresh=fresh).path)
+        processes.by_main(lambda: _created(config, root, fresh))
         run = Run.create(config, root)
         console = Console(run.path / "log.txt" if main else None, quiet=quiet or not main)
         limit = first_of(stop or (lambda: None), time_limit(s.max_hours, began))
@@ -96,6 +97,16 @@ def train(
     return run
 
 
+def _created(config: Config, root: str | Path, fresh: bool) -> None:
+    """Make the folder of a run, with a word on space if there is none."""
+    try:
+        Run.create(config, root, fresh=fresh)
+    except OSError as error:
+        if error.errno not in disk.FULL:
+            raise
+        raise disk.full(error, Path(root) / config.name, "Nothing is saved yet.") from error
+
+
 class Trainer:
     """One process of a training run: steps, and between them what is looked at, said and kept."""
 
@@ -117,6 +128,9 @@ class Trainer:
     def run_all(self) -> None:
         """From the restored step to the last one, or to the one after which it is asked to stop."""
         s, state = self.settings, self.state
+        if state.step >= s.steps and self.run.meta.get("finished"):
+            self.console.say(f"{self.run.path} is finished at step {state.step:,}; more train.steps would go on")
+            return
         self._begin()
         began, before, interval, reason = time.monotonic(), state.seconds, Interval(), None
         for step, batches in self._batches():
@@ -142,7 +156,7 @@ class Trainer:
             if reason and done < s.steps:
                 break
             interval.resume()
-        if s.steps == 0 and not self.run.meta.get("finished"):  # fitted wholly in `prepare`: looked at once
+        if s.steps == 0:  # fitted wholly in `prepare`: looked at once
             if s.eval_every:
                 self._validate()
             if s.sample_every:
@@ -168,6 +182,10 @@ class Trainer:
         loss = self.watch.validate(self.state.step, self.state.seconds)
         if loss is not None and self.main and self.step.parameters and self.state.consider(loss):
             self.run.record(best={"step": self.state.step, "val/loss": loss})
+
+    def _launcher(self) -> str:
+        world = self.step.world
+        return "python" if world == 1 else f"torchrun --nproc-per-node {world}"
 
     def _keep(self, write: Callable[[], None]) -> None:
         with processes.together():
@@ -208,7 +226,7 @@ class Trainer:
         if reason:
             self.console.say(
                 f"stopped by {reason} at step {state.step:,}/{steps:,}, which is saved. Go on with: "
-                f"python train.py {self.run.path}"
+                f"{self._launcher()} train.py {shlex.quote(str(self.run.path))}"
             )
         else:
             self.console.say(f"done: {self.run.path} at step {steps:,} after {duration(state.seconds)}")

@@ -19,7 +19,7 @@ MEANING = {
 
 
 def profile(config: Config, root: str | Path) -> str:
-    """Times some steps on fresh weights, then traces a few more; the trace goes to `<root>/<name>.profile/trace.json`.
+    """Times some steps on fresh weights, then traces a few more; the trace goes to `<root>/.profile/<name>/trace.json`.
 
     Parts are timed without the tracer, which slows what it watches.
 
@@ -28,7 +28,7 @@ def profile(config: Config, root: str | Path) -> str:
     Raises:
         ConfigError: if `train` would refuse the batch size.
     """
-    folder = Path(root) / f"{config.name}.profile"
+    folder = Path(root) / ".profile" / config.name  # hidden: `runs/*` are runs
     with torch.random.fork_rng():
         step = timed_step(config)
         step.run(0, WARM_UP)

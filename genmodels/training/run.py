@@ -95,7 +95,8 @@ class Run:
         old = cls.open(path)
         changes = diff(old.config.core, config.core)
         steps = [change for change in changes if change.startswith("train.steps:")]
-        reached = max(checkpoint.steps_in(old.checkpoints), default=0)
+        written = [s for s in checkpoint.steps_in(old.checkpoints) if (old.folder_of(s) / "state.json").is_file()]
+        reached = max(written, default=0)
         if changes == steps and (not steps or config.train.steps >= reached):
             return cls(path, config)
         free, aside = _next(path, "-", 2).name, _next(path, ".old-", 1)
@@ -130,10 +131,11 @@ class Run:
         return run
 
     def adopt(self) -> list[str]:
-        """Put this object's configuration in the place of the one on disk; lines on what changed.
+        """Put this object's configuration in the place of the one on disk, and heed it; lines on what changed.
 
-        For the process that holds the lock.
+        For the process that holds the lock, once the run is restored.
         """
+        checkpoint.prune(self.checkpoints, self.config.train.keep, self._verify()[1]["step"])
         changes = diff(_unnamed(read(self.path / "config.yaml")), _unnamed(self.config.tree))
         if changes:
             self._write_config()
@@ -159,13 +161,17 @@ class Run:
         try:
             return cls(path, Config(tree))
         except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from error
+            newer = " If a newer version of genmodels wrote this run, upgrade." if "Key '" in str(error) else ""
+            raise ConfigError(f"{file}: {error}{newer}") from error
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def folder_of(self, step: int) -> Path:
+        return checkpoint.folder_of(self.checkpoints, step)
 
     @property
     def state(self) -> dict[str, Any]:

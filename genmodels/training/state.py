@@ -137,13 +137,14 @@ class TrainingState:
             return
         raise ConfigError(
             f"{self.run.path}: its data have changed since training began (fingerprint {before}, now {now}; "
-            f"{self.dataset.size('train'):,} training items now, {self._items_before()} then). Put the old data back, "
+            f"{self.dataset.size('train'):,} training items now, {self._items_before()}). Put the old data back, "
             f"or train on the new from these weights: name=… init_from={self.run.path}. Nothing was changed."
         )
 
     def _items_before(self) -> str:
         items = self.run.meta.get("data", {}).get("items", {}).get("train")
-        return f"{items:,}" if isinstance(items, int) else "an unknown number"
+        same = ", others with the same number" if items == self.dataset.size("train") else " then"
+        return f"{items:,}{same}" if isinstance(items, int) else "an unknown number then"
 
     def consider(self, loss: float) -> bool:
         """Keep the weights that were just validated if their loss is the lowest so far; whether it is."""

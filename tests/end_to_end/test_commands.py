@@ -70,7 +70,7 @@ def answer(here, capsys):
 def test_train_continues_and_names_itself_after_its_file(answer, here):
     status, out, err = answer(train, "lab/small.yaml")
     assert (status, out) == (0, "") and "runs/lab-small: new run" in err and "done: runs/lab-small at step 10" in err
-    assert answer(train, "lab/small.yaml")[2].startswith("runs/lab-small: continuing at step 10")
+    assert answer(train, "lab/small.yaml")[2].startswith("runs/lab-small is finished at step 10")
 
 
 def test_files_options_and_overrides_in_any_order(answer, here):
@@ -143,7 +143,7 @@ def test_a_changed_configuration_stops_and_touches_nothing(answer, here, fakes):
 def test_a_run_continues_where_it_is(answer, here, fakes):
     answer(train, "lab/small.yaml", "--root", "deep/runs")
     for word in ("deep/runs/lab-small", "deep/runs/lab-small/config.yaml"):
-        assert "deep/runs/lab-small: continuing at step 10" in answer(train, word)[2]
+        assert "deep/runs/lab-small is finished at step 10" in answer(train, word)[2]
     shutil.move("deep/runs/lab-small", "deep/runs/renamed")
     assert "deep/runs/renamed: continuing at step 10" in answer(train, "deep/runs/renamed")[2]
     assert answer(train, "deep/runs/renamed", "seed=1", "name=beside")[0] == 0
@@ -391,4 +391,4 @@ def test_two_processes_are_one_run(here, fakes):
     assert done.returncode != 0 and "[process 0] error: runs/two exists with another configuration" in done.stderr
     assert fakes.contents(here / "runs") == before
     done = launched(*words, "name=two")
-    assert done.returncode == 0 and "continuing at step 10" in done.stderr
+    assert done.returncode == 0 and "runs/two is finished at step 10" in done.stderr

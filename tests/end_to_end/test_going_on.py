@@ -1,19 +1,26 @@
 """A run goes on: more steps, other cadences, other weights to start from, data from Python; and it stops when asked."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from genmodels.hashing import digest
 from genmodels.registry import ConfigError
 from genmodels.training import checkpoint
 from genmodels.training.checkpoint import NewerFormat
+from genmodels.training.console import Console
 from genmodels.training.interruption import first_of, signals, time_limit
-from genmodels.training.loop import train
+from genmodels.training.loop import Trainer, train
 from genmodels.training.run import Run, RunConflict
+from genmodels.training.state import TrainingState
+from genmodels.training.step import Step
+from genmodels.training.watch import Interval, Watch
 from tests.unit.fakes import restored
 
 
@@ -396,7 +403,136 @@ def test_another_number_of_processes_is_told(fakes, tmp_path, capsys):
         train(fakes.config(), root=tmp_path, quiet=True)
     fakes.Regression.fault = None
     path = tmp_path / "r" / "checkpoints" / "00000004" / "state.json"
-    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+    state = json.loads(path.read_text()) | {"world_size": 2}
+    state["digest"] = digest({key: value for key, value in state.items() if key != "digest"})
+    path.write_text(json.dumps(state))
     run = train(fakes.config(), root=tmp_path)
     assert lines(capsys.readouterr().err, "1 process goes on where 2 stopped: the data stay the same, the noise of the")
     assert run.step == 10 and run.state["world_size"] == 1 and run.meta["continued"][-1]["world_size"] == 1
+
+
+# ---- several processes, seen from one ---
+
+
+class Ranked:
+    """What a step and the watch ask of accelerate, on process `rank` of `world`; the others answer with `other`."""
+
+    device, is_main_process = torch.device("cpu"), True
+
+    def __init__(self, rank: int, world: int, other: float = 0.0) -> None:
+        self.process_index, self.num_processes, self.other = rank, world, other
+
+    def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model
+
+    def reduce(self, x: torch.Tensor, how: str) -> torch.Tensor:
+        return x + self.other if how == "sum" else (x + self.other * (self.num_processes - 1)) / self.num_processes
+
+
+def test_processes_draw_noise_and_dropout_of_their_own(fakes):
+    """And each of them the same again."""
+    config = fakes.config(model={"noise": 1.0, "dropout": 0.5})
+    x = fakes.Line().all("train")[:8]
+
+    def losses(rank: int, noise: float, dropout: float) -> torch.Tensor:
+        changed = config.replace({"model": {"noise": noise, "dropout": dropout}})
+        torch.manual_seed(0)
+        step = Step(changed, changed.model(fakes.Line().facts()), Ranked(rank, 1))
+        step.start({})
+        return step(3, [x]).loss
+
+    for noise, dropout in ((1.0, 0.0), (0.0, 0.5)):
+        assert losses(0, noise, dropout) == losses(0, noise, dropout) != losses(1, noise, dropout)
+
+
+def test_a_stop_of_one_process_is_the_stop_of_all(fakes, monkeypatch):
+    """A process without a reason of its own learns that of another one; without any, nobody stops."""
+    trainer = object.__new__(Trainer)
+    trainer.stop = lambda: None
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, "SIGTERM"])
+    for other, expected in ((1, "SIGTERM"), (0, None)):
+        accelerator = Ranked(0, 2, other)
+        trainer.step = SimpleNamespace(world=2, model=fakes.Fitted(shape=(2,)), accelerator=accelerator)
+        assert trainer._asked() == expected
+
+
+def test_the_logged_loss_is_the_mean_over_processes(fakes, tmp_path, monkeypatch):
+    run = Run.create(fakes.config(), tmp_path)
+    model = run.config.model(fakes.Line().facts())
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: mine * 2)
+    watch = Watch(Ranked(0, 2, other=5.0), run, fakes.Line(), model, {}, Console(None, quiet=True))
+    interval = Interval()
+    for loss in (1.0, 3.0):
+        interval.add(torch.tensor(loss, dtype=torch.float64), {}, 8)
+    watch.report(2, interval, 1.5)
+    (line,) = run.metrics()
+    assert line["train/loss"] == 3.5 and line["seconds"] == 1.5  # (1 + 5)/2 and (3 + 5)/2
+
+
+# ---- what a resumed run remembers ---
+
+
+def test_the_best_weights_survive_worse_ones_after_a_resume(fakes, tmp_path):
+    config = fakes.config(train={"eval_every": 2, "save_every": 2})
+    fakes.stop_at(7)
+    with pytest.raises(fakes.Stop):
+        train(config, root=tmp_path, quiet=True)
+    fakes.Regression.fault = None
+    run = Run.open(tmp_path / "r")
+    path = run.folder_of(6) / "state.json"
+    state = json.loads(path.read_text()) | {"best": {"step": 4, "loss": -1.0}}  # better than any to come
+    state["digest"] = digest({key: value for key, value in state.items() if key != "digest"})
+    path.write_text(json.dumps(state))
+    kept = Run.open(run.path).load("best").state_dict()
+    run = train(config, root=tmp_path, quiet=True)
+    assert run.state["best"] == {"step": 4, "loss": -1.0} and run.step_of("best") == 4
+    assert all(torch.equal(run.load("best").state_dict()[name], value) for name, value in kept.items())
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(fakes, tmp_path):
+    run = Run.create(fakes.config(), tmp_path)
+    state = TrainingState(run, fakes.Line(), run.config.model(fakes.Line().facts()), None, main=True, world=1)
+    assert [state.consider(loss) for loss in (math.nan, 2.0, math.nan, -math.inf, 3.0, 1.0)] == [0, 1, 0, 0, 0, 1]
+    assert state.best.loss == 1.0
+
+
+def test_seconds_go_on_counting(fakes, tmp_path):
+    fakes.stop_at(9)
+    with pytest.raises(fakes.Stop):
+        train(fakes.config(), root=tmp_path, quiet=True)
+    fakes.Regression.fault = None
+    path = tmp_path / "r" / "checkpoints" / "00000008" / "state.json"
+    state = json.loads(path.read_text()) | {"seconds": 5000.0}
+    state["digest"] = digest({key: value for key, value in state.items() if key != "digest"})
+    path.write_text(json.dumps(state))
+    run = train(fakes.config(), root=tmp_path, quiet=True)
+    assert 5000 < run.state["seconds"] < 5100 and 5000 < run.metrics()[-1]["seconds"] < 5100
+
+
+def test_a_finished_run_that_is_started_again_is_left_as_it_is(fakes, tmp_path, capsys):
+    run = train(fakes.config(), root=tmp_path, quiet=True)
+    before = {k: v for k, v in fakes.contents(run.path).items() if k != "log.txt"}
+    capsys.readouterr()
+    train(fakes.config(), root=tmp_path)
+    assert capsys.readouterr().err == f"{run.path} is finished at step 10; more train.steps would go on\n"
+    assert {k: v for k, v in fakes.contents(run.path).items() if k != "log.txt"} == before
+
+
+def test_fewer_checkpoints_are_kept_from_the_start(fakes, tmp_path):
+    """Before the next is written, which may need their space; a damaged newer one does not stand for a sound one."""
+    fakes.stop_at(10)
+    with pytest.raises(fakes.Stop):
+        train(fakes.config(train={"save_every": 2, "keep": 9}), root=tmp_path, quiet=True)
+    root = tmp_path / "r" / "checkpoints"
+    (root / "00000008" / "model.safetensors").write_bytes(b"")
+    (root / "00000006" / "model.safetensors").write_bytes(b"")
+    fakes.stop_at(1)
+    with pytest.raises(fakes.Stop):
+        train(fakes.config(train={"save_every": 5, "keep": 2}), root=tmp_path, quiet=True)
+    fakes.Regression.fault = None
+    assert checkpoint.steps_in(root) == [2, 4, 6, 8]
+    fakes.stop_at(2)  # the step after that of the checkpoint at step 5
+    with pytest.raises(fakes.Stop):
+        train(fakes.config(train={"save_every": 5, "keep": 2}), root=tmp_path, quiet=True)
+    fakes.Regression.fault = None
+    assert checkpoint.steps_in(root) == [4, 5, 6, 8] and Run.open(tmp_path / "r").state["step"] == 5

@@ -8,6 +8,7 @@ from genmodels.config import load
 from genmodels.registry import ConfigError
 from genmodels.training import checkpoint, optim
 from genmodels.training.loop import train
+from genmodels.training.measure import memory_of, timed_step
 from genmodels.training.run import Run
 from tests.unit.fakes import restored
 
@@ -72,6 +73,8 @@ def test_the_count_of_a_fused_adam_lives_with_its_parameter():
 
 def test_recomputation_changes_no_bit_and_may_be_switched_on_resume(fakes, tmp_path, monkeypatch):
     monkeypatch.chdir(fakes.ROOT)
+    plain, again = (timed_step(small("c", gradient_checkpointing=on)) for on in ("false", "true"))
+    assert memory_of(again).saved < 0.4 * memory_of(plain).saved  # blocks keep what enters them alone
     straight = train(small("a"), root=tmp_path, quiet=True)
     with_it = train(small("b", gradient_checkpointing="true"), root=tmp_path, quiet=True)
     assert fakes.digests(with_it) == fakes.digests(straight)

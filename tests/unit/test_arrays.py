@@ -224,6 +224,8 @@ def test_the_fingerprint_is_of_contents_and_options(tmp_path):
         make(save(tmp_path / "changed", changed)),
     ]
     assert len({first.fingerprint(), *(v.fingerprint() for v in variants)}) == 9
+    cube = save(tmp_path / "cube", np.arange(40 * 27, dtype=np.uint8).reshape(40, 3, 3, 3))  # no shape tells
+    assert make(cube).fingerprint() != make(cube, channels_last=True).fingerprint()
     assert make(save(tmp_path / "copy", IMAGES)).fingerprint() == first.fingerprint()
 
 

@@ -222,6 +222,7 @@ def test_missing_files_are_named(tmp_path):
         ({b"data": [1, 2]}, "found no array"),
         ({b"labels": [1] * 19}, "a list of 20 integers 0 … 9, one for each image, found 19 values"),
         ({b"labels": [1] * 19 + [10]}, "found 20 values, some of them others"),
+        ({b"labels": [-1] + [1] * 19}, "found 20 values, some of them others"),
         ({b"labels": None}, "found NoneType"),
         (None, "a dictionary with b'data' and b'labels' is needed, found list"),
         ("cifar100", "looks like CIFAR-100"),

@@ -1,5 +1,6 @@
 """Files, overrides and the resolved configuration: what is merged, what is refused, what stays the same."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -378,3 +379,19 @@ def test_nothing_of_the_callers_tree_is_changed(fake):
     config.replace({"model": {"layers": {"0": "squeeze"}, "weights": {"c": 2}}})
     config.tree["model"]["weights"]["z"] = 1.0
     assert canonical(given_tree) == before
+
+
+def test_what_is_left_to_the_user_may_be_blank_to_look_at():
+    path = Path(__file__).parents[2] / "configs/cifar10/edm.yaml"
+    with pytest.raises(ConfigError, match=r"data\.path: must be given"):
+        load([path])
+    assert load([path], blank=True).tree["data"]["path"] == ""
+    assert load([path], ["data.path=x"], blank=True).tree["data"]["path"] == "x"
+
+
+def test_snapshots_need_averages_that_can_be_combined():
+    power = [{"name": "power", "std": 0.05}]
+    for ema, fine in (([], False), ([{"name": "constant"}], False), (power, True)):
+        changes = {"train": {"snapshot_every": 5, "ema": ema}}
+        with contextlib.nullcontext() if fine else pytest.raises(ConfigError, match=r"train\.snapshot_every: .*power"):
+            Config(tree(**changes))

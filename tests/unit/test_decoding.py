@@ -229,7 +229,10 @@ def test_files_that_cannot_be_opened(tmp_path):
 def test_images_too_large_to_be_meant(tmp_path, monkeypatch):
     Image.fromarray(picture(9, 64, 64)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ConfigError, match=r"x\.png cannot be decoded: Image size \(4096 pixels\) exceeds limit"):
+    with pytest.raises(
+        ConfigError,
+        match=r"x\.png is too large to be decoded: Image size \(4096 pixels\) exceeds limit of 2000 pixels\. Make it",
+    ):
         inspect(tmp_path / "x.png")
 
 

@@ -124,6 +124,12 @@ def test_labels_are_classes_and_vectors_are_shapes():
     assert late.num_classes == 7
 
 
+def test_levels_and_their_distance_are_part_of_the_fingerprint():
+    x = torch.arange(40.0).reshape(20, 2) % 4
+    kinds = [{}, {"levels": 4}, {"levels": 5}, {"levels": 8, "bin_width": 0.5}, {"levels": 8}]
+    assert len({from_tensors(x, **kind).fingerprint() for kind in kinds}) == 5
+
+
 def test_levels_and_transform_become_facts():
     data = from_tensors((X % 5) / 4, levels=5, bin_width=0.25)
     assert (data.levels, data.bin_width) == (5, 0.25) and data.facts()["transform"]["name"] == "compose"

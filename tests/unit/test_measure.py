@@ -99,12 +99,14 @@ def test_a_dry_run_tells_the_hours(fakes, tmp_path, monkeypatch):
 
 def test_a_profile_says_where_the_time_goes(fakes, tmp_path):
     text = profile(fakes.config(), tmp_path)
-    folder = tmp_path / "r.profile"
+    folder = tmp_path / ".profile" / "r"
     assert sorted(p.name for p in folder.iterdir()) == ["profile.txt", "trace.json"]
     assert (folder / "profile.txt").read_text().strip() == text[: text.index("\n\ntrace")].strip()
     shares = [
         float(found) for found in re.findall(r"^  (?:data|forward|backward|update|rest) .*? ([\d.]+)%", text, re.M)
     ]
+    total, each = (float(found) for found in re.search(r"([\d.]+) steps/s, ([\d.]+) ms a step", text).groups())
+    assert total * each == pytest.approx(1000, rel=0.05)
     assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=0.5) and min(shares) >= 0
     names = {event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
     assert {"data", "forward", "backward", "update", "aten::mm"} <= names

@@ -394,6 +394,9 @@ def test_one_file_is_read_at_a_time_and_files_of_another_model_are_named(tmp_pat
     assert opened == [paths[5], paths[0], paths[2], paths[3]]  # those without weight stay closed
     expected = sum(w * read_tensors(p)[0]["weight"].double() for w, p in zip(c.tolist(), paths, strict=True))
     torch.testing.assert_close(found["weight"], expected.float(), rtol=1e-7, atol=0)
+    large = torch.tensor([1e7, 0.0, -1e7, 0.0, 0.0, 1.0], dtype=torch.float64)  # whose sum float32 would lose
+    expected = sum(w * read_tensors(p)[0]["weight"].double() for w, p in zip(large.tolist(), paths, strict=True))
+    torch.testing.assert_close(combine(paths, large, ["scale"])["weight"], expected.float(), rtol=1e-6, atol=0)
     other = Snapshots(tmp_path / "o")
     other.write(5, labelled([WeightAverage(PowerProfile(0.05), Point(7))]), {})
     with pytest.raises(CheckpointError, match="holds other tensors than"):

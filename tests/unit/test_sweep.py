@@ -428,3 +428,10 @@ def test_what_a_process_says_last_is_kept_in_the_log_of_its_run(tmp_path):
     (tmp_path / "log.txt").write_text("step 1\n")
     sweeps._keep(["step 1", "warning: odd", "error: x"], tmp_path)
     assert (tmp_path / "log.txt").read_text() == "step 1\nwarning: odd\nerror: x\n"
+
+
+def test_a_value_out_of_range_names_its_run(here):
+    with pytest.raises(
+        ConfigError, match=r"lr must be above 0, found -1\.0\. \(in the run with train\.optimizer\.lr=-1\)"
+    ):
+        grid(["small.yaml"], [], ["train.optimizer.lr=1e-3,-1"])

@@ -240,6 +240,9 @@ FAULTS = {
     "after a blank line": ("\n" + LONG.replace("5.25,", "n/a,"), {}, r"line 10, column 'age'"),
     "chosen column": (LONG.replace("5.75", "?"), {"columns": ["c"]}, r"line 9, column 'c': '\?' is no number"),
     "decimal comma": ("a;b\n1,5;2\n", {"delimiter": ";"}, r"line 2, column 'a': '1,5' is no number\. Write decimals"),
+    "thousands": ('a,b\n"1,000",2\n', {}, r"'1,000' is no number\..*thousands without a comma"),
+    "European": ("a;b\n0,12;1,5\n2,5;3\n", {}, r"line 2 has 3 fields, but .* Set data\.delimiter if ';' separates"),
+    "a remark first": ("# made by lab\na,b\n1,2\n", {}, r"line 2 has 2 .* \('made by lab'\) is a remark and no header"),
     "missing": (LONG.replace("5.5,", ","), {}, r"line 9, column 'b': the value is missing\. Fill it in"),
     "short": (LONG.replace("5.5,", ""), {}, r"line 9 has 2 fields, but the header has 3\. Correct the line"),
     "long": (LONG.replace("5.5,", "5.5,5.5,"), {}, r"line 9 has 4 fields, but the header has 3"),
@@ -332,6 +335,16 @@ def test_a_damaged_archive_is_said_to_be(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"t\.npz is not readable as an \.npz archive: Bad CRC-32"):
         table(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_float32_holds_coarsely_are_warned_of(tmp_path):
+    """Seconds since 1970 lie 128 apart; the same numbers from their first on, and a constant one, are fine."""
+    seconds = 1.7e9 + np.arange(300.0)
+    rows = np.c_[seconds, seconds - 1.7e9, np.full(300, 1.7e9)]
+    with pytest.warns(UserWarning, match=r"column 0 .*lie 128 apart, and their spread is 86\.6\. Subtract an offset"):
+        table(save(tmp_path, t=rows))
+    table(save(tmp_path, t=rows[:, 1:]))
 
 
 @pytest.mark.parametrize("name", ["t.npz", "t.h5"])
