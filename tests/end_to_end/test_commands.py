@@ -145,7 +145,7 @@ def test_a_run_continues_where_it_is(answer, here, fakes):
     for word in ("deep/runs/lab-small", "deep/runs/lab-small/config.yaml"):
         assert "deep/runs/lab-small is finished at step 10" in answer(train, word)[2]
     shutil.move("deep/runs/lab-small", "deep/runs/renamed")
-    assert "deep/runs/renamed: continuing at step 10" in answer(train, "deep/runs/renamed")[2]
+    assert "deep/runs/renamed is finished at step 10" in answer(train, "deep/runs/renamed")[2]
     assert answer(train, "deep/runs/renamed", "seed=1", "name=beside")[0] == 0
     assert sorted(p.name for p in Path("deep/runs").iterdir()) == ["beside", "renamed"] and not Path("runs").exists()
 
