@@ -104,7 +104,26 @@ def damage_other_step(folder):
     shutil.copytree(folder.with_name("00000004"), folder)
 
 
+def damage_edited_state(folder):
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"seconds"', '"second"'))
+
+
+def damage_files_of_state(folder):
+    """In the first format, whose states have no digest."""
+    state = json.loads((folder / "state.json").read_text()) | {"format": 1, "files": {"model.safetensors": 5}}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def damage_format(folder):
+    state = json.loads((folder / "state.json").read_text()) | {"format": [2]}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
 DAMAGES = {
+    damage_edited_state: r"state\.json was altered after it was written",
+    damage_files_of_state: r"model\.safetensors cannot be compared with what was written",
+    damage_format: r"state\.json has checkpoint format None",
     damage_truncated: r"model\.safetensors has \d+ bytes, \d+ were written",
     damage_flipped: r"model\.safetensors was altered after it was written",
     damage_missing: r"optimizer\.safetensors is missing",

@@ -2,10 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from genmodels.config import load
 from genmodels.registry import ConfigError
 from genmodels.training import measure
 from genmodels.training.dry_run import dry_run
@@ -13,6 +15,8 @@ from genmodels.training.measure import TimedStep, flops_of, memory_of, timed_ste
 from genmodels.training.profile import profile
 
 from .fakes import restored
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -59,6 +63,15 @@ def test_of_a_slow_step_a_part_is_timed(fakes, monkeypatch):
     assert measure.affordable(step, 0.1) == 4  # and never less than few
 
 
+def test_weights_that_the_backward_pass_needs_are_not_counted_twice():
+    """They are held anyway: of two points a wide network keeps far less than its weights are."""
+    step = timed_step(
+        load([ROOT / "configs/toy2d/flow_matching.yaml"], ["train.batch_size=2", "model.network.hidden=256"])
+    )
+    m = memory_of(step)
+    assert 0 < m.saved < 0.1 * m.weights
+
+
 def test_operations_of_an_item(fakes):
     """x W with W of 2x2: 2·2·2 operations; its gradient adds the product for W (and none for x, which has none)."""
     assert flops_of(timed_step(fakes.config())) == (8, 16)
@@ -103,7 +116,7 @@ def test_a_profile_says_where_the_time_goes(fakes, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["profile.txt", "trace.json"]
     assert (folder / "profile.txt").read_text().strip() == text[: text.index("\n\ntrace")].strip()
     shares = [
-        float(found) for found in re.findall(r"^  (?:data|forward|backward|update|rest) .*? ([\d.]+)%", text, re.M)
+        float(found) for found in re.findall(r"^  (?:data|forward|backward|update|rest) .*? (-?[\d.]+)%", text, re.M)
     ]
     total, each = (float(found) for found in re.search(r"([\d.]+) steps/s, ([\d.]+) ms a step", text).groups())
     assert total * each == pytest.approx(1000, rel=0.05)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genmodels.registry import ConfigError
-from genmodels.training.checkpoint import CheckpointError, read_tensors
+from genmodels.training.checkpoint import CheckpointError, read_tensors, write_tensors
 from genmodels.training.ema import WIDEST, ConstantDecay, PowerProfile, WeightAverage, exponent_of
 from genmodels.training.posthoc import (
     ReconstructionWarning,
@@ -384,6 +384,20 @@ def test_a_checkpoint_adds_what_is_newer_than_the_last_snapshot(tmp_path):
         snapshots.reconstruct(0.07, also=also)
 
 
+def test_sums_are_formed_in_float64(tmp_path):
+    """Of files in float32: coefficients of 1e7 that cancel leave all digits of what remains."""
+    paths = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    parts = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    parts[1] = parts[0]
+    for path, part in zip(paths, parts, strict=True):
+        write_tensors(path, {"weight": part}, {})
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):  # the newest file is taken apart from the others
+        c = torch.tensor([1e7 + 1 / 3, -1e7, 1 / 7], dtype=torch.float64)
+        expected = (c[list(order)] @ parts[list(order)].double()).float()
+        found = combine([paths[k] for k in order], c[list(order)])["weight"]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_one_file_is_read_at_a_time_and_files_of_another_model_are_named(tmp_path, monkeypatch):
     snapshots, _ = a_few(tmp_path / "s")
     paths = [path for *_, path in snapshots.listed()]
@@ -394,9 +408,6 @@ def test_one_file_is_read_at_a_time_and_files_of_another_model_are_named(tmp_pat
     assert opened == [paths[5], paths[0], paths[2], paths[3]]  # those without weight stay closed
     expected = sum(w * read_tensors(p)[0]["weight"].double() for w, p in zip(c.tolist(), paths, strict=True))
     torch.testing.assert_close(found["weight"], expected.float(), rtol=1e-7, atol=0)
-    large = torch.tensor([1e7, 0.0, -1e7, 0.0, 0.0, 1.0], dtype=torch.float64)  # whose sum float32 would lose
-    expected = sum(w * read_tensors(p)[0]["weight"].double() for w, p in zip(large.tolist(), paths, strict=True))
-    torch.testing.assert_close(combine(paths, large, ["scale"])["weight"], expected.float(), rtol=1e-6, atol=0)
     other = Snapshots(tmp_path / "o")
     other.write(5, labelled([WeightAverage(PowerProfile(0.05), Point(7))]), {})
     with pytest.raises(CheckpointError, match="holds other tensors than"):
