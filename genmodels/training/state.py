@@ -143,7 +143,7 @@ class TrainingState:
 
     def _items_before(self) -> str:
         items = self.run.meta.get("data", {}).get("items", {}).get("train")
-        same = ", others with the same number" if items == self.dataset.size("train") else " then"
+        same = " then as well" if items == self.dataset.size("train") else " then"
         return f"{items:,}{same}" if isinstance(items, int) else "an unknown number then"
 
     def consider(self, loss: float) -> bool:
