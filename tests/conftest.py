@@ -1,8 +1,24 @@
 """One thread per process: the tensors of tests are small, and threads that wait for one another cost more."""
 
 import os
+from collections.abc import Iterator
+from types import ModuleType
 
+import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the subprocesses that tests start
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fakes() -> Iterator[ModuleType]:
+    """Data sets and models of a few numbers, registered while a test runs, with nothing remembered of another one."""
+    from .unit.fakes import restored
+
+    with restored():
+        from . import training_fakes
+
+        training_fakes.register_all()
+        yield training_fakes
+        training_fakes.register_all()

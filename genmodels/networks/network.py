@@ -109,7 +109,7 @@ def set_autocast(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def set_gradient_checkpointing(model: nn.Module, on: bool = True) -> None:
-    """Make every network of a model trade time for memory in training: about a third more time for a step."""
+    """Make every network of a model trade time for memory in training: one more forward pass for a step."""
     for network in networks(model):
         network.checkpointing = on
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..registry import ConfigError
 from .checkpoint import CheckpointError
+from .console import count
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -37,11 +38,11 @@ def full(error: OSError, run: Path, saved: str) -> DiskFull:
     """
     root = next(folder for folder in run.resolve().parents if folder.is_dir())
     others = [(_bytes(folder), folder.name) for folder in root.iterdir() if folder.is_dir() and folder.name != run.name]
-    listed = ", ".join(f"{name} ({_megabytes(size)})" for size, name in sorted(others, reverse=True)[:LISTED])
+    listed = ", ".join(f"{name} ({count(size)}B)" for size, name in sorted(others, reverse=True)[:LISTED])
     also = f" The largest beside this run in {root}: {listed}." if listed else ""
     return DiskFull(
         f"{run}: {error.strerror or error} (writing {error.filename or 'a file'}; "
-        f"{_megabytes(shutil.disk_usage(root).free)} free there, this run holds {_megabytes(_bytes(run))}). {saved} "
+        f"{count(shutil.disk_usage(root).free)}B free there, this run holds {count(_bytes(run))}B). {saved} "
         f"Free some space, or start again with a lower train.keep, which removes older checkpoints first.{also} "
         "The same command goes on from there."
     )
@@ -50,7 +51,3 @@ def full(error: OSError, run: Path, saved: str) -> DiskFull:
 def _bytes(folder: Path) -> int:
     """What the files below a folder take."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MB"

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from ..config import Config
 from ..model import Model
 from .console import count, duration
-from .measure import FEW, Memory, TimedStep, affordable, first_batch, flops_of, memory_of, timed_step
+from .measure import SOME, Memory, TimedStep, affordable, first_batch, flops_of, memory_of, timed_step
 from .run import Run, RunConflict
 
 TIMED, LONGEST = 2, 5.0  # steps, and seconds of one; of larger batches a part is timed
@@ -23,7 +23,7 @@ def dry_run(config: Config, root: Path) -> str:
     status = _status(config, root)
     with torch.random.fork_rng():
         step = timed_step(config)
-        batch = first_batch(step)[: 8 * FEW]
+        batch = first_batch(step)[:SOME]
         loss = step.forward(0, 0, batch).value.mean().item()
         costs = _costs(step) if config.train.steps else ["steps      none: the model is fitted before training"]
     sizes = " / ".join(f"{step.dataset.size(split):,}" for split in ("train", "val", "test"))

@@ -19,6 +19,7 @@ from .ema import WeightAverage
 from .step import Step
 
 FEW = 2  # items from which memory and operations are told for a batch: both grow with their number
+SOME = 8 * FEW  # items that a model is prepared from
 PARTS = ("data", "forward", "backward", "update")
 
 
@@ -30,8 +31,8 @@ class TimedStep(Step):
         super().__init__(config, config.model(dataset.facts()), accelerator)
         self.dataset, self.config = dataset, config
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        # A flow's first layers are initialised from data; a set that is read whole for it would take its time here.
-        first = next(iter(Passes(dataset, config.train.batch_size, self.model.device)))
+        # What is fitted to data before training is fitted to some items here: costs do not depend on its values.
+        first = next(iter(Passes(dataset, min(SOME, config.train.batch_size), self.model.device)))
         self.model.prepare([first], generator=generator(config.seed, "prepare"))
         self.start({rule.label: WeightAverage(rule, self.model) for rule in config.train.ema})
 

@@ -22,19 +22,8 @@ from PIL import Image
 from genmodels import commands
 from genmodels.commands import plots, sample, train
 from genmodels.training.run import Run
-from tests.unit.fakes import restored
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
-        training_fakes.register_all()
 
 
 @pytest.fixture

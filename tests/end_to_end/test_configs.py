@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from genmodels.config import Config, load
+from genmodels.data.dataset import centred
 from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.protocol import FOLDER, Protocol
+from genmodels.registry import resolve
 from genmodels.training.loop import train
+from genmodels.transforms import Transform
 from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,3 +78,17 @@ def test_frozen_protocols_load_under_their_file_name():
     names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
     assert [Protocol.load(n).name for n in names] == names
     assert len({Protocol.load(n).hash for n in names}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("flow_matching", 35_746_307), ("edm", 56_524_291), ("nsf", 11_835_054)]
+)
+def test_recipes_have_the_parameters_that_they_state(name, parameters):
+    """What the comments of the files say; flow matching and NSF are derived in the tests of their parts."""
+    path = ROOT / "configs" / "cifar10" / f"{name}.yaml"
+    config = load([path], blank=True)
+    shape = {"shape": [3, 32, 32], "num_classes": None, "condition_shape": None, "target_shape": None}
+    node = resolve(Transform, config.tree["data"]["transform"] or centred(256), "data.transform")
+    model = config.model({**shape, "bin_width": 1.0, "transform": node})
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert f"{parameters:,}" in path.read_text()

@@ -21,17 +21,13 @@ from genmodels.training.run import Run, RunConflict
 from genmodels.training.state import TrainingState
 from genmodels.training.step import Step
 from genmodels.training.watch import Interval, Watch
-from tests.unit.fakes import restored
 
 
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
-        training_fakes.register_all()
+def restate(folder: Path, changes: dict) -> None:
+    """The state of a checkpoint as if it had been written with these changes."""
+    state = json.loads((folder / "state.json").read_text()) | changes
+    state["digest"] = digest({key: value for key, value in state.items() if key != "digest"})
+    (folder / "state.json").write_text(json.dumps(state))
 
 
 def lines(text: str, start: str) -> list[str]:
@@ -402,10 +398,7 @@ def test_another_number_of_processes_is_told(fakes, tmp_path, capsys):
     with pytest.raises(fakes.Stop):
         train(fakes.config(), root=tmp_path, quiet=True)
     fakes.Regression.fault = None
-    path = tmp_path / "r" / "checkpoints" / "00000004" / "state.json"
-    state = json.loads(path.read_text()) | {"world_size": 2}
-    state["digest"] = digest({key: value for key, value in state.items() if key != "digest"})
-    path.write_text(json.dumps(state))
+    restate(tmp_path / "r" / "checkpoints" / "00000004", {"world_size": 2})
     run = train(fakes.config(), root=tmp_path)
     assert lines(capsys.readouterr().err, "1 process goes on where 2 stopped: the data stay the same, the noise of the")
     assert run.step == 10 and run.state["world_size"] == 1 and run.meta["continued"][-1]["world_size"] == 1
@@ -479,10 +472,7 @@ def test_the_best_weights_survive_worse_ones_after_a_resume(fakes, tmp_path):
         train(config, root=tmp_path, quiet=True)
     fakes.Regression.fault = None
     run = Run.open(tmp_path / "r")
-    path = run.folder_of(6) / "state.json"
-    state = json.loads(path.read_text()) | {"best": {"step": 4, "loss": -1.0}}  # better than any to come
-    state["digest"] = digest({key: value for key, value in state.items() if key != "digest"})
-    path.write_text(json.dumps(state))
+    restate(run.folder_of(6), {"best": {"step": 4, "loss": -1.0}})  # better than any to come
     kept = Run.open(run.path).load("best").state_dict()
     run = train(config, root=tmp_path, quiet=True)
     assert run.state["best"] == {"step": 4, "loss": -1.0} and run.step_of("best") == 4
@@ -501,10 +491,7 @@ def test_seconds_go_on_counting(fakes, tmp_path):
     with pytest.raises(fakes.Stop):
         train(fakes.config(), root=tmp_path, quiet=True)
     fakes.Regression.fault = None
-    path = tmp_path / "r" / "checkpoints" / "00000008" / "state.json"
-    state = json.loads(path.read_text()) | {"seconds": 5000.0}
-    state["digest"] = digest({key: value for key, value in state.items() if key != "digest"})
-    path.write_text(json.dumps(state))
+    restate(tmp_path / "r" / "checkpoints" / "00000008", {"seconds": 5000.0})
     run = train(fakes.config(), root=tmp_path, quiet=True)
     assert 5000 < run.state["seconds"] < 5100 and 5000 < run.metrics()[-1]["seconds"] < 5100
 

@@ -11,18 +11,6 @@ from genmodels.training import checkpoint
 from genmodels.training.checkpoint import CheckpointError
 from genmodels.training.loop import train
 from genmodels.training.run import Run
-from tests.unit.fakes import restored
-
-
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
-        training_fakes.register_all()
-
 
 # ---- interrupted = uninterrupted ---
 

@@ -10,17 +10,6 @@ from genmodels.training import checkpoint, optim
 from genmodels.training.loop import train
 from genmodels.training.measure import memory_of, timed_step
 from genmodels.training.run import Run
-from tests.unit.fakes import restored
-
-
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
-        training_fakes.register_all()
 
 
 def small(name: str, **more) -> object:

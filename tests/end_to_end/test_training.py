@@ -16,18 +16,6 @@ from genmodels.training.dry_run import dry_run
 from genmodels.training.guard import TrainingFailed
 from genmodels.training.loop import train
 from genmodels.training.run import Run, RunConflict
-from tests.unit.fakes import restored
-
-
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
-        training_fakes.register_all()
-
 
 # ---- configuration ---
 

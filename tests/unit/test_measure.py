@@ -14,18 +14,7 @@ from genmodels.training.dry_run import dry_run
 from genmodels.training.measure import TimedStep, flops_of, memory_of, timed_step
 from genmodels.training.profile import profile
 
-from .fakes import restored
-
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
 
 
 def test_memory_is_counted_by_what_it_is_for(fakes):

@@ -12,17 +12,6 @@ from genmodels.training.checkpoint import CheckpointError
 from genmodels.training.provenance import provenance
 from genmodels.training.run import CheckpointWarning, Run, RunConflict
 
-from .fakes import restored
-
-
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
-
 
 def fill(run, steps=(0, 4), keep_config=None):
     """Checkpoints in which the model's goal is the step, the average's the step + 0.5."""

@@ -23,17 +23,6 @@ from genmodels.sampling import (
     write_picture,
 )
 
-from .fakes import restored
-
-
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
-
 
 @pytest.fixture
 def classy(fakes):

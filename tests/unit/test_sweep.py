@@ -20,7 +20,6 @@ from genmodels.training import sweep as sweeps
 from genmodels.training.grid import axes, grid, split_values
 from genmodels.training.run import Run
 from genmodels.training.sweep import Sweep, finished
-from tests.unit.fakes import restored
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,16 +42,6 @@ class Slow(training_fakes.Regression):
                 time.sleep(0.01)
         return super().loss(batch, generator=generator)
 """
-
-
-@pytest.fixture
-def fakes():
-    with restored():
-        from tests import training_fakes
-
-        training_fakes.register_all()
-        yield training_fakes
-        training_fakes.register_all()
 
 
 @pytest.fixture
