@@ -113,6 +113,8 @@ class Estimate:
         references: values to read it against, by name (the floor of a perfect sampler, a baseline).
         items: [n] per-item values where a paired comparison is meant to be possible.
         flags: what is wrong with the model it was measured on ("overlap_suspected"); a flagged model is not ranked.
+        detail: how the number was made, in a few words ("5 draws", "k = 5"), beyond what the protocol says.
+        blocks: the values of independent blocks of seeds, where the estimate is their mean.
     """
 
     value: float
@@ -124,6 +126,8 @@ class Estimate:
     references: Mapping[str, float] | None = None
     items: Tensor | None = None
     flags: tuple[str, ...] = ()
+    detail: str = ""
+    blocks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +136,11 @@ class Samples:
 
     Args:
         seeds: [n] int64; item i was made from seed i alone.
-        x: [n, *shape] drawn items in data units (None for the other questions).
+        x: [n, *shape] drawn items in data units, rounded to the levels of discrete data (None for other questions).
         condition: what they were drawn given.
         likelihood: log p of the items of the batch.
         prediction: [n, *] the model's prediction for the batch.
+        features: [n, D] features of drawn items by the identity of their extractor.
         seconds: wall-clock time of the whole answer.
         nfe: evaluations of the model's network on the path of one item (mean over items).
     """
@@ -145,6 +150,7 @@ class Samples:
     condition: Condition | None = None
     likelihood: Likelihood | None = None
     prediction: Tensor | None = None
+    features: Mapping[str, Tensor] | None = None
     seconds: float = 0.0
     nfe: float = 0.0
 

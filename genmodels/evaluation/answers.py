@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..metrics.cost import count_evaluations
+from ..metrics.features import FeatureExtractor, to_levels
 from ..model import Model
 from ..rng import generator
 from ..sampling import to_device
@@ -28,6 +29,7 @@ from ..types import (
     SupportsLogProb,
     SupportsPredict,
     SupportsSample,
+    expand_like,
 )
 from .protocol import Protocol
 
@@ -56,6 +58,7 @@ class Interview:
         model: in eval mode, on its device.
         protocol: says what is asked.
         options: keyword arguments of `sample`, `likelihood` and `predict` by question.
+        extractors: whose features of drawn items the metrics want, by identity, ready for the protocol's data.
         progress: told (question, items done, items in all) after every batch.
     """
 
@@ -63,6 +66,7 @@ class Interview:
     protocol: Protocol
     options: dict[str, dict[str, Any]]
     progress: Progress | None = None
+    extractors: dict[str, FeatureExtractor] = field(default_factory=dict)
     bills: dict[str, Bill] = field(default_factory=dict)
 
     @property
@@ -113,7 +117,10 @@ class Interview:
                 f"sample: the model answered {len(seeds)} seeds with shape {list(x.shape)}; "
                 f"[{len(seeds)}, {', '.join(map(str, self.dataset.shape))}] is needed."
             )
-        return Samples(seeds, x=x.cpu(), condition=condition, **cost), None
+        x = to_levels(x.cpu(), self.dataset)
+        finite = x.flatten(1).isfinite().all(1)
+        features = {name: _features(extract, x, finite) for name, extract in self.extractors.items()}
+        return Samples(seeds, x=x, condition=condition, features=features, **cost), None
 
     def _score(self, rows: Tensor) -> Answer:
         asked = self.protocol.likelihood
@@ -150,6 +157,14 @@ class Interview:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def _features(extract: FeatureExtractor, x: Tensor, finite: Tensor) -> Tensor:
+    """[B, D] features of items [B, *shape] on the CPU; NaN where an item is not finite."""
+    if finite.all():
+        return extract(x).cpu()
+    found = extract(torch.where(expand_like(finite, x), x, 0.0)).cpu()
+    return torch.where(finite[:, None], found, torch.nan)
 
 
 def conditions(model: Model, dataset: Dataset, seeds: Tensor, policy: str) -> Condition | None:

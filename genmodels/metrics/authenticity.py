@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..registry import register
 from ..types import Batch, Estimate, Samples, SupportsSample
-from .features import FeatureExtractor, Pixels, features_of, to_levels
+from .features import FeatureExtractor, Pixels
 from .metric import Metric, Subject
 
 CHUNK = 2**24  # distances held at once
@@ -109,20 +109,17 @@ class Authenticity(Metric):
     """
 
     requires = (SupportsSample,)
+    splits = ("train", "test")
 
     def __init__(self, features: FeatureExtractor = Pixels(), limit: float = 0.2) -> None:
         self.features, self.limit = features, limit
 
-    @property
-    def fingerprint(self) -> str:
-        return self.features.identity
-
     def start(self, subject: Subject) -> None:
-        data = self.dataset = subject.dataset
-        self.train = features_of(self.features, data, "train", subject.batch_size)
+        data = subject.dataset
+        self.train = subject.features(self.features, "train")
         if len(self.train) < 2:
             raise ValueError(f"authenticity: at least 2 training items are needed, found {len(self.train)}.")
-        self.test = features_of(self.features, data, "test", subject.batch_size) if data.size("test") else None
+        self.test = subject.features(self.features, "test") if data.size("test") else None
         self.gaps = nearest_other(self.train)
         self.keys = {key for batch in data.batches("train", subject.batch_size) for key in _keys(batch.x)}
         self.fresh = self.fresh_copies = None
@@ -137,28 +134,22 @@ class Authenticity(Metric):
         self.hits: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.votes = torch.zeros(pool, dtype=torch.float64)
-        self.broken = 0
 
     def update(self, samples: Samples, batch: Batch | None) -> None:
-        x = to_levels(samples.x, self.dataset)
-        finite = x.flatten(1).isfinite().all(1)
-        self.broken += int((~finite).sum())
-        z = self.features(x[finite]).cpu()
+        z = samples.features[self.features.identity]
         self.hits.append(authentic(z, self.train, self.gaps))
-        self.copies.append(torch.tensor([key in self.keys for key in _keys(x[finite])], dtype=torch.bool))
+        self.copies.append(torch.tensor([key in self.keys for key in _keys(samples.x)], dtype=torch.bool))
         if self.test is not None:
             self.votes += nearest_counts(z, torch.cat([self.train, self.test]))
 
     def compute(self) -> dict[str, Estimate]:
-        hits, copies = torch.cat(self.hits) if self.hits else torch.empty(0), self.copies
-        n = len(hits) + self.broken
-        if n == 0:
+        if not self.hits:
             raise ValueError("authenticity: no samples were taken in.")
-        nothing = Share(math.nan, math.nan)
-        share, copied = (_binomial(hits), _binomial(torch.cat(copies))) if not self.broken else (nothing, nothing)
+        share, copied = _binomial(torch.cat(self.hits)), _binomial(torch.cat(self.copies))
+        n = sum(map(len, self.hits))
         out = {}
         if self.test is not None:
-            m = memorised_share(self.votes, len(self.train)) if not self.broken else nothing
+            m = memorised_share(self.votes, len(self.train))
             flags = ("overlap_suspected",) if m.value - SIGNIFICANT * m.stderr > self.limit else ()
             out["memorised"] = Estimate(*m, n, "share", "lower", "plug-in", {"fresh data": 0.0}, flags=flags)
         fresh = None if self.fresh is None else {"test set": self.fresh}
@@ -170,7 +161,7 @@ class Authenticity(Metric):
 
     def _too_many(self, share: float, n: int) -> bool:
         """Two-proportion test of the copies among samples against those among test items."""
-        if self.test is None or math.isnan(share):
+        if self.test is None:
             return False
         pooled = (share * n + self.fresh_copies * len(self.test)) / (n + len(self.test))
         stderr = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / len(self.test)))

@@ -1,6 +1,7 @@
 """Maps from items to the vectors that metrics compare, and the rounding that comes before them."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,10 +19,19 @@ class FeatureExtractor(ABC):
         label: how its numbers are called: the Fréchet distance over it is "FD-<label>".
         identity: name, version and checksum of whatever the features depend on; numbers under different identities are
             not comparable.
+        costly: whether features of whole splits are worth keeping on disk.
     """
 
     label: str
     identity: str
+    costly: ClassVar[bool] = False
+
+    def start(self, dataset: Dataset, device: torch.device) -> None:
+        """Be ready for items of a data set on a device; called before the first item, and again for another model.
+
+        Raises:
+            ValueError: if such items cannot be read.
+        """
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 from ..data.dataset import Dataset
 from ..registry import register
 from ..rng import generator
-from ..types import Batch, Estimate, Samples, SupportsSample
-from .features import FeatureExtractor, Pixels, features_of, to_levels
-from .metric import Metric, Subject
-from .statistics import Gaussian, Moments, gaussian
+from ..types import Estimate
+from .features import FeatureExtractor, Pixels
+from .metric import FeatureMetric, Metric, Subject
+from .statistics import Gaussian, gaussian
 
 NEGATIVE_MASS = 1e-6  # share of the trace that rounding may turn into negative eigenvalues
 
@@ -98,7 +98,7 @@ def influence(z: Tensor, sample: Gaussian, reference: Gaussian) -> Tensor:
 
 
 @register(Metric, "frechet")
-class Frechet(Metric):
+class Frechet(FeatureMetric):
     """Fréchet distance between drawn samples and a split of the data, in the space of an extractor.
 
     It falls with the number of samples even for a perfect sampler (`bias_constant`), so numbers compare only at equal
@@ -112,8 +112,6 @@ class Frechet(Metric):
     Source: Heusel et al. 2017 (TTUR), equation 6; Chong & Forsyth 2020 for the bias.
     """
 
-    requires = (SupportsSample,)
-
     def __init__(
         self,
         features: FeatureExtractor = Pixels(),
@@ -123,44 +121,29 @@ class Frechet(Metric):
         self.features, self.reference, self.allow_few = features, reference, allow_few
         self.label = f"FD-{features.label}" + ("" if reference == "train" else f"-{reference}")
 
-    @property
-    def fingerprint(self) -> str:
-        return self.features.identity
+        self.splits = ("train", "test") if reference != "val" else ("val", "test")
 
     def start(self, subject: Subject) -> None:
-        self.dataset = subject.dataset
-        real = features_of(self.features, self.dataset, self.reference, subject.batch_size)
+        data = subject.dataset
+        real = subject.features(self.features, self.reference)
         self._check_enough(real, f"the split '{self.reference}'")
         self.target = gaussian(real)
         self.constant = bias_constant(self.target.covariance)
         other = "train" if self.reference == "test" else "test"
         self.known = {}
-        if self.dataset.size(other) >= 2:
-            fitted = gaussian(features_of(self.features, self.dataset, other, subject.batch_size))
-            self.known[f"{other} set"] = frechet_distance(fitted, self.target)
-        if self.dataset.levels is not None and self.dataset.bin_width is not None:
-            noise = gaussian(self.features(uniform_noise(self.dataset, self.target.n)).cpu())
+        if data.size(other) >= 2:
+            self.known[f"{other} set"] = frechet_distance(gaussian(subject.features(self.features, other)), self.target)
+        if data.levels is not None and data.bin_width is not None:
+            noise = gaussian(self.features(uniform_noise(data, self.target.n)).cpu())
             self.known["uniform noise"] = frechet_distance(noise, self.target)
         self.restart()
 
-    def restart(self) -> None:
-        self.moments, self.kept = Moments(self.target.mean), []
-
-    def update(self, samples: Samples, batch: Batch | None) -> None:
-        features = self.features(to_levels(samples.x, self.dataset)).cpu()
-        self.moments.update(features)
-        self.kept.append(features)
-
     def compute(self) -> dict[str, Estimate]:
-        if not self.kept:
-            raise ValueError(f"{self.label}: no samples were taken in.")
-        z = torch.cat(self.kept)
+        z = self.drawn()
         self._check_enough(z, "the sample")
-        value = stderr = math.nan
-        if z.isfinite().all():
-            drawn = self.moments.gaussian()
-            value = frechet_distance(drawn, self.target)
-            stderr = influence(z, drawn, self.target).std().item() / math.sqrt(len(z))
+        drawn = gaussian(z)
+        value = frechet_distance(drawn, self.target)
+        stderr = influence(z, drawn, self.target).std().item() / math.sqrt(len(z))
         floor = self.constant * (1 / len(z) + 1 / self.target.n)
         references = {"floor": floor, **self.known}
         return {self.label: Estimate(value, stderr, len(z), "squared feature units", "lower", "plug-in", references)}

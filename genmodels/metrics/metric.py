@@ -1,15 +1,17 @@
 """The contract of a metric: answers of a model stream in, estimates with their uncertainty come out."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from ..data.dataset import Dataset
+from ..data.dataset import Dataset, Split
 from ..model import Model
 from ..registry import kind
-from ..types import Batch, Estimate, Samples
+from ..types import Batch, Estimate, Samples, SupportsSample
+from .features import FeatureExtractor, features_of
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,22 @@ class Subject:
         dataset: the data set of the protocol (not of the run).
         device: where feature extractors run.
         batch_size: items per batch for passes over reference data.
+        held: features of splits that are known already, by the extractor's identity and the split.
     """
 
     model: Model
     dataset: Dataset
     device: torch.device
     batch_size: int
+    held: dict[tuple[str, Split], Tensor] = field(default_factory=dict)
+
+    def features(self, extractor: FeatureExtractor, split: Split) -> Tensor:
+        """[N, D] features of a split on the CPU, found once for all metrics."""
+        key = extractor.identity, split
+        if key not in self.held:
+            extractor.start(self.dataset, self.device)
+            self.held[key] = features_of(extractor, self.dataset, split, self.batch_size)
+        return self.held[key]
 
 
 @kind
@@ -34,21 +46,27 @@ class Metric(ABC):
     """One property of a model, measured from its answers.
 
     The evaluator asks each question once (draw samples, score test items, predict) and hands every answer to all
-    metrics whose `requires` names that capability. A metric never draws anything itself.
+    metrics whose `requires` names that capability. A metric never draws anything itself. Drawn items come rounded to
+    the levels of the data, and items that hold NaN or infinity never reach a metric: the evaluator counts them, and
+    marks every estimate of that question as failed.
 
     Attributes:
         requires: capability protocols, any of which provides the answers (`SupportsSample`, `SupportsLogProb`, …); the
             metric is fed from the first that the model has.
         version: raised when a change alters the numbers; it is part of every protocol's hash.
+        features: the extractor whose features of drawn items the metric wants in `Samples.features`; None for none.
+        splits: the splits whose features it reads from its subject (`Subject.features`); empty ones are left out.
     """
 
     requires: ClassVar[tuple[type, ...]]
     version: ClassVar[int] = 1
+    features: FeatureExtractor | None = None
+    splits: tuple[Split, ...] = ()
 
     @property
     def fingerprint(self) -> str:
-        """What else the numbers depend on (the checksum of a feature extractor); part of every protocol's hash."""
-        return ""
+        """What else the numbers depend on (the identity of the extractor); part of every protocol's hash."""
+        return "" if self.features is None else self.features.identity
 
     @abstractmethod
     def start(self, subject: Subject) -> None:
@@ -73,3 +91,26 @@ class Metric(ABC):
         Raises:
             ValueError: if nothing was taken in, or too little.
         """
+
+
+class FeatureMetric(Metric):
+    """A metric of all features of the drawn items at once, in the space of its extractor."""
+
+    requires = (SupportsSample,)
+    features: FeatureExtractor
+
+    def restart(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def update(self, samples: Samples, batch: Batch | None) -> None:
+        self.kept.append(samples.features[self.features.identity])
+
+    def drawn(self) -> Tensor:
+        """[N, D] features of everything taken in, in that order.
+
+        Raises:
+            ValueError: if that is nothing.
+        """
+        if not self.kept:
+            raise ValueError(f"{self.registered_name}: no samples were taken in.")
+        return torch.cat(self.kept)

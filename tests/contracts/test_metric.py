@@ -39,6 +39,8 @@ def feed(metric, dataset, question, n, batch_size, order=None, spoil=False):
             spoil = False
         if "likelihood" in parts:
             parts["likelihood"] = Likelihood(parts["likelihood"], "exact")
+        if metric.features is not None:
+            parts["features"] = {metric.features.identity: metric.features(parts["x"]).cpu()}
         samples = Samples(rows, seconds=0.5 * len(rows), nfe=3.0, **parts)
         metric.update(samples, None if items is None else items[rows])
 
@@ -117,6 +119,8 @@ def test_standard_error_falls_with_n(name):
 @pytest.mark.parametrize("name", names(Metric))
 def test_an_answer_that_is_not_finite_spoils_the_estimate_and_nothing_else(name):
     metric, dataset, question = started(name)
+    if question == "sample":
+        pytest.skip("drawn items that are not finite never reach a metric")
     feed(metric, dataset, question, 150, 50, spoil=True)
     estimates = metric.compute()
     if name != "cost":
