@@ -139,6 +139,11 @@ class Board:
     quoted: tuple[Quoted, ...] = ()
     frontiers: tuple[Frontier, ...] = field(default=())
 
+    @property
+    def first(self) -> Column | None:
+        """The column that comes first; None if nothing was measured."""
+        return self.columns[0] if self.columns else None
+
     def measured(self) -> list[Column]:
         """Columns that have a value in some row."""
         rows = (*self.rows, *self.quoted)

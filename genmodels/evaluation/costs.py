@@ -75,9 +75,8 @@ def cost(row: Row | Quoted, column: Column | None, name: str) -> float | None:
 
 def shown(board: Board) -> list[Cost]:
     """Costs that some row of a board has."""
-    first = board.columns[0] if board.columns else None
     rows = (*board.rows, *board.quoted)
-    return [c for c in COSTS if any(cost(row, first, c.name) is not None for row in rows)]
+    return [c for c in COSTS if any(cost(row, board.first, c.name) is not None for row in rows)]
 
 
 def write(value: float | None, of: Cost) -> str:

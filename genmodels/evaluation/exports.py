@@ -40,7 +40,7 @@ def wide_csv(board: Board) -> str:
     for row in (*board.rows, *board.quoted):
         cells = [row.cells.get(c.name, EMPTY) for c in columns]
         values = [part for cell in cells for part in (cell.value, cell.stderr, cell.kind)]
-        values += [cost(row, board.columns[0], c.name) for c in costs]
+        values += [cost(row, board.first, c.name) for c in costs]
         rows.append([*_who(row), *_place(row), *values])
     return _lines(["row", "status", "rank_low", "rank_high", *metrics, *(c.name for c in costs)], rows)
 
@@ -71,7 +71,7 @@ def _long(board: Board, row: Row | Quoted) -> Iterable[list]:
         if cell.value is not None or ranks[2]:
             yield [*start, column.name, cell.value, cell.stderr, cell.kind, column.unit, column.better, *ranks, *facts]
     for of in shown(board):
-        value = cost(row, board.columns[0], of.name)
+        value = cost(row, board.first, of.name)
         if value is not None:
             yield [*start, of.name, value, None, "cost", of.unit, "lower", None, None, "", *facts]
 

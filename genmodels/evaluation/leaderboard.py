@@ -13,6 +13,7 @@ from .assemble import leaderboard
 from .board import Board
 from .exports import as_csv, as_json
 from .markdown import markdown
+from .page import page
 from .protocol import FOLDER
 from .quoted import load_quoted
 from .results import BOARD_FILE, Companions, Result, ResultError, find, read
@@ -57,11 +58,12 @@ def collect(places: Sequence[str | Path], strict: bool) -> Collection:
 
 def write_all(collection: Collection, out: Path) -> dict[Path, str]:
     """The files of a leaderboard with their contents."""
-    boards = collection.boards()
+    boards, grids = collection.boards(), {key: found.grid for key, found in collection.beside.items()}
     return {
         out / "LEADERBOARD.md": markdown(boards),
         out / BOARD_FILE: as_json(boards),
         out / "leaderboard.csv": as_csv(boards),
+        out / "leaderboard.html": page(boards, collection.results, grids),
     }
 
 

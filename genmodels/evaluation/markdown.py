@@ -44,21 +44,28 @@ def _section(board: Board) -> str:
     lines = [f"## {board.protocol}, version {board.version} ({board.hash})", "", board.description, ""]
     rows = [_cells(board, row, columns) for row in (*board.rows, *board.quoted)]
     lines += [table(headers, rows, left=(1, len(headers) - 2)), ""]
-    notes = [f"- {row.label} is not ranked: {row.unranked}." for row in board.rows if row.unranked]
-    notes += [
-        f"- {row.name} is quoted from {row.source}{f' ({row.note})' if row.note else ''}." for row in board.quoted
-    ]
+    notes = [f"- {_plain(row.label)} is not ranked: {row.unranked}." for row in board.rows if row.unranked]
+    notes += [f"- {_plain(_cited(row))}." for row in board.quoted]
     lines += [*notes, ""] if notes else []
     return "\n".join(lines + _references(board, columns))
+
+
+def _plain(text: str) -> str:
+    """Text in which nothing is taken for HTML."""
+    return text.replace("<", "\\<")
+
+
+def _cited(row: Quoted) -> str:
+    return f"{row.name} is quoted from {row.source}{f' ({row.note})' if row.note else ''}"
 
 
 def _cells(board: Board, row: Row | Quoted, columns: Sequence[Column]) -> list[str]:
     cells = [row.cells.get(c.name, EMPTY) for c in columns]
     values = [show(cell.value, cell.stderr, cell.kind) for cell in cells]
-    values += [write(cost(row, board.columns[0], c.name), c) for c in shown(board)]
+    values += [write(cost(row, board.first, c.name), c) for c in shown(board)]
     if isinstance(row, Quoted):
-        return ["quoted", row.name, *values, MISSING, MISSING]
-    return [places(row), row.label, *values, row.weights, commit(row)]
+        return ["quoted", _plain(row.name), *values, MISSING, MISSING]
+    return [places(row), _plain(row.label), *values, row.weights, commit(row)]
 
 
 def _references(board: Board, columns: Sequence[Column]) -> list[str]:
