@@ -193,6 +193,6 @@ def _meaning(column: Column, board: Board, results: Mapping[str, Result]) -> dic
         "unit": "" if column.unit == "1" else column.unit,
         "better": better,
         "question": ", ".join(dict.fromkeys(m["question"] for m in own)) or column.question,
-        "items": ", ".join(f"{n:,}" for n in sorted({m["n"] for m in own})),
+        "sizes": ", ".join(f"{n:,}" for n in sorted({m["n"] for m in own})),
         "detail": "; ".join(sorted({m["detail"] for m in own if m["detail"]})),
     }
