@@ -1,7 +1,7 @@
 """What a leaderboard consists of, as plain data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .results import Items
 
@@ -137,7 +137,7 @@ class Board:
     rows: tuple[Row, ...]
     references: dict[str, dict[str, float]]
     quoted: tuple[Quoted, ...] = ()
-    frontiers: tuple[Frontier, ...] = field(default=())
+    frontiers: tuple[Frontier, ...] = ()
 
     @property
     def first(self) -> Column | None:

@@ -45,7 +45,7 @@ def _described(result: Result) -> dict[str, Any]:
 def _trained(result: Result) -> list[tuple[str, str]]:
     model, training = result["model"], result["training"]
     seconds, devices = training["seconds"], training["world_size"] or 1
-    spent = MISSING if seconds is None else f"{seconds:,.0f} s on {devices} device{'s' * (devices > 1)}"
+    spent = MISSING if seconds is None else f"{seconds:,.0f} s on {_count(devices, 'device')}"
     if seconds is not None and devices > 1:
         spent += f" ({seconds * devices:,.0f} device seconds)"
     return [
@@ -62,7 +62,7 @@ def _trained(result: Result) -> list[tuple[str, str]]:
 
 def _scored(result: Result) -> list[tuple[str, str]]:
     protocol, environment = result["protocol"], result["environment"]
-    place = f"{environment['hardware']}, device {environment['device']}, {environment['threads']} threads"
+    place = f"{environment['hardware']}, device {environment['device']}, {_count(environment['threads'], 'thread')}"
     if environment["world_size"] > 1:
         place += f", {environment['world_size']} processes"
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
@@ -76,6 +76,10 @@ def _scored(result: Result) -> list[tuple[str, str]]:
         ("evaluated at", f"{result['created_utc']}, in {result['seconds']:,.0f} s"),
         ("result", result["id"]),
     ]
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _code(source: Mapping[str, Any]) -> str:
@@ -103,10 +107,15 @@ def _estimate(m: Mapping[str, Any]) -> dict[str, str]:
         "stderr": MISSING if m["stderr"] is None else f"{m['stderr']:.3g}",
         "n": f"{m['n']:,}",
         "kind": m["kind"],
-        "detail": m["detail"],
+        "detail": "; ".join(part for part in (m["detail"], _blocks(m["blocks"])) if part),
         "flags": ", ".join(flag.replace("_", " ") for flag in m["flags"]),
         "references": ", ".join(f"{name} {short(value)}" for name, value in m["references"].items()),
     }
+
+
+def _blocks(values: Sequence[float]) -> str:
+    """The independent estimates that a value is the mean of."""
+    return f"mean of {', '.join(map(short, values))}" if values else ""
 
 
 def _cost(question: str, bill: Mapping[str, Any]) -> list[str]:

@@ -139,6 +139,12 @@ def test_every_row_has_its_provenance(parsed):
     assert "Not ranked: training unfinished" in found[3]
 
 
+def test_blocks_are_told():
+    result = example("a", [metric(value=2.0, blocks=[1.0, 3.0], detail="k = 5")])
+    words = page(leaderboard([result]), {result["id"]: result}, {})
+    assert "k = 5; mean of 1, 3" in words
+
+
 def test_uncommitted_changes_and_failures_are_told():
     failed = {"sample": {"items": 2, "of": 100, "first": [3, 14]}}
     result = example("a", training={"dirty": True}, failures=failed)
