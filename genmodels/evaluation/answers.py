@@ -186,8 +186,9 @@ class Interview:
                 f"sample: the model answered {len(seeds)} seeds with shape {list(x.shape)}; "
                 f"[{len(seeds)}, {', '.join(map(str, self.dataset.shape))}] is needed."
             )
-        x = to_levels(x.cpu(), self.dataset)
+        x = x.cpu()
         finite = x.flatten(1).isfinite().all(1)
+        x = torch.where(expand_like(finite, x), to_levels(x, self.dataset), torch.nan)  # infinity is no level
         features = {name: _features(extract, x, finite) for name, extract in self.extractors.items()}
         return Samples(seeds, x=x, condition=condition, features=features, **cost), None
 

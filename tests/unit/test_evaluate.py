@@ -532,7 +532,7 @@ def test_places_are_filled_in_and_leave_no_trace(tables):
 def test_a_missing_or_wrong_place_is_told(tables):
     with pytest.raises(ConfigError, match=r"where are its data\? Add --data path=<path>.*trained on table"):
         Protocol(TABLE)
-    with pytest.raises(ConfigError, match="--data size: .table. has no such place"):
+    with pytest.raises(ConfigError, match=r"--data size: 'table' has no such place"):
         Protocol(TABLE, {"size": "3"})
     with pytest.raises(ConfigError, match="--data path: 'digits' has no such place"):
         Protocol(TABLE | {"dataset": "digits"}, {"path": "x"})
