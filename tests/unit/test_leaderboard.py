@@ -1,5 +1,6 @@
 """Rank intervals, what may share a table, and that the same results always give the same bytes."""
 
+import base64
 import csv
 import io
 import json
@@ -14,11 +15,11 @@ from genmodels.evaluation.assemble import leaderboard
 from genmodels.evaluation.costs import cost
 from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.exports import as_csv, as_json, wide_csv
-from genmodels.evaluation.leaderboard import collect, main
+from genmodels.evaluation.leaderboard import collect, main, write_all
 from genmodels.evaluation.markdown import markdown
 from genmodels.evaluation.ranking import difference_stderr
 from genmodels.evaluation.results import Items
-from tests.board_results import BILL, example, likelihood, metric, store
+from tests.board_results import BILL, example, likelihood, metric, picture, store
 from tests.evaluation_fakes import FakeProtocol, FakeRun, Levels, UniformLevels
 
 
@@ -228,6 +229,14 @@ def test_costs_are_of_the_question_that_feeds_the_ranking_metric():
     assert cost(board.rows[0], board.columns[0], "nfe") == 7.0
 
 
+def test_rows_of_other_questions_have_their_own_costs():
+    """A metric that takes samples or predictions: each row has the price of the answers that it gave."""
+    costs = {"sample": BILL, "predict": {**BILL, "nfe": 3.0}}
+    results = [run(n, 1.0, metric={"question": q}, cost=costs) for n, q in (("a", "sample"), ("b", "predict"))]
+    (board,) = leaderboard(results)
+    assert {row.name: cost(row, board.first, "nfe") for row in board.rows} == {"a": 50.0, "b": 3.0}
+
+
 def test_costs_that_were_not_measured_are_no_columns():
     bill = {**BILL, "flops_per_item": None, "peak_memory": None}
     text = markdown(leaderboard([run("a", 1.0, cost={"sample": bill}, training={"seconds": None})]))
@@ -386,7 +395,7 @@ def test_the_published_board_is_what_its_results_say():
     assert main(["--check"]) == 0
 
 
-FILES = ("LEADERBOARD.md", "leaderboard.csv", "leaderboard.json")
+FILES = ("LEADERBOARD.md", "leaderboard.csv", "leaderboard.html", "leaderboard.json")
 
 
 @pytest.fixture
@@ -438,16 +447,32 @@ def test_from_model_to_table(tmp_path):
         (fake.path).mkdir(parents=True)
         (fake.path / "config.yaml").write_text("")
         evaluate(fake, protocol, device="cpu")
-    (board,) = collect(sorted((tmp_path / "runs").iterdir()), strict=True).boards()
+    collection = collect(sorted((tmp_path / "runs").iterdir()), strict=True)
+    (board,) = collection.boards()
     assert [(row.name, row.rank) for row in board.rows] == [("one", (1, 2)), ("two", (1, 2))]
     assert [c.name for c in board.columns] == ["bits_per_dim", "FD-pixels"]
     text = markdown([board])
     assert "= 2.322" in text and "uniform" in text
+    page = write_all(collection, tmp_path)[tmp_path / "leaderboard.html"]
+    assert all(f"<summary>{name}</summary>" in page for name in ("one", "two")) and "ema-0.999 after step 12" in page
 
 
-def test_markdown_needs_no_html():
+def test_pictures_beside_results_are_on_the_page(published):
+    store(published / "results" / "digits" / "seen.json", run("seen", 1.0), grid=picture())
+    assert main([]) == 0
+    assert base64.b64encode(picture()).decode() in (published / "leaderboard.html").read_text()
+
+
+def test_the_board_of_runs_is_written_beside_them_and_not_read_as_a_result(tmp_path, capsys):
+    store(tmp_path / "runs" / "a.json", run("a", 1.0))
+    for _ in range(2):
+        assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "runs")]) == 0
+    assert {p.name for p in (tmp_path / "runs").iterdir()} == {*FILES, "a.json"} and not capsys.readouterr().err
+
+
+def test_markdown_holds_no_html():
     found = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: found.append(tag)
-    parser.feed(markdown(leaderboard(many())))
+    parser.feed(markdown(leaderboard([*many(), run("<img src=x>", 1.0, None)])).replace("\\<", "&lt;"))
     assert not found

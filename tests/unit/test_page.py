@@ -164,6 +164,7 @@ def test_pictures_have_words_and_large_ones_are_left_out(parsed):
 
 def test_downloads_are_the_files(parsed):
     (data,) = parsed.all("script", type="application/json")
+    assert not set("<>&") & set(data["text"])
     files = json.loads(data["text"])["files"]
     assert files["leaderboard.csv"] == as_csv(boards())
     buttons = [e["attributes"]["data-file"] for e in parsed.all("button") if "data-file" in e["attributes"]]
