@@ -20,7 +20,7 @@ def results():
     """Six rows of one protocol and one of another; evaluations are in another order than ranks."""
     return [
         priced("ten", 10.0, [metric(value=1.0), likelihood(2.0, kind="stochastic")]),
-        priced("hundred", 100.0, [metric(value=2.0), likelihood(1.5, kind="pmf")]),
+        priced("hundred", 100.0, [metric(value=2.0), likelihood(1.25, kind="pmf")]),
         priced("nine", 9.0, [metric(value=3.0), likelihood(1.8, kind="bound")], training={"hardware": "another"}),
         priced("no sampler", None, [likelihood(1.7, kind="numerical")]),
         priced("unfinished", 11.0, [metric(value=0.5)], model={"step": 4}),
