@@ -111,7 +111,7 @@ def test_keyboard_sorts(opened):
 def test_filters_count_what_they_leave(opened):
     page = opened()
     count = page.locator("#digits-aaaa output")
-    assert count.text_content() == "7 rows"
+    assert count.text_content() == "7 rows" and page.locator("#toy-bbbb output").text_content() == "1 row"
     page.locator("#digits-aaaa input[type=search]").fill("NINE flow")
     assert count.text_content() == "1 of 7 rows" and names(page) == ["nine"]
     assert page.locator("#digits-aaaa svg.plot g.gone").count() > 0
