@@ -72,8 +72,8 @@ class Dataset(ABC):
 
         Made from the sizes of the splits and evenly spaced items of each: levels of discrete data enter exactly; of
         continuous data only mean and root mean square to four digits, because the last bits of simulated data differ
-        between machines. Data sets that are read from files answer with a checksum of their contents instead: the same
-        for the same files in another place, under another name, or in another container.
+        between machines. Data sets that are read from files answer with a checksum of their contents instead, which is
+        the same wherever the files lie.
         """
         facts: dict[str, Any] = {"shape": list(self.shape), "levels": self.levels, "bin_width": self.bin_width}
         for split in SPLITS:
