@@ -407,7 +407,10 @@ def test_pictures_of_drawn_items_lie_beside_the_result(tmp_path):
 # ---- protocols ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
+AT_HAND = [path for path in sorted(FOLDER.glob("*.yaml")) if "???" not in path.read_text()]  # no files of the user's
+
+
+@pytest.mark.parametrize("path", AT_HAND, ids=lambda p: p.stem)
 def test_protocols_of_the_repository_are_sound(path):
     p = Protocol.load(path.stem)
     assert p.name == path.stem and len(p.hash) == 12 and p.tree["description"]
