@@ -76,9 +76,9 @@ def load_network(path: Path, sha256: str) -> nn.Module:
 
 @register(FeatureExtractor, "dinov2")
 class Dinov2(ImageFeatures):
-    """The layer-normed class token of a DINOv2 transformer from a folder on this machine, for 224x224 pixels.
+    """The class token of a DINOv2 transformer from a folder on this machine.
 
-    Grey images become three equal channels. The Fréchet distance over it is called FD-dinov2-l14 for 1024 features,
+    It is layer-normed and sees 224x224 pixels. Grey images become three equal channels. The Fréchet distance over it is called FD-dinov2-l14 for 1024 features,
     -b14 for 768, and so on.
 
     Args:

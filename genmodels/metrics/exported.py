@@ -17,9 +17,9 @@ from .weights import checksum
 
 @register(FeatureExtractor, "exported")
 class Exported(FeatureExtractor):
-    """A network of your own, exported by `torch.export.save(torch.export.export(network, …), path)`.
+    """A network of your own, as a program of torch.export.
 
-    It takes items [B, *shape] in float32 and gives one tensor [B, …], which is flattened. The batch axis must be
+    `torch.export.save(torch.export.export(network, …), path)` writes one. It takes items [B, *shape] in float32 and gives one tensor [B, …], which is flattened. The batch axis must be
     dynamic. It runs on the evaluator's device, without autocast or TF32.
 
     Args:

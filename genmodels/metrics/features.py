@@ -39,7 +39,7 @@ class FeatureExtractor(ABC):
     @property
     def kernel_name(self) -> str:
         """What the kernel distance over these features is called."""
-        return f"KD-{self.label}"
+        return f"KID-{self.label}"
 
     def start(self, dataset: Dataset, device: torch.device) -> None:
         """Be ready for items of a data set on a device; called before the first item, and again for another model.
@@ -75,9 +75,9 @@ class Pixels(FeatureExtractor):
 
 @register(FeatureExtractor, "random_projection")
 class RandomProjection(FeatureExtractor):
-    """The flattened item times a fixed Gaussian matrix, in float64: G x / (scale √dims), G_ij ~ N(0, 1).
+    """The flattened item under a fixed Gaussian matrix, in float64.
 
-    Lengths are kept on average: E |features|² = |x|² / scale².
+    G x / (scale √dims) with G_ij ~ N(0, 1), which keeps lengths on average: E |features|² = |x|² / scale².
 
     Args:
         dims: number of features.
@@ -106,7 +106,9 @@ class RandomProjection(FeatureExtractor):
 
 @register(FeatureExtractor, "digits")
 class DigitsFeatures(FeatureExtractor):
-    """64 features of 8x8 digits from a classifier with fixed weights, computed in float32 on the CPU.
+    """64 features of 8x8 digits from a classifier with fixed weights.
+
+    Computed in float32 on the CPU, so that they do not depend on the evaluator's device.
 
     Raises:
         ValueError: if the weights are missing or altered, or if items are not [1, 8, 8].

@@ -245,7 +245,7 @@ def load_network(path: Path, sha256: str) -> InceptionNetwork:
 
 @register(FeatureExtractor, "inception")
 class Inception(ImageFeatures):
-    """2048 features of images from the Inception network of the FID, whose weights are looked for on this machine.
+    """2048 features of images from the Inception network of the FID.
 
     Grey images become three equal channels. The weights are the file that is given, else one of the published names in
     the folder $GENMODELS_WEIGHTS, else in ~/.cache/genmodels/weights; nothing is downloaded. Over the published weights
@@ -264,9 +264,7 @@ class Inception(ImageFeatures):
 
     local: ClassVar[tuple[str, ...]] = ("weights",)
 
-    def __init__(
-        self, weights: str | None = None, preprocess: Literal["tf1", "pytorch_fid", "clean"] = "tf1"
-    ) -> None:
+    def __init__(self, weights: str | None = None, preprocess: Literal["tf1", "pytorch_fid", "clean"] = "tf1") -> None:
         self.weights, self.preprocess = weights, preprocess
 
     @cached_property

@@ -26,8 +26,7 @@ def find(given: str | None, files: Mapping[str, str], where: str, mark: str) -> 
     """
     if given is not None and Path(given).expanduser().is_file():
         return Path(given).expanduser()
-    variable = os.environ.get(VARIABLE)
-    folders = [Path(variable).expanduser()] * bool(variable) + [CACHE.expanduser()]
+    folders = [Path(place).expanduser() for place in (os.environ.get(VARIABLE), CACHE) if place]
     found = [folder / name for folder in folders for name in files if (folder / name).is_file()]
     if given is None and found:
         return found[0]
