@@ -64,9 +64,18 @@ def load_network(path: Path, sha256: str) -> nn.Module:
             "`features: inception`, or `features: pixels`."
         ) from error
     try:
-        model = Dinov2Model.from_pretrained(path, local_files_only=True, use_safetensors=True)
+        model, found = Dinov2Model.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:
         raise ValueError(f"features 'dinov2': {path} cannot be loaded as Dinov2Model: {error}") from error
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in found.items() if keys and kind.endswith("_keys")}
+    if wrong:  # transformers would fill the gaps at random
+        kind, keys = next(iter(wrong.items()))
+        raise ValueError(
+            f"features 'dinov2': {path}: weights and configuration do not fit: {kind.replace('_', ' ')}, the first is "
+            f"'{keys[0]}' (of {len(keys)})."
+        )
     model = model.float().eval().requires_grad_(False)
     # a grid of the image's own size is taken as it is, so that the rule above is the only one
     positions = resize_positions(model.embeddings.position_embeddings, SIDE // PATCH)
@@ -78,8 +87,8 @@ def load_network(path: Path, sha256: str) -> nn.Module:
 class Dinov2(ImageFeatures):
     """The class token of a DINOv2 transformer from a folder on this machine.
 
-    It is layer-normed and sees 224x224 pixels. Grey images become three equal channels. The Fréchet distance over it is called FD-dinov2-l14 for 1024 features,
-    -b14 for 768, and so on.
+    It is layer-normed and sees 224x224 pixels. Grey images become three equal channels. The Fréchet distance over it is
+    called FD-dinov2-l14 for 1024 features, -b14 for 768, and so on.
 
     Args:
         path: folder written by transformers' `Dinov2Model.save_pretrained`: config.json and model.safetensors.

@@ -19,8 +19,9 @@ from .weights import checksum
 class Exported(FeatureExtractor):
     """A network of your own, as a program of torch.export.
 
-    `torch.export.save(torch.export.export(network, …), path)` writes one. It takes items [B, *shape] in float32 and gives one tensor [B, …], which is flattened. The batch axis must be
-    dynamic. It runs on the evaluator's device, without autocast or TF32.
+    `torch.export.save(torch.export.export(network, …), path)` writes one. It takes items [B, *shape] in float32 and
+    gives one tensor [B, …], which is flattened. The batch axis must be dynamic. It runs on the evaluator's device,
+    without autocast or TF32.
 
     Args:
         path: the program (.pt2); a checksum of it enters the identity.

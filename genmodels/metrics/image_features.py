@@ -26,6 +26,7 @@ class ImageFeatures(FeatureExtractor):
     costly: ClassVar[bool] = True
     chunk: ClassVar[int] = 32
     network: nn.Module
+    shape: Shape | None = None
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -47,15 +48,16 @@ class ImageFeatures(FeatureExtractor):
                 f"{where}: the data have no levels, so that there is no scale from black to white. Use `features: "
                 "pixels` for continuous data."
             )
-        self.shape: Shape = tuple(shape)
+        self.shape = tuple(shape)
         self.scale = 255 / ((dataset.levels - 1) * dataset.bin_width)
         self.network, self.device = self.load().to(device), torch.device(device)
 
     def __call__(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
+            ready = "it was never started" if self.shape is None else f"it was started for {list(self.shape)}"
             raise ValueError(
-                f"features '{self.registered_name}': items have shape {list(x.shape[1:])}, but it was started for "
-                f"{list(self.shape)}."
+                f"features '{self.registered_name}': items have shape {list(x.shape[1:])}, but {ready}; call `start` "
+                "with their data set first."
             )
         with torch.no_grad(), exact(self.device):
             return torch.cat([self.embed(self._bytes(part)) for part in x.split(self.chunk)])

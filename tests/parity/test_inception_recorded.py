@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from genmodels.metrics.inception import InceptionNetwork, prepare
+from genmodels.data.memory import InMemory
+from genmodels.metrics.features import features_of
+from genmodels.metrics.inception import Inception, InceptionNetwork, load_network, prepare
 from genmodels.metrics.weights import fit
+from genmodels.types import Batch
 
 from .seeded import BATCHES, KEYS, SEED, images, inception_state
 
@@ -53,3 +56,34 @@ def test_features_agree(network, batch, how):
     assert torch.allclose(z.mean(1), recorded["mean"], rtol=1e-5) and torch.allclose(
         z.std(1), recorded["std"], rtol=1e-5
     )
+
+
+class Pictures(InMemory):
+    """The recorded images of one size."""
+
+    registered_name, bin_width, levels = "pictures", 1.0, 256
+
+    def __init__(self, batch):
+        x = images(*BATCHES[batch]).float()
+        self.shape = tuple(x.shape[1:])
+        for split in ("train", "val", "test"):
+            self.hold(split, Batch(x))
+
+
+@pytest.mark.slow
+def test_a_file_of_full_size_reaches_the_same_features(tmp_path, monkeypatch):
+    """Written as the published files are, found through the environment, read again, and taken for a FID by no one."""
+    torch.save(inception_state(), tmp_path / "pt_inception-2015-12-05-6726825d.pth")
+    monkeypatch.setenv("GENMODELS_WEIGHTS", str(tmp_path))
+    found = []
+    for _ in range(2):
+        load_network.cache_clear()
+        extract, data = Inception(), Pictures("up")
+        extract.start(data, torch.device("cpu"))
+        found.append(features_of(extract, data, "train", 1))
+    recorded = torch.tensor(RECORDED["features"]["up"]["tf1"]["first"])
+    assert torch.allclose(found[0][:, :32], recorded, rtol=1e-4, atol=1e-4 * found[0].mean().item())
+    assert torch.equal(found[0], found[1]) and "unverified" in extract.identity
+    assert "FID" not in (extract.frechet_name, extract.label)
+    both = extract(data.all("train").x)  # alone or together
+    assert torch.allclose(both, found[0], rtol=1e-5, atol=1e-5 * both.mean().item())

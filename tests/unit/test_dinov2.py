@@ -138,6 +138,16 @@ def test_folders_that_transformers_cannot_load(folder, tmp_path):
         started(path)
 
 
+def test_weights_that_transformers_would_complete_at_random(folder, tmp_path):
+    path = tmp_path / "deeper"
+    shutil.copytree(folder, path)
+    config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (path / "config.json").write_text(json.dumps(config))
+    dinov2.load_network.cache_clear()
+    with pytest.raises(ValueError, match=r"do not fit: missing keys, the first is '.*layer\.2\."):
+        started(path)
+
+
 # ---- names ---
 
 

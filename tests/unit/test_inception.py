@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from genmodels.data.digits import Digits
 from genmodels.data.memory import InMemory
+from genmodels.evaluation.evaluate import evaluate
 from genmodels.metrics import inception
 from genmodels.metrics.frechet import Frechet
 from genmodels.metrics.image_features import exact
@@ -19,9 +20,9 @@ from genmodels.metrics.inception import Inception, InceptionNetwork, prepare, re
 from genmodels.metrics.metric import Subject
 from genmodels.metrics.weights import VARIABLE
 from genmodels.registry import build, resolve
-from genmodels.rng import generator
+from genmodels.rng import SeedNoise, generator
 from genmodels.types import Batch, Samples
-from tests.evaluation_fakes import Levels, Points
+from tests.evaluation_fakes import FakeProtocol, FakeRun, Levels, Points, _Base
 
 CPU = torch.device("cpu")
 PUBLISHED, TWIN, CONVERTED = inception.FILES
@@ -32,7 +33,7 @@ class Images(InMemory):
 
     registered_name, bin_width, levels = "images", 1.0, 256
 
-    def __init__(self, channels=3, sizes=(40, 0, 0)):
+    def __init__(self, channels=3, sizes=(12, 0, 0)):
         self.shape = (channels, 8, 6)
         for split, size in zip(("train", "val", "test"), sizes, strict=True):
             self.hold(split, Batch(noise(size, channels)))
@@ -148,7 +149,7 @@ def test_other_weights_never_give_a_fid(weights):
     assert extract.identity == f"inception-tf2015:unverified:{found[:12]}:tf1"
     metric = Frechet(extract, allow_few=True)
     metric.start(Subject(None, Images(), CPU, 16))
-    metric.update(Samples(torch.arange(20), noise(20), features={extract.identity: extract(noise(20))}), None)
+    metric.update(Samples(torch.arange(8), noise(8), features={extract.identity: extract(noise(8))}), None)
     assert list(metric.compute()) == ["FD-inception-unverified"]
 
 
@@ -219,6 +220,8 @@ def test_grey_images_become_three_equal_channels(weights):
     assert torch.equal(extract(grey), started(weights)(grey.expand(-1, 3, -1, -1)))
     with pytest.raises(ValueError, match=r"items have shape \[3, 8, 6\], but it was started for \[1, 8, 6\]"):
         extract(noise(2))
+    with pytest.raises(ValueError, match="never started"):
+        Inception(str(weights))(grey)
 
 
 def test_levels_are_spread_over_the_range_of_bytes_and_rounded(weights):
@@ -317,3 +320,32 @@ def test_the_configuration_reaches_the_extractor(weights):
     node = {"name": "frechet", "features": {"name": "inception", "weights": str(weights), "preprocess": "pytorch_fid"}}
     metric = build(inception.FeatureExtractor, resolve(inception.FeatureExtractor, node["features"], "features"))
     assert metric.identity.endswith(":pytorch_fid") and metric.local == ("weights",) and metric.costly
+
+
+class Noise(_Base):
+    """Draws noise with 256 levels."""
+
+    def sample(self, seeds, *, condition=None):
+        return (256 * SeedNoise(seeds).uniform(*self.shape)).floor()
+
+
+def test_an_evaluation_shares_the_features_of_its_metrics(weights, tmp_path, monkeypatch):
+    """Every metric has an extractor of its own, and one of them reads the data and the drawn items, once."""
+    features = {"name": "inception", "weights": str(weights)}
+    metrics = [{"name": "authenticity", "features": features}]
+    metrics += [{"name": "frechet", "features": features, "allow_few": True}]
+    seen = []
+
+    def embed(self, images):
+        seen.append(images)
+        return images.mean((2, 3))
+
+    monkeypatch.setattr(Inception, "embed", embed)
+    run = FakeRun(tmp_path / "runs" / "noise", Noise((3, 8, 6)))
+    data = Images(sizes=(30, 0, 20))
+    result = evaluate(run, FakeProtocol(data, metrics, sample={"num_items": 16, "batch_size": 16}), device="cpu")
+    assert "FD-inception-unverified" in {m["name"] for m in result["metrics"]}
+    for split in ("train", "test"):
+        x = data.all(split).x
+        assert sum(images.shape == x.shape and torch.equal(images, x) for images in seen) == 1
+    assert sum(len(images) == 16 for images in seen) == 1
