@@ -64,6 +64,7 @@ class Dataset(ABC):
             "condition_shape": _plain(self.condition_shape),
             "target_shape": _plain(self.target_shape),
             "bin_width": self.bin_width,
+            "levels": self.levels,
             "transform": resolve(Transform, self.transform, "data.transform"),
         }
 

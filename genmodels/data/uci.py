@@ -133,8 +133,8 @@ class UCI(InMemory):
     Read are the files of the archive that came with the paper (data.tar.gz), each in a folder named after its table:
     power/data.npy, hepmass/1000_train.csv and 1000_test.csv, miniboone/data.npy, BSDS300/BSDS300.hdf5. Of
     gas/ethylene_CO.pickle, which is not read, an export is: ethylene_CO.csv with the names of the columns, or
-    ethylene_CO.npy of the sensors alone, without the columns Time, Meth and Eth. (The pickle holds a random quarter of
-    the original measurements, so that no other file gives the same rows.) One array <TABLE>.npy of the prepared rows
+    ethylene_CO.npy of the sensors alone, without the columns Time, Meth and Eth. (The pickle has a quarter as many rows
+    as the original measurements, so that those do not give the same ones.) One array <TABLE>.npy of the prepared rows
     in the order train, validation, test is read as well; its fingerprint is its own.
 
     What is done to the rows is said at the functions of the same names in `genmodels/data/uci.py`. The first four are

@@ -297,6 +297,12 @@ def test_other_shapes_are_refused(run):
         evaluate(run, protocol(["t_either"], Points()), device="cpu")
 
 
+def test_other_levels_are_refused(run, monkeypatch):
+    monkeypatch.setattr(run, "facts", lambda: {"shape": [3], "levels": 32}, raising=False)
+    with pytest.raises(ConfigError, match="its data have 5 levels, .* was trained on 32 levels"):
+        evaluate(run, protocol(["t_either"]), device="cpu")
+
+
 class Short(UniformLevels):
     def sample(self, seeds, *, condition=None):
         return torch.zeros(len(seeds) - 1, 3)
