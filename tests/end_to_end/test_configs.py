@@ -75,7 +75,8 @@ def test_configuration_travels_the_whole_way(path, tmp_path):
 
 
 def test_frozen_protocols_load_under_their_file_name():
-    names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    """Those over data that come with the package; the others are tested where small files of their kinds are made."""
+    names = sorted(p.stem for p in FOLDER.glob("*.yaml") if "???" not in p.read_text())
     assert [Protocol.load(n).name for n in names] == names
     assert len({Protocol.load(n).hash for n in names}) == len(names)
 
