@@ -101,6 +101,11 @@ def test_shipped_files_are_read(path):
     assert all(isinstance(row.source, str) and len(row.source) > 10 for row in read_quoted(path))
 
 
+def test_shipped_files_belong_to_protocols():
+    names = {path.stem for path in (EVALS / "quoted").glob("*.yaml")}
+    assert names and names <= {path.stem for path in (EVALS / "protocols").glob("*.yaml")}
+
+
 def test_published_log_likelihoods_changed_their_sign():
     """Papers report mean log-likelihood, boards its negative: 0.66 nats became -0.66, and -9.22 became 9.22."""
     found = load_quoted(EVALS / "quoted", ["power", "miniboone"])

@@ -83,8 +83,8 @@
         row.hidden = !words.every((word) => row.dataset.words.includes(word)) || kinds.every((kind) => off.includes(kind));
         for (const mark of this.marks(row.dataset.row)) mark.classList.toggle("gone", row.hidden);
       }
-      const left = this.rows.filter((row) => !row.hidden).length, all = `${this.rows.length} row${this.rows.length === 1 ? "" : "s"}`;
-      this.output.textContent = left === this.rows.length ? all : `${left} of ${all}`;
+      const left = this.rows.filter((row) => !row.hidden).length, every = `${this.rows.length} row${this.rows.length === 1 ? "" : "s"}`;
+      this.output.textContent = left === this.rows.length ? every : `${left} of ${every}`;
     }
 
     hide() {
