@@ -299,7 +299,7 @@ def test_other_shapes_are_refused(run):
 
 def test_other_levels_are_refused(run, monkeypatch):
     monkeypatch.setattr(run, "facts", lambda: {"shape": [3], "levels": 32}, raising=False)
-    with pytest.raises(ConfigError, match="its data have 5 levels, .* was trained on 32 levels"):
+    with pytest.raises(ConfigError, match=r"its data have 5 levels, .* was trained on 32 levels"):
         evaluate(run, protocol(["t_either"]), device="cpu")
 
 
