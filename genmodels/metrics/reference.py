@@ -4,7 +4,8 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from .statistics import Gaussian, gaussian
 
 SCHEMA = "genmodels.statistics/1"
 BULKY = ("features", "ids", "arr_0", "mu_s", "sigma_s")  # what such files hold beside the statistics that are read
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what damaged .npz files raise
+UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what damaged .npz files raise
 
 
 class ReferenceWarning(UserWarning):
@@ -63,10 +64,7 @@ def read_statistics(path: Path | str) -> Statistics:
     path = Path(path)
     checksum(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
-            arrays = {key: file[key] for key in file.files if key not in BULKY}
+        arrays = _arrays(path, but=BULKY)
     except UNREADABLE as error:
         raise ValueError(f"statistics: {path} is no readable .npz file of plain arrays: {error}.") from error
     missing = [key for key in ("mu", "sigma") if key not in arrays]
@@ -78,6 +76,15 @@ def read_statistics(path: Path | str) -> Statistics:
     facts = {key: value.item() for key, value in arrays.items() if value.ndim == 0 and value.dtype.kind in "iuU"}
     n = facts.get("n")
     return Statistics(_checked(path, arrays["mu"], arrays["sigma"], n if isinstance(n, int) else None), facts)
+
+
+def _arrays(path: Path, but: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file by name, without some of them; raises one of UNREADABLE if it is none."""
+    file = np.load(path, allow_pickle=False)
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError("it holds a single array")
+    with file:
+        return {key: file[key] for key in file.files if key not in but}
 
 
 def _checked(path: Path, mean: np.ndarray, covariance: np.ndarray, n: int | None) -> Gaussian:
@@ -148,7 +155,7 @@ def cached_features(
         if found is not None:
             return found
     features = compute().float().cpu()
-    if len(features) >= 2:
+    if len(features) >= 2 and features.isfinite().all():
         _keep(path, features, source | {"dataset": dataset.registered_name})
     return features
 
@@ -156,15 +163,13 @@ def cached_features(
 def _cached(path: Path, source: Mapping[str, str], size: int) -> Tensor | None:
     """The features of a sound file; a warning and None for another."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            same = all(str(file[key]) == value for key, value in source.items())
-            features, ids = file["features"], file["ids"]
-            moments = file["mu"].shape, file["sigma"].shape
+        arrays = _arrays(path)
     except UNREADABLE:
-        same = False
-    if same and features.ndim == 2 and features.dtype == np.float32 and np.array_equal(ids, np.arange(size)):
-        width = features.shape[1]
-        if len(features) == size and moments == ((width,), (width, width)):
+        arrays = {}
+    features, ids = arrays.get("features"), arrays.get("ids")
+    same = all(key in arrays and str(arrays[key]) == value for key, value in source.items())
+    if same and features is not None and features.dtype == np.float32 and features.ndim == 2:
+        if len(features) == size and np.array_equal(ids, np.arange(size)):
             return torch.from_numpy(features)
     warnings.warn(f"{path} is damaged or not what its name says; it is made again.", ReferenceWarning, stacklevel=3)
     return None
