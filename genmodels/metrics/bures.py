@@ -58,9 +58,7 @@ def _sum_of_roots(matrix: Tensor) -> Tensor | None:
     An eigenvalue has an error of about eps·λ_max, its root one of eps·λ_max/(2√λ).
     """
     values = torch.linalg.eigvalsh(matrix)
-    if not values[0] > 0:
-        return None
-    roots = values.sqrt()
+    roots = values.sqrt()  # NaN of a negative one, which passes no comparison
     rounding = torch.finfo(values.dtype).eps * values[-1] * roots.reciprocal().sum() / 2
     return roots.sum() if rounding < ROUNDING * roots.sum() else None
 
@@ -119,8 +117,8 @@ def influence(z: Tensor, sample: Gaussian, reference: Gaussian) -> Tensor:
     2 (z - m)·(m - m_r) + (z - m)ᵀ (I - T)(z - m) - tr((I - T) S), T the optimal map from the sample to the reference;
     its mean over the sample is 0 by definition, and made so. Its standard deviation over √N is a standard error of the
     distance. At the null the true influence vanishes; that of two fitted Gaussians does not, and the standard error is
-    then too large, by at most √2. A percentile bootstrap is no interval: drawing with replacement adds the
-    finite-sample bias once more.
+    then too large, by at most √2; so it is where there are fewer samples than features. A percentile bootstrap is no
+    interval: drawing with replacement adds the finite-sample bias once more.
     """
     shift = 2 * (sample.mean - reference.mean)
     rest = torch.eye(len(shift)).to(sample.covariance) - optimal_map(sample.covariance, reference.covariance)

@@ -1,5 +1,6 @@
 """Statistics of reference data in files that other tools read too, and a cache for features that are costly."""
 
+import math
 import os
 import re
 import warnings
@@ -101,7 +102,7 @@ def _checked(path: Path, mean: np.ndarray, covariance: np.ndarray, n: int | None
     m, s = (torch.from_numpy(a.astype(np.float64)) for a in (mean, covariance))
     if not (m.isfinite().all() and s.isfinite().all()):
         raise refuse("mu or sigma holds NaN or infinity")
-    if (s - s.T).abs().max() > 100 * coarse * s.abs().max():
+    if (s - s.T).abs().max() > math.sqrt(coarse) * s.abs().max():
         raise refuse(f"sigma is not symmetric (by up to {(s - s.T).abs().max().item():.1e})")
     s = (s + s.T) / 2
     try:

@@ -1,8 +1,10 @@
 """Files of statistics as others read and write them, the cache of features, and the command that makes the files."""
 
+import io
 import re
 import threading
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from genmodels.metrics.reference import (
     read_statistics,
     write_statistics,
 )
-from genmodels.metrics.reference_command import main
+from genmodels.metrics.reference_command import main, statistics_of
 from genmodels.metrics.statistics import gaussian
 from genmodels.registry import ConfigError
 from tests.evaluation_fakes import Levels
@@ -92,10 +94,11 @@ def put(array, place, value):
         ({"mu_s": np.zeros(3), "sigma_s": np.eye(3)}, r"no 'mu'.*found nothing"),
         (spoilt("mu", lambda a: a[:3]), r"\[3\] and \[5, 5\]"),
         (spoilt("mu", lambda a: a[None]), r"\[1, 5\]"),
+        (spoilt("mu", lambda a: a[:, None]), r"\[5, 1\]"),
         (spoilt("sigma", lambda a: a[:, :3]), r"\[5\] and \[5, 3\]"),
         (spoilt("mu", lambda a: put(a, 2, np.nan)), "NaN"),
         (spoilt("sigma", lambda a: put(a, (1, 1), np.inf)), "infinity"),
-        (spoilt("sigma", lambda a: put(a, (0, 1), 0.5)), "not symmetric"),
+        (spoilt("sigma", lambda a: put(a, (0, 1), a[0, 1] + 1e-6)), "not symmetric"),
         (spoilt("sigma", lambda a: put(a, (1, 1), -0.5)), "no covariance.*negative eigenvalues"),
         (spoilt("sigma", lambda a: (a * 100).astype(np.int64)), "floating-point.*int64"),
         (moments() | {"n": np.array(1)}, "n must be at least 2"),
@@ -107,6 +110,12 @@ def test_what_is_no_mean_and_covariance_is_refused(tmp_path, arrays, words):
         read_statistics(stored(tmp_path / "bad.npz", **arrays))
 
 
+def test_rounding_may_make_a_covariance_not_quite_symmetric(tmp_path):
+    arrays = spoilt("sigma", lambda a: put(a, (0, 1), a[0, 1] + 1e-10))
+    read, _ = read_statistics(stored(tmp_path / "s.npz", **arrays))
+    assert torch.equal(read.covariance, read.covariance.T)
+
+
 def test_damaged_files_are_named(tmp_path):
     path = stored(tmp_path / "bad.npz", **moments())
     whole = path.read_bytes()
@@ -116,7 +125,9 @@ def test_damaged_files_are_named(tmp_path):
     single = (tmp_path / "single.npy").read_bytes()
     np.savez_compressed(tmp_path / "packed.npz", **moments())
     packed = bytearray((tmp_path / "packed.npz").read_bytes())
-    packed[100:110] = b"0123456789"
+    packed[60:64] = b"\xff" * 4  # no deflate stream
+    with pytest.raises(zlib.error):
+        dict(np.load(io.BytesIO(packed)))
     for data in (whole[: len(whole) // 2], flipped, packed, b"", b"<html>not found</html>", single):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"bad\.npz is no readable"):
@@ -293,6 +304,24 @@ def test_command_takes_a_folder_of_images_whole(tmp_path):
     assert np.allclose(np.sort(read.mean), np.sort(exact.mean(0))) and np.allclose(
         read.covariance.trace(), np.cov(exact.T).trace()
     )
+
+
+def test_an_extractor_is_made_ready_before_the_first_item():
+    class Ready(Pixels):
+        told = None
+
+        def start(self, dataset, device):
+            self.told = dataset, device
+
+        def __call__(self, x):
+            assert self.told == (data, torch.device("cpu"))
+            return super().__call__(x)
+
+    data = Levels()
+    found = statistics_of(Ready(), data, "test", torch.device("cpu"), 33)
+    assert found.n == 200 and torch.allclose(found.covariance, torch.cov(data.all("test").x.double().T))
+    with pytest.raises(ConfigError, match="'val' has 1 items"):
+        statistics_of(Ready(), Levels(sizes=(5, 1, 5)), "val", torch.device("cpu"), 33)
 
 
 @pytest.mark.parametrize(
