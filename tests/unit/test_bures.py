@@ -187,16 +187,13 @@ def test_stream_equals_batch_and_processes_merge():
     x = normal(500, 16) * torch.arange(1, 17) + 10
     whole = gaussian(x)
     assert torch.allclose(whole.covariance, torch.cov(x.T), rtol=1e-12, atol=1e-12)
-    shift = x[:3].mean(0)
-    parts = [Moments(shift), Moments(shift)]
+    parts = [Moments(x[:3].mean(0)), Moments(x[:3].mean(0))]
     for k, rows in enumerate(x.split(37)):
         parts[k % 2].update(rows)
     parts[0].merge(parts[1])
     merged = parts[0].gaussian()
-    assert merged.n == 500
-    assert torch.allclose(merged.mean, whole.mean, rtol=1e-12) and torch.allclose(
-        merged.covariance, whole.covariance, rtol=1e-12, atol=1e-12
-    )
+    assert merged.n == 500 and torch.allclose(merged.mean, whole.mean, rtol=1e-12)
+    assert torch.allclose(merged.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="same shift"):
         parts[0].merge(_about(x))
 

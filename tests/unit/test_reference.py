@@ -216,7 +216,13 @@ def _fewer(path):
     np.savez(path, **(arrays | {"features": arrays["features"][:-1], "ids": arrays["ids"][:-1]}))
 
 
-@pytest.mark.parametrize("damage", [_cut, _flip, _other, _fewer, lambda p: p.write_text("nothing")])
+def _torn(path):
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **(arrays | {"features": arrays["features"][:-1]}))
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _other, _fewer, _torn, lambda p: p.write_text("nothing")])
 def test_a_damaged_or_foreign_file_is_made_again(folder, damage):
     ask = Counted(Levels(), "train")
     first = ask.get()
