@@ -92,16 +92,16 @@ class Authenticity(Metric):
 
     memorised: how much nearer samples lie to training than to test items (`memorised_share`), 0 to 1; blurred or
     averaged samples, near to both, do not raise it. authenticity: share of samples farther from their nearest training
-    item than that is from its own nearest. nearer: the chance that a sample lies nearer to its nearest training item than
-    a test item does to its own; ½ for fresh data. Averages raise it, too, so it describes and flags nothing. copies: share
-    of samples equal to a training item. A model whose `memorised` exceeds a limit, or whose copies exceed those of the
-    test set, by more than 3 standard errors, is flagged.
+    item than that is from its own nearest. nearer: the chance that a sample lies nearer to its nearest training item
+    than a test item does to its own; ½ for fresh data. Averages raise it, too, so it describes and flags nothing.
+    copies: share of samples equal to a training item. A model whose `memorised` exceeds a limit, or whose copies exceed
+    those of the test set, by more than 3 standard errors, is flagged.
 
     Args:
         features: the space of the distances.
         limit: memorised share from which a model is flagged.
-    Source: Alaa et al. 2022 (How faithful is your synthetic data?), section 2, for authenticity; Meehan et al. 2020
-    (A non-parametric test to detect data-copying), section 4, without its cells, for nearer.
+    Source: Alaa et al. 2022 (How faithful is your synthetic data?), for authenticity; Meehan et al. 2020 (A
+    non-parametric test to detect data-copying), without its cells, for nearer.
     """
 
     requires = (SupportsSample,)

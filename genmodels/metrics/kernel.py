@@ -1,6 +1,5 @@
 """Squared maximum mean discrepancy (MMD²): KID with its cubic kernel, and with Gaussian kernels."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -23,7 +22,7 @@ BANDWIDTH_ITEMS = 1000
 def cubic(x: Tensor, y: Tensor) -> Tensor:
     """(x·y/D + 1)³.
 
-    Source: Bińkowski et al. 2018 (Demystifying MMD GANs), section 4.
+    Source: Bińkowski et al. 2018 (Demystifying MMD GANs).
     """
     return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
@@ -96,10 +95,10 @@ class Discrepancy(NamedTuple):
 def mmd(x: Tensor, y: Tensor, kernel: Kernel, own: Sums | None = None) -> Discrepancy:
     """1/(n(n-1)) Σ_{i≠j} k(x_i, x_j) + 1/(m(m-1)) Σ_{i≠j} k(y_i, y_j) - 2/(nm) Σ_ij k(x_i, y_j), never clipped.
 
-    Standard errors from the Hoeffding decomposition. The projection on one item, 2 g(y_j) with
-    g(y_j) = mean_{l≠j} k(y_j, y_l) - mean_i k(x_i, y_j), has variance 4 Var g, and the rest, ζ the variance of the doubly
-    centred kernel, 2 ζ_yy/m² (+ 2 ζ_xx/n² + 4 ζ_xy/(nm) if x, too, is drawn). The sample variance of g holds twice that
-    rest, which is taken off: where both laws are one nothing but the rest is left, and it does not vanish.
+    Standard errors from the Hoeffding decomposition. The projections 2 g(y_j) on single items, where
+    g(y_j) = mean_{l≠j} k(y_j, y_l) - mean_i k(x_i, y_j), give the variance 4 Var(g)/m. The rest, with ζ the variance of
+    the doubly centred kernel, gives 2 ζ_yy/m² (and 2 ζ_xx/n² + 4 ζ_xy/(nm) if x is drawn, too). 4/m times the sample
+    variance of g holds twice that rest, which is taken off; where both laws are one, only the rest is left.
 
     Args:
         x: [n, D].
@@ -189,8 +188,8 @@ def kid_of_subsets(fake: Tensor, real: Tensor, subsets: int, size: int) -> list[
 class KernelMetric(FeatureMetric):
     """MMD² between drawn samples and a split of the data; the kernel depends on the reference alone.
 
-    Unbiased at every sample size: 0 for a perfect sampler, and below 0 about every other time. The standard error is that
-    of the drawn samples, the reference held fixed, as ranks need it. A value more than 3 standard errors (of both
+    Unbiased at every sample size: 0 for a perfect sampler, and below 0 about every other time. The standard error is
+    that of the drawn samples, the reference held fixed, as ranks need it. A value more than 3 standard errors (of both
     samples) below 0 is flagged: samples nearer to the reference than fresh data are copies.
     """
 
@@ -221,20 +220,28 @@ class KernelMetric(FeatureMetric):
         found = mmd(self.real, z, self.kernel, self.own)
         flags = ("overlap_suspected",) if found.value < -SIGNIFICANT * found.stderr_of_both else ()
         return Estimate(
-            found.value, found.stderr, len(z), self.unit, "lower", "unbiased", self.known, flags=flags, detail=self.detail
+            found.value,
+            found.stderr,
+            len(z),
+            self.unit,
+            "lower",
+            "unbiased",
+            self.known,
+            flags=flags,
+            detail=self.detail,
         )
 
 
 @register(Metric, "kid")
 class KernelDistance(KernelMetric):
-    """Kernel distance: unbiased MMD² of features with the kernel (x·y/D + 1)³; KID if they are FID's Inception features.
+    """Kernel distance: unbiased MMD² of features with the kernel (x·y/D + 1)³; KID proper on FID's Inception features.
 
     Args:
         features: the extractor.
         reference: the split that samples are compared with.
         protocol: "full" takes all pairs of items; "subsets" the mean over 100 pairs of random subsets of 1000, drawn as
             torch-fidelity draws them. They overlap, so that their spread is no standard error and none is given.
-    Source: Bińkowski et al. 2018 (Demystifying MMD GANs), section 4.
+    Source: Bińkowski et al. 2018 (Demystifying MMD GANs).
     """
 
     detail = "all pairs"
@@ -277,8 +284,8 @@ class MaximumMeanDiscrepancy(KernelMetric):
         features: the extractor.
         reference: the split that samples are compared with, and that the bandwidth comes from.
         scales: the kernel is the mean over bandwidths of so many median distances.
-        permutations: of the pooled items, for a p-value of "one law" as a further estimate; 0 for none. Its smallest value
-            is 1/(1 + permutations).
+        permutations: of the pooled items, for a p-value of "one law" as a further estimate, at least
+            1/(1 + permutations); 0 for none.
     Source: Gretton et al. 2012 (A kernel two-sample test), lemma 6.
     """
 
@@ -291,9 +298,7 @@ class MaximumMeanDiscrepancy(KernelMetric):
     ) -> None:
         super().__init__(features, reference)
         if not scales or min(scales) <= 0 or permutations < 0:
-            raise ValueError(
-                f"mmd: scales must be > 0 and permutations >= 0, found scales = {scales}, permutations = {permutations}."
-            )
+            raise ValueError(f"mmd: scales must be > 0 and permutations >= 0, found {scales} and {permutations}.")
         self.scales, self.permutations = tuple(scales), permutations
         self.label = f"MMD2-{features.label}" + ("" if reference == "train" else f"-{reference}")
 

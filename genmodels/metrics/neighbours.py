@@ -118,28 +118,36 @@ def neighbours(x: Tensor, y: Tensor, k: int, own: bool = False) -> Neighbours:
     available = len(y) - own
     if not 1 <= k <= available:
         raise ValueError(f"neighbours: k must be from 1 to the {available} items there are to choose from, found {k}.")
-    found = [_settle(x, y, *near, k, own) for near in _candidates(x, y, min(k + SPARE, available), own)]
+    found = [_settle(x, y, near, k, own) for near in _candidates(x, y, min(k + SPARE, available), own)]
     return Neighbours(torch.cat([f.distances for f in found]), torch.cat([f.indices for f in found]))
 
 
-def _candidates(x: Tensor, y: Tensor, count: int, own: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each slice of rows, the numbers [r, count] of its seemingly nearest rows of y, and a distance [r] squared
-    that all others keep; infinity if there are no others."""
-    indices = floor = None
+class _Candidates(NamedTuple):
+    """Of a slice of rows: the numbers [r, c] of the seemingly nearest; a squared distance [r] that all others keep."""
+
+    rows: slice
+    indices: Tensor
+    floor: Tensor
+
+
+def _candidates(x: Tensor, y: Tensor, count: int, own: bool) -> Iterator[_Candidates]:
+    """The running `count` smallest over the columns; the floor is infinite if no others are left."""
+    squared, indices, bound = torch.empty(0), torch.empty(0), torch.zeros(())
     for block in blocks(x, y):
         if own:
             _forbid_own(block)
-        values, near = block.squared.topk(min(count, block.squared.shape[1]), 1, largest=False)
-        near = near + block.columns.start
-        if block.columns.start:
-            values, near = torch.cat([kept, values], 1), torch.cat([indices, near], 1)
-            values, order = values.topk(min(count, values.shape[1]), 1, largest=False)
-            near = near.gather(1, order)
-        kept, indices = values, near
-        bound = block.bound[:, 0] if not block.columns.start else torch.maximum(bound, block.bound[:, 0])
+        found = block.squared.topk(min(count, block.squared.shape[1]), 1, largest=False)
+        numbers = found.indices + block.columns.start
+        if block.columns.start == 0:
+            squared, indices, bound = found.values, numbers, block.bound[:, 0]
+        else:
+            squared, indices = torch.cat([squared, found.values], 1), torch.cat([indices, numbers], 1)
+            squared, order = squared.topk(min(count, squared.shape[1]), 1, largest=False)
+            indices, bound = indices.gather(1, order), torch.maximum(bound, block.bound[:, 0])
         if block.columns.stop == len(y):
-            floor = kept[:, -1] - bound if count < len(y) - own else torch.full_like(kept[:, -1], math.inf)
-            yield block.rows, indices, floor
+            alone = count == len(y) - own
+            floor = torch.full_like(bound, math.inf) if alone else squared[:, -1] - bound
+            yield _Candidates(block.rows, indices, floor)
 
 
 def _forbid_own(block: Block) -> None:
@@ -149,21 +157,21 @@ def _forbid_own(block: Block) -> None:
     block.squared[here, own[here]] = math.inf
 
 
-def _settle(x: Tensor, y: Tensor, rows: slice, indices: Tensor, floor: Tensor, k: int, own: bool) -> Neighbours:
+def _settle(x: Tensor, y: Tensor, near: _Candidates, k: int, own: bool) -> Neighbours:
     """The k nearest among the candidates, by exact distances; rows where others may be as near see all of y."""
-    indices = indices.sort(1).values
+    left, indices = x[near.rows], near.indices.sort(1).values
     part = max(1, BUDGET // (x.shape[1] * indices.shape[1]))
-    d = torch.cat([_pairs(x[rows][some], y[indices[some]]) for some in slices(len(indices), part)])
+    d = torch.cat([_pairs(left[some], y[indices[some]]) for some in slices(len(left), part)])
     d, order = d.sort(dim=1, stable=True)
     d, indices = d[:, :k].contiguous(), indices.gather(1, order)[:, :k].contiguous()
-    doubtful = (floor <= d[:, -1].square()).nonzero()[:, 0]
+    doubtful = (near.floor <= d[:, -1].square()).nonzero()[:, 0]
     for some in slices(len(doubtful), max(1, BUDGET // len(y))):
         chosen = doubtful[some]
-        every = _all_distances(x[rows][chosen], y)
+        every = _all_distances(left[chosen], y)
         if own:
-            every[torch.arange(len(chosen)), chosen + rows.start] = math.inf
-        nearest_first = every.sort(dim=1, stable=True)
-        d[chosen], indices[chosen] = nearest_first.values[:, :k], nearest_first.indices[:, :k]
+            every.scatter_(1, (chosen + near.rows.start)[:, None], math.inf)
+        sorted_ = every.sort(dim=1, stable=True)
+        d[chosen], indices[chosen] = sorted_.values[:, :k], sorted_.indices[:, :k]
     return Neighbours(d, indices)
 
 
