@@ -39,8 +39,10 @@ def block_size(features: int) -> tuple[int, int]:
 
 def mean(x: Tensor) -> Tensor:
     """[D] float64 mean of the rows, without a float64 copy of them all."""
-    parts = [x[rows].double().sum(0) for rows in slices(len(x), block_size(x.shape[1])[1])]
-    return torch.stack(parts).sum(0) / len(x)
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in slices(len(x), block_size(x.shape[1])[1]):
+        total += x[rows].double().sum(0)
+    return total / len(x)
 
 
 def squared_by_product(x: Tensor, y: Tensor) -> Tensor:
