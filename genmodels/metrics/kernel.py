@@ -144,7 +144,7 @@ def _rest(square: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def suspiciously_low(value: float, own: Sums, n: int, m: int) -> bool:
     """Whether MMD² lies below what m fresh samples reach against n reference items, about once in 700 times.
 
-    For one law MMD² ~ (1/n + 1/m) Σ_l λ_l (z_l² - 1), z_l standard normal and λ_l the eigenvalues of the centred kernel.
+    For one law MMD² ~ (1/n + 1/m) Σ_l λ_l (z_l² - 1), z_l standard normal, λ_l the eigenvalues of the centred kernel.
     It cannot fall below -(1/n + 1/m) Σ λ_l, where copies lie, and that may well be less than 3 standard deviations; so
     Σ λ_l z_l² is taken for a scaled χ² of ν = (Σ λ_l)²/Σ λ_l² degrees of freedom (Satterthwaite), and its cube root for
     normal (Wilson & Hilferty).

@@ -114,11 +114,11 @@ def test_closed_forms_are_those_of_the_literature():
     assert mmd_of_gaussians(1, 1.5, 1, 3, 2) == pytest.approx(0.102152, abs=5e-7)
 
 
-@pytest.mark.parametrize("count", [600, pytest.param(8000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [400, pytest.param(8000, marks=pytest.mark.slow)])
 def test_unbiased_where_both_laws_are_one(count):
     values = draws(count, 40, 60, 4, cubic)[:, 0]
     assert off_by(values, 0) < 4
-    assert 0.5 < (values < 0).double().mean() < 0.62  # not clipped: 56 % lie below
+    assert 0.48 < (values < 0).double().mean() < 0.66  # not clipped: 56 % lie below
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(8000, marks=pytest.mark.slow)])
@@ -160,8 +160,8 @@ def test_the_edge_of_chance_is_where_it_should_be():
     """A kernel x·y in ν dimensions: Σ λ z² is χ² with ν degrees of freedom, whose 0.135 % quantiles are tabulated."""
     from scipy.stats import chi2, norm
 
-    for dim in (8, 30, 200):
-        x, n = normal(4000, dim), 4000
+    for dim in (8, 100):
+        x, n = normal(2000, dim), 2000
         own = kernel_sums(lambda a, b: a @ b.T, x, x, own=True)
         edge = chi2.ppf(norm.cdf(-3), dim) / dim - 1  # relative to the lower bound
         bound = (1 / n + 1 / 100) * x.square().sum(1).mean().item()
