@@ -117,13 +117,11 @@ def measure(
     group = len(fake) if group is None else group
     _check(real, fake[:group], k)
     of_real = radii(real, k)
-    found = []
-    for part in fake.split(group):
-        whole = len(part) == group
-        of_fake = radii(part, k) if whole else torch.zeros(len(part)).to(of_real)
-        found.append(count_balls(real, part, of_real, of_fake, ties))
-    holding = torch.cat([balls.holding for balls in found])
-    whole = [balls for balls in found if len(balls.holding) == group]
+    parts = fake.split(group)
+    whole = [count_balls(real, part, of_real, radii(part, k), ties) for part in parts if len(part) == group]
+    none = of_real.new_zeros(len(parts[-1]))  # balls of fakes left over, which are too few for theirs to compare
+    rest = [count_balls(real, parts[-1], of_real, none, ties)] if len(parts) > len(whole) else []
+    holding = torch.cat([balls.holding for balls in whole + rest])
     alone = torch.stack([balls.alone.double() / len(real) for balls in whole])
     jackknife = (group - 1) / group * (alone - alone.mean(1, keepdim=True)).square().sum(1)
     recalled = torch.stack([balls.recalled.double().mean() for balls in whole])
