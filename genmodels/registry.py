@@ -289,6 +289,28 @@ def components(f: Callable, node: dict) -> Iterator[tuple[type, type]]:
                 yield from components(cls, value)
 
 
+def portable(f: Callable, node: dict) -> dict:
+    """A node resolved against `f` without what only says where things lie on this machine.
+
+    Components name such arguments in `local`: paths, whose contents matter and whose names do not.
+    """
+    kept = {"name": node["name"]} if "name" in node else {}
+    for name, hint, _ in arguments(f):
+        if name not in getattr(f, "local", ()):
+            kept[name] = _portable(hint, node[name])
+    return kept
+
+
+def _portable(hint: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_portable(hint, item) for item in value]
+    if value is not None and section(hint):
+        return portable(section(hint), value)
+    if value is not None and kind_of(hint):
+        return portable(member(kind_of(hint), value["name"], "name"), value)
+    return value
+
+
 def _base(kind_name: str) -> type:
     if kind_name not in kinds():
         known = ", ".join(sorted(kinds()))

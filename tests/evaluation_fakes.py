@@ -155,6 +155,7 @@ class Broken(_Base):
 class FakeConfig:
     def __init__(self, sections, seed=0, **extra):
         self.tree = {"name": "fake", "seed": seed, "data": {"name": "levels"}, "model": {"name": "fake"}, **extra}
+        self.tree["train"] = {"steps": 12}
         self.tree |= {"sample": {}, "likelihood": {}, "predict": {}} | sections
         self.protocols = ()
 

@@ -283,7 +283,6 @@ PROTOCOL = {
         {"name": "authenticity"},
         {"name": "bits_per_dim"},
         {"name": "accuracy"},
-        {"name": "cost"},
     ],
 }
 
@@ -336,7 +335,7 @@ def evaluation(folder: Path) -> dict[str, Any]:
             return super().sample(seeds)[: 49 if seeds[0] == 50 else 50]
 
     protocol = fakes.FakeProtocol(
-        fakes.Levels(), ["cost", "frechet", "bits_per_dim"], sample={"num_items": 200, "batch_size": 50}
+        fakes.Levels(), ["frechet", "bits_per_dim"], sample={"num_items": 200, "batch_size": 50}
     )
     run = fakes.FakeRun(folder / f"refuses-{processes.world()}", Refuses())
     fails = fakes.FakeRun(folder / "fails", Fails())

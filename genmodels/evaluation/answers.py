@@ -1,9 +1,11 @@
-"""The three questions that a model is asked, once per protocol: draw samples, score items, predict.
+"""The three questions that a model is asked, once per protocol: draw samples, score items, predict; and their price.
 
 Items are visited in batches of fixed seeds. Of several processes each answers every world-th batch, and the first one
 sees all answers in order: what metrics make of them does not depend on how many processes there are.
 """
 
+import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import Dataset
-from ..metrics.cost import count_evaluations
+from ..metrics.cost import count_evaluations, peak_memory, reset_peak_memory
 from ..metrics.features import FeatureExtractor, to_levels
 from ..model import Model
+from ..operations import count_operations
 from ..rng import generator
 from ..sampling import to_device
 from ..training import processes
@@ -38,16 +41,60 @@ Answer = tuple[Samples, Batch | None]
 Progress = Callable[[str, int, int], None]
 
 
+TIMED = 5  # batches that a median time rests on
+PATIENCE = 5.0  # seconds that may be spent on timing what has been answered already
+COUNTED = 2  # items whose operations are counted
+NAMED = 20  # failed answers that are named
+
+
 @dataclass
 class Bill:
-    """What a question has cost so far: items, seconds, and evaluations summed over items.
+    """What a question has cost so far.
 
-    Seconds are summed over processes: machine time, not waiting time.
+    Attributes:
+        items: how many were answered.
+        seconds: machine time, summed over processes.
+        evaluations: of the network, summed over items.
+        timings: seconds per item of each batch.
+        flops_per_item: operations of matrix products, convolutions and attention.
+        peak_memory: bytes, of the first process.
     """
 
     items: int = 0
     seconds: float = 0.0
     evaluations: float = 0.0
+    timings: list[float] = field(default_factory=list)
+    flops_per_item: int | None = None
+    peak_memory: int | None = None
+
+    def add(self, samples: Samples) -> None:
+        n = len(samples.seeds)
+        self.items += n
+        self.seconds += samples.seconds
+        self.evaluations += samples.nfe * n
+        self.timings.append(samples.seconds / n)
+
+    @property
+    def nfe(self) -> float:
+        return self.evaluations / max(self.items, 1)
+
+    @property
+    def seconds_per_item(self) -> float:
+        return statistics.median(self.timings)
+
+
+@dataclass
+class Failures:
+    """Answers that are not finite: how many of how many, and the seeds or item numbers of the first."""
+
+    items: int = 0
+    of: int = 0
+    first: list[int] = field(default_factory=list)
+
+    def add(self, samples: Samples, bad: Tensor) -> None:
+        self.items += int(bad.sum())
+        self.of += len(bad)
+        self.first += samples.seeds[bad].tolist()[: NAMED - len(self.first)]
 
 
 @dataclass(frozen=True)
@@ -68,6 +115,7 @@ class Interview:
     progress: Progress | None = None
     extractors: dict[str, FeatureExtractor] = field(default_factory=dict)
     bills: dict[str, Bill] = field(default_factory=dict)
+    failures: dict[str, Failures] = field(default_factory=dict)
 
     @property
     def dataset(self) -> Dataset:
@@ -76,21 +124,42 @@ class Interview:
     def ask(self, question: str, block: int = 0) -> Iterator[Answer]:
         """The answers to a question, batch by batch, on process 0; other processes share the work and see none.
 
+        Drawn items that are not finite are left out, and counted like likelihoods and predictions that are not.
+
         Raises:
             NotApplicable: if the model cannot answer in its configuration.
             ValueError: if an answer has the wrong shape.
         """
-        answer = {"sample": self._sample, "likelihood": self._score, "predict": self._predict}[question]
-        bill = self.bills.setdefault(question, Bill())
+        bill, failures = self.bills.setdefault(question, Bill()), self.failures.setdefault(question, Failures())
         total, done = self._count(question), 0
-        for samples, batch in processes.in_order(self._batches(question, block), answer):
-            bill.items += len(samples.seeds)
-            bill.seconds += samples.seconds
-            bill.evaluations += samples.nfe * len(samples.seeds)
-            yield samples, batch
+        reset_peak_memory(self.model.device)
+        for samples, batch in processes.in_order(self._batches(question, block), self._answer(question)):
+            bill.add(samples)
+            bad = ~_finite(samples)
+            failures.add(samples, bad)
             done += len(samples.seeds)
+            yield (_without(samples, bad) if question == "sample" else samples), batch
             if self.progress is not None:
                 self.progress(question, done, total)
+        if processes.main():
+            bill.peak_memory = max(filter(None, (bill.peak_memory, peak_memory(self.model.device))), default=None)
+
+    def price(self, question: str) -> None:
+        """Complete the bill of an answered question: time the first batch again until the median rests on `TIMED`
+        batches, or `PATIENCE` runs out, and count the operations of a few items."""
+        bill, rows = self.bills[question], self._batches(question, 0)[0]
+        answer = dataclasses.replace(self, extractors={})._answer(question)
+        with count_operations() as counted:
+            few = len(answer(rows[:COUNTED])[0].seeds)
+        bill.flops_per_item = counted.total // few
+        spent = 0.0
+        while len(bill.timings) < TIMED and spent < PATIENCE:
+            again = answer(rows)[0].seconds
+            bill.timings.append(again / len(rows))
+            spent += again
+
+    def _answer(self, question: str) -> Callable[[Tensor], Answer]:
+        return {"sample": self._sample, "likelihood": self._score, "predict": self._predict}[question]
 
     def _count(self, question: str) -> int:
         if question == "sample":
@@ -117,8 +186,9 @@ class Interview:
                 f"sample: the model answered {len(seeds)} seeds with shape {list(x.shape)}; "
                 f"[{len(seeds)}, {', '.join(map(str, self.dataset.shape))}] is needed."
             )
-        x = to_levels(x.cpu(), self.dataset)
+        x = x.cpu()
         finite = x.flatten(1).isfinite().all(1)
+        x = torch.where(expand_like(finite, x), to_levels(x, self.dataset), torch.nan)  # infinity is no level
         features = {name: _features(extract, x, finite) for name, extract in self.extractors.items()}
         return Samples(seeds, x=x, condition=condition, features=features, **cost), None
 
@@ -157,6 +227,25 @@ class Interview:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def _finite(samples: Samples) -> Tensor:
+    """[n] bool: which answers hold neither NaN nor infinity."""
+    likelihood = None if samples.likelihood is None else samples.likelihood.value
+    given = next(v for v in (samples.x, likelihood, samples.prediction) if v is not None)
+    return given.flatten(1).isfinite().all(1) if given.ndim > 1 else given.isfinite()
+
+
+def _without(samples: Samples, bad: Tensor) -> Samples:
+    """Drawn items but the bad ones."""
+    if not bad.any():
+        return samples
+    keep: Callable[[Tensor], Tensor] = lambda v: v[~bad]  # noqa: E731
+    condition, features = samples.condition, samples.features or {}
+    kept = {key: keep(v) for key, v in condition.items()} if isinstance(condition, dict) else condition
+    kept = keep(condition) if isinstance(condition, Tensor) else kept
+    found = {name: keep(v) for name, v in features.items()}
+    return dataclasses.replace(samples, seeds=keep(samples.seeds), x=keep(samples.x), condition=kept, features=found)
 
 
 def _features(extract: FeatureExtractor, x: Tensor, finite: Tensor) -> Tensor:

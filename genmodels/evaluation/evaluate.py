@@ -4,36 +4,37 @@ Several processes share the batches of every question; metrics live on the first
 """
 
 import argparse
-import dataclasses
 import math
 import shutil
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..commands import guarded
 from ..config import ANSWERS, dotlist
+from ..data.dataset import Dataset
 from ..hashing import digest
 from ..metrics.cost import num_parameters
-from ..metrics.metric import Metric, Subject
+from ..metrics.metric import Metric
 from ..model import Model
-from ..registry import ConfigError
+from ..registry import ConfigError, member
+from ..sampling import write_picture
 from ..training import processes
 from ..training.provenance import provenance
 from ..training.run import Run
-from ..types import Estimate, NotApplicable
 from .answers import QUESTIONS, Bill, Interview, Progress
-from .protocol import FOLDER, Protocol
-from .results import SCHEMA, Items, Result, combine, describe_estimate, identify, write
+from .measure import Findings, measure
+from .protocol import FOLDER, Protocol, tree_of
+from .results import COMPANIONS, SCHEMA, Companions, Items, Result, ResultError, describe_estimate, read, write
 from .tables import describe_result
 
 PUBLISHED = FOLDER.parent / "results"
-Estimates = dict[tuple[int, str], Estimate]
 
 
 def evaluate(
@@ -67,27 +68,26 @@ def evaluate(
         options = {question: run.config.options(question, (overrides or {}).get(question)) for question in answers}
         interview = Interview(model, protocol, options, progress)
         metrics = protocol.metrics()
-        estimates, ids, refused = measure(interview, metrics, device)
+        findings = measure(interview, metrics, device)
 
     def written() -> Result:
-        result = {
+        bills, failures = interview.bills, interview.failures
+        facts = {
             "schema": SCHEMA,
             "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "run": run.name,
             "model": _facts(run, model, weights),
             "protocol": _identity(protocol),
-            "answers": {question: answers[question] for question in interview.bills},
+            "answers": {question: answers[question] for question in bills},
             "overridden": any(answers[q] != run.config.answer(q) for q in answers),
-            "metrics": [_row(entry, metrics[entry], name, found) for (entry, name), found in estimates.items()],
-            "not_applicable": refused,
-            "cost": {question: _cost(protocol, question, bill) for question, bill in interview.bills.items()},
+            "metrics": _rows(metrics, findings),
+            "not_applicable": findings.refused,
+            "failures": {q: vars(failed) for q, failed in failures.items() if failed.items},
+            "cost": {question: _cost(protocol, question, bill) for question, bill in bills.items()},
             **_circumstances(run, device),
             "seconds": round(time.perf_counter() - began, 3),
-            "provenance": "measured",
         }
-        result["id"] = identify(result)
-        write(result_path(run.path, result), result, _per_item(estimates, ids))
-        return result
+        return write(result_path(run.path, facts), facts, Companions(_per_item(findings), _grid(protocol, findings)))
 
     return processes.by_main(written)
 
@@ -115,114 +115,23 @@ def _answers(run: Run, model: Model, overrides: dict[str, Any]) -> dict[str, dic
     return {question: run.config.answer(question, overrides.get(question)) for question in able}
 
 
-def measure(
-    interview: Interview, metrics: Sequence[Metric], device: torch.device
-) -> tuple[Estimates, dict[int, Tensor], dict[str, str]]:
-    """Every estimate by (position of its metric, name), the item numbers behind them, and why metrics were left out.
-
-    Each question is asked once, for all metrics that want it; a metric that takes any of several capabilities gets the
-    first that the model can answer. Estimates and numbers are found on process 0 alone.
-
-    Raises:
-        ConfigError: if two metrics give estimates of one name.
-    """
-    waiting, refused = processes.by_main(lambda: _begin(interview, metrics, device))
-    estimates: Estimates = {}
-    ids: dict[int, Tensor] = {}
-    while waiting:
-        question = next(iter(waiting.values()))[0]
-        asked = {entry: metrics[entry] for entry, wanted in waiting.items() if wanted[0] == question}
-        try:
-            with processes.together():
-                found, numbers = _ask(interview, question, asked)
-        except NotApplicable as reason:
-            interview.bills.pop(question, None)
-            for entry, metric in asked.items():
-                waiting[entry].remove(question)
-                if processes.main():
-                    metric.restart()
-                if not waiting[entry]:
-                    refused[metric.registered_name] = str(reason)
-                    waiting.pop(entry)
-            continue
-        estimates |= found
-        ids |= dict.fromkeys(asked, numbers)
-        waiting = {entry: wanted for entry, wanted in waiting.items() if entry not in asked}
-    return _ordered(estimates), ids, refused
-
-
-def _begin(
-    interview: Interview, metrics: Sequence[Metric], device: torch.device
-) -> tuple[dict[int, list[str]], dict[str, str]]:
-    """Start every metric that applies; the questions that may feed it, in its order of preference; why others don't."""
-    protocol, waiting, refused = interview.protocol, {}, {}
-    size = max(asked.batch_size for asked in (protocol.sample, protocol.likelihood, protocol.predict))
-    subject = Subject(interview.model, interview.dataset, device, size)
-    name_of = {capability: question for question, capability in QUESTIONS.items()}
-    for entry, metric in enumerate(metrics):
-        able = [name_of[c] for c in metric.requires if isinstance(interview.model, c)]
-        try:
-            if not able:
-                raise NotApplicable(f"needs {' or '.join(name_of[c] for c in metric.requires)}")
-            metric.start(subject)
-        except NotApplicable as reason:
-            refused[metric.registered_name] = str(reason)
-        else:
-            waiting[entry] = able
-    return waiting, refused
-
-
-def _ask(interview: Interview, question: str, metrics: dict[int, Metric]) -> tuple[Estimates, Tensor]:
-    """Hand the answers to a question to all metrics, block by block; nothing on processes that see no answers."""
-    blocks: list[Estimates] = []
-    numbers: list[Tensor] = []
-    for block in range(interview.protocol.sample.blocks if question == "sample" else 1):
-        for metric in metrics.values() if block and processes.main() else ():
-            metric.restart()
-        for samples, batch in interview.ask(question, block):
-            numbers.append(samples.seeds)
-            for metric in metrics.values():
-                metric.update(samples, batch)
-        if processes.main():
-            blocks.append({(e, name): got for e, m in metrics.items() for name, got in m.compute().items()})
-    if not blocks:
-        return {}, torch.empty(0, dtype=torch.int64)
-    return {key: mean_over_blocks([block[key] for block in blocks]) for key in blocks[0]}, torch.cat(numbers)
-
-
-def mean_over_blocks(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates of one thing.
-
-    Its standard error is the larger of sd/√k and, if all have one, their root mean square over √k.
-    """
-    if len(estimates) == 1:
-        return estimates[0]
-    value, stderr = combine([e.value for e in estimates], [e.stderr for e in estimates])
-    first, flags = estimates[0], dict.fromkeys(flag for e in estimates for flag in e.flags)
-    n = sum(e.n for e in estimates)
-    return dataclasses.replace(first, value=value, stderr=stderr, n=n, items=None, flags=tuple(flags))
-
-
-def _ordered(estimates: Estimates) -> Estimates:
-    names = [name for _, name in estimates]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"metrics: two of the protocol's metrics both report '{twice}'; keep one of them.")
-    return dict(sorted(estimates.items(), key=lambda pair: pair[0][0]))
-
-
 def _identity(protocol: Protocol) -> dict[str, Any]:
     return {
         "name": protocol.name,
         "version": protocol.version,
         "hash": protocol.hash,
         "data_fingerprint": protocol.data_fingerprint,
-        "tree": protocol.tree,
+        "tree": protocol.portable,
     }
 
 
-def _row(entry: int, metric: Metric, name: str, estimate: Estimate) -> dict[str, Any]:
-    return describe_estimate(entry, metric.registered_name, metric.version, name, estimate)
+def _rows(metrics: Sequence[Metric], findings: Findings) -> list[dict[str, Any]]:
+    return [
+        describe_estimate(
+            entry, metrics[entry].registered_name, metrics[entry].version, findings.questions[entry], name, estimate
+        )
+        for (entry, name), estimate in findings.estimates.items()
+    ]
 
 
 def _facts(run: Run, model: Model, weights: str | None) -> dict[str, Any]:
@@ -234,6 +143,7 @@ def _facts(run: Run, model: Model, weights: str | None) -> dict[str, Any]:
         "config": tree,
         "seed": tree["seed"],
         "step": run.step_of(name),
+        "steps": tree["train"]["steps"],
         "samples_seen": run.samples_seen * run.step_of(name) // max(run.step, 1),
         "weights": name,
         "parameters": num_parameters(model),
@@ -255,18 +165,30 @@ def _circumstances(run: Run, device: torch.device) -> dict[str, Any]:
 def _cost(protocol: Protocol, question: str, bill: Bill) -> dict[str, Any]:
     return {
         "items": bill.items,
-        "nfe": bill.evaluations / max(bill.items, 1),
+        "nfe": bill.nfe,
         "seconds": round(bill.seconds, 6),
+        "seconds_per_item": bill.seconds_per_item,
         "batch_size": getattr(protocol, question).batch_size,
+        "flops_per_item": bill.flops_per_item,
+        "peak_memory": bill.peak_memory,
     }
 
 
-def _per_item(estimates: Estimates, ids: dict[int, Tensor]) -> dict[str, Items]:
+def _per_item(findings: Findings) -> dict[str, Items]:
     return {
-        name: Items(ids[entry].numpy(), estimate.items.double().numpy())
-        for (entry, name), estimate in estimates.items()
+        name: Items(findings.ids[entry].numpy(), estimate.items.double().cpu().numpy())
+        for (entry, name), estimate in findings.estimates.items()
         if estimate.items is not None and math.isfinite(estimate.value)
     }
+
+
+def _grid(protocol: Protocol, findings: Findings) -> bytes | None:
+    """A PNG of the first drawn items, for data that can be drawn."""
+    if findings.shown is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        picture = write_picture(Path(folder) / "grid", findings.shown, protocol.dataset, {})
+        return picture.read_bytes() if picture.suffix == ".png" else None
 
 
 def result_path(run: Path, result: Result) -> Path:
@@ -278,12 +200,27 @@ def result_path(run: Path, result: Result) -> Path:
 
 
 def publish(path: Path, result: Result, folder: Path = PUBLISHED) -> Path:
-    """Copy a result and its per-item values to `<folder>/<protocol>/<run>/`, where the leaderboard is made from."""
+    """Copy a result and its companions to `<folder>/<protocol>/<run>/`, where the leaderboard is made from.
+
+    Raises:
+        ConfigError: if there are results of another run of that name.
+    """
     target = folder / result["protocol"]["name"] / result["run"] / path.name
+    for other in sorted(target.parent.glob("*.json")):
+        try:
+            found = read(other)[0]["model"]["config_hash"]
+        except ResultError:
+            continue  # of another schema: it is replaced, or the leaderboard names it
+        if found != result["model"]["config_hash"]:
+            raise ConfigError(
+                f"{other.parent} holds results of another configuration ({found}) that is called '{result['run']}' "
+                f"too, and this one is {result['model']['config_hash']}. Train it under another name (name=…), or "
+                "remove that folder."
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
-    for source in (path.with_suffix(".npz"), path):
-        if source.is_file():
-            shutil.copyfile(source, target.with_suffix(source.suffix))
+    for suffix in (*COMPANIONS.values(), ".json"):
+        if path.with_suffix(suffix).is_file():
+            shutil.copyfile(path.with_suffix(suffix), target.with_suffix(suffix))
     return target
 
 
@@ -302,6 +239,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs, and overrides such as sample.num_steps=10")
     parser.add_argument(
         "--protocol", action="append", help="name or file of a protocol (default: those of the run's `eval:` section)"
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="KEY=PATH",
+        help="where the protocol's data lie, e.g. path=~/pictures (default: where the run's lie, if it has the same)",
     )
     parser.add_argument("--weights", help="model, best or ema-<value> (default: the first average)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
@@ -325,12 +269,31 @@ def _evaluate_all(given: argparse.Namespace, device: torch.device) -> None:
         if not names:
             known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
             raise ConfigError(f"{folder}: its configuration names no protocol; add --protocol, one of {known}.")
-        for protocol in [Protocol.load(name) for name in names]:
+        _warn_if_unfinished(run)
+        for protocol in [Protocol.load(name, _places(run, name, given.data)) for name in names]:
             result = evaluate(run, protocol, weights=given.weights, overrides=overrides, device=device, progress=_tell)
             if processes.main():
                 path = result_path(run.path, result)
                 path = publish(path, result) if given.publish else path
                 print(f"{describe_result(result)}\n  written to {path}\n")
+
+
+def _places(run: Run, name: str, given: Sequence[str]) -> dict[str, Any]:
+    """Where the data of a protocol lie: as given, or where those of the run lie if it is the same data set."""
+    node, data = tree_of(name).get("dataset"), run.config.tree["data"]
+    asked = node.get("name") if isinstance(node, dict) else node
+    local = getattr(member(Dataset, data["name"], "data"), "local", ()) if asked == data["name"] else ()
+    return {key: data[key] for key in local} | dotlist(given)
+
+
+def _warn_if_unfinished(run: Run) -> None:
+    step, steps = run.step, run.config.tree["train"]["steps"]
+    if step < steps and processes.main():
+        warnings.warn(
+            f"{run.path}: its training is at step {step:,} of {steps:,}; the leaderboard will not rank it. Finish it: "
+            f"python train.py {run.path}",
+            stacklevel=2,
+        )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
 """A protocol: which data, which questions, which metrics; frozen in a YAML file and named by a hash."""
 
-import difflib
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from omegaconf import MISSING
 
 from .. import registry
-from ..config import read
+from ..config import import_code, overlay, read
 from ..data.dataset import Dataset
 from ..hashing import digest
 from ..metrics.metric import Metric
 from ..registry import ConfigError
+from ..schema import near
 
 FOLDER = Path(__file__).resolve().parents[2] / "evals" / "protocols"
+SUFFIXES = (".yaml", ".yml")
 
 
 def _at_least(section: str, values: dict[str, int | None]) -> None:
@@ -50,13 +54,15 @@ class Scoring:
     Args:
         split: of the protocol's data.
         num_items: the first so many; null for all.
-        draws: passes with fresh randomness (dequantisation, probes), averaged per item before anything else.
+        draws: passes with fresh randomness (dequantisation, probes), combined per item before anything else.
+        combine: "mean" of log p, or the log of the mean of p ("importance"), a tighter bound for exact densities.
         batch_size: items per call.
     """
 
     split: Literal["train", "val", "test"] = "test"
     num_items: int | None = None
     draws: int = 1
+    combine: Literal["mean", "importance"] = "mean"
     batch_size: int = 256
 
     def __post_init__(self) -> None:
@@ -103,13 +109,15 @@ class Protocol:
         tree: everything it says, with every default filled in, as plain data.
     Args:
         tree: nested dictionaries and lists as in a protocol file.
+        places: where the data lie on this machine: arguments of the data set that it calls `local`. They are no part
+            of the hash, which has the contents.
     Raises:
         ConfigError: naming the first key that does not fit.
     """
 
-    def __init__(self, tree: dict) -> None:
-        registry_imports(tree)
-        self.tree = registry.validate(Sections, tree, "")
+    def __init__(self, tree: dict, places: dict[str, Any] | None = None) -> None:
+        import_code(tree)
+        self.tree = registry.validate(Sections, _placed(tree, places or {}), "")
         if not self.tree["metrics"]:
             raise ConfigError("metrics: at least one is needed.")
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
@@ -117,23 +125,14 @@ class Protocol:
         self.sample, self.likelihood, self.predict  # noqa: B018  (their own checks run now, not in the middle)
 
     @classmethod
-    def load(cls, name: str | Path) -> "Protocol":
-        """The protocol of that name in evals/protocols, or of that file.
+    def load(cls, name: str | Path, places: dict[str, Any] | None = None) -> "Protocol":
+        """The protocol of that name in evals/protocols, or of that file; `places` as in the constructor.
 
         Raises:
             ConfigError: if there is none, naming those that there are.
         """
-        if Path(name).suffix in (".yaml", ".yml"):
-            return cls(read(name))
-        known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise ConfigError(
-                f"no protocol is called '{name}'.{hint} Known: {', '.join(known) or 'none'} (in {FOLDER})."
-            )
-        found = cls(read(FOLDER / f"{name}.yaml"))
-        if found.name != name:
+        found = cls(tree_of(name), places)
+        if Path(name).suffix not in SUFFIXES and found.name != name:
             raise ConfigError(f"{FOLDER / name}.yaml: calls itself '{found.name}'; file name and `name:` must agree.")
         return found
 
@@ -172,20 +171,56 @@ class Protocol:
         return self.dataset.fingerprint()
 
     @cached_property
+    def portable(self) -> dict[str, Any]:
+        """`tree` without what only says where things lie on this machine."""
+        return registry.portable(Sections, self.tree)
+
+    @cached_property
     def hash(self) -> str:
         """12 hexadecimal digits of everything that decides a number: the file's contents (but its description),
         versions and fingerprints of the metrics, and the data. Results under different hashes never share a table."""
-        facts = {key: value for key, value in self.tree.items() if key not in ("description", "imports")}
+        facts = {key: value for key, value in self.portable.items() if key not in ("description", "imports")}
         parts = [[metric.version, metric.fingerprint] for metric in self.metrics()]
         return digest({"protocol": facts, "metrics": parts, "data": self.data_fingerprint})
 
 
-def registry_imports(tree: dict) -> None:
-    """Register the outside code that `imports:` names."""
-    import importlib
+def tree_of(name: str | Path) -> dict[str, Any]:
+    """What the protocol file of a name, or that file, says; not checked yet.
 
-    for module in tree.get("imports") or ():
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"imports: cannot import '{module}': {error}.") from error
+    Raises:
+        ConfigError: if there is none, naming those that there are.
+    """
+    if Path(name).suffix in SUFFIXES:
+        return read(name)
+    known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(
+            f"no protocol is called '{name}'.{near(name, known)} Known: {', '.join(known) or 'none'} (in {FOLDER})."
+        )
+    return read(FOLDER / f"{name}.yaml")
+
+
+def _placed(tree: dict, places: dict[str, Any]) -> dict:
+    """The tree with the places of the data set filled in.
+
+    Raises:
+        ConfigError: if a place is no such argument of the data set, or if one is missing still.
+    """
+    node = tree.get("dataset")
+    node = {"name": node} if isinstance(node, str) else node
+    if not isinstance(node, dict) or "name" not in node:
+        return tree
+    cls = registry.member(Dataset, node["name"], "dataset")
+    local = getattr(cls, "local", ())
+    wrong = next((key for key in places if key not in local), None)
+    if wrong is not None:
+        known = ", ".join(local) or "none"
+        raise ConfigError(f"--data {wrong}: '{node['name']}' has no such place. Its places: {known}.")
+    node = overlay(copy.deepcopy(node), places)
+    missing = [key for key in local if node.get(key) == MISSING]
+    if missing:
+        raise ConfigError(
+            f"protocol '{tree.get('name')}': where are its data? Add --data {missing[0]}=<path>, or evaluate a run "
+            f"that was trained on {node['name']}."
+        )
+    return {**tree, "dataset": node}

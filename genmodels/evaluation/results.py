@@ -1,10 +1,12 @@
-"""Result files: one immutable JSON per checkpoint, protocol and options, with per-item values beside it."""
+"""Result files: one immutable JSON per checkpoint, protocol and options, with per-item values and a picture beside it.
+
+The JSON holds the checksums of its companions and is written last: files of different evaluations never pass for one.
+"""
 
 import hashlib
+import io
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..files import write_text
+from ..files import new_file, write_text
 from ..hashing import canonical
 from ..types import Estimate
 
-SCHEMA = "genmodels.result/1"
+SCHEMA = "genmodels.result/2"
 BOARD_FILE = "leaderboard.json"
+COMPANIONS = {"items": ".npz", "grid": ".png"}
 Result = dict[str, Any]
 
 
@@ -32,19 +35,13 @@ class Map:
     values: Any
 
 
-@dataclass(frozen=True)
-class Since:
-    """A key that results written before its time lack."""
-
-    values: Any
-
-
 NUMBER, COUNT, TEXT, FLAG, ANY = (int, float), (int,), (str,), (bool,), object()
 OPTIONAL = type(None)
 
 METRIC = {
     "entry": COUNT,  # position of the metric in the protocol
     "metric": TEXT,
+    "question": frozenset(("sample", "likelihood", "predict")),
     "version": COUNT,
     "name": TEXT,
     "value": (*NUMBER, OPTIONAL),  # null: not finite, and flagged "failed"
@@ -53,9 +50,20 @@ METRIC = {
     "unit": TEXT,
     "better": frozenset(("lower", "higher", "none")),
     "kind": TEXT,
+    "detail": TEXT,
     "references": Map(NUMBER),
     "flags": [TEXT],
     "per_item": FLAG,  # whether the .npz holds the values of the items
+    "blocks": [NUMBER],  # values of independent blocks of seeds, where the value is their mean
+}
+COST = {
+    "items": COUNT,
+    "nfe": NUMBER,  # evaluations of the network per item
+    "seconds": NUMBER,  # of all batches, summed over processes
+    "seconds_per_item": NUMBER,  # median over batches
+    "batch_size": COUNT,
+    "flops_per_item": (*COUNT, OPTIONAL),  # matrix products, convolutions and attention; two for a multiply-add
+    "peak_memory": (*COUNT, OPTIONAL),  # bytes: allocated on a GPU, resident of the process on a CPU
 }
 SPECIFICATION = {
     "schema": frozenset((SCHEMA,)),
@@ -69,6 +77,7 @@ SPECIFICATION = {
         "config": ANY,
         "seed": COUNT,
         "step": COUNT,
+        "steps": COUNT,  # that the configuration asks for
         "samples_seen": COUNT,
         "weights": TEXT,
         "parameters": COUNT,
@@ -79,7 +88,8 @@ SPECIFICATION = {
     "overridden": FLAG,  # whether they differ from those of the run's configuration
     "metrics": [METRIC],
     "not_applicable": Map(TEXT),
-    "cost": Map({"items": COUNT, "nfe": NUMBER, "seconds": NUMBER, "batch_size": COUNT}),
+    "failures": Map({"items": COUNT, "of": COUNT, "first": [COUNT]}),  # answers that were not finite, by question
+    "cost": Map(COST),
     "training": {
         "commit": (*TEXT, OPTIONAL),
         "dirty": (*FLAG, OPTIONAL),
@@ -94,10 +104,10 @@ SPECIFICATION = {
         "hardware": TEXT,
         "device": TEXT,
         "threads": COUNT,
-        "world_size": Since(COUNT),  # processes that shared the questions; `cost` sums their seconds
+        "world_size": COUNT,  # processes that shared the questions
     },
     "seconds": NUMBER,
-    "provenance": frozenset(("measured", "reported")),
+    "artifacts": {"items": (*TEXT, OPTIONAL), "grid": (*TEXT, OPTIONAL)},  # SHA-256 of `.npz` and `.png` beside it
 }
 
 
@@ -105,8 +115,14 @@ def check(result: Any) -> Result:
     """The result itself if it follows the schema; keys that begin with "x-" are free.
 
     Raises:
-        ResultError: naming the first key that is missing, unknown, of a wrong type, or not finite.
+        ResultError: naming the first key that is missing, unknown, of a wrong type, or not finite; or another schema.
     """
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if isinstance(schema, str) and schema.startswith("genmodels.result/") and schema != SCHEMA:
+        raise ResultError(
+            f"it follows the schema {schema}, and this version reads {SCHEMA}. Evaluate the run again, or read the "
+            "result with the version that wrote it."
+        )
     _check(result, SPECIFICATION, "result")
     if result["id"] != identify(result):
         raise ResultError(
@@ -129,8 +145,6 @@ def _check(value: Any, spec: Any, where: str) -> None:
         _check_type(value, (dict,), where)
         for key, item in value.items():
             _check(item, spec.values, f"{where}.{key}")
-    elif isinstance(spec, Since):
-        _check(value, spec.values, where)
     elif isinstance(spec, dict):
         _check_keys(value, spec, where)
     else:
@@ -139,7 +153,7 @@ def _check(value: Any, spec: Any, where: str) -> None:
 
 def _check_keys(value: Any, spec: dict, where: str) -> None:
     _check_type(value, (dict,), where)
-    missing = [key for key, values in spec.items() if key not in value and not isinstance(values, Since)]
+    missing = [key for key in spec if key not in value]
     unknown = [key for key in value if key not in spec and not key.startswith("x-")]
     if missing or unknown:
         what = f"'{missing[0]}' is missing" if missing else f"'{unknown[0]}' is unknown (own keys begin with 'x-')"
@@ -168,13 +182,16 @@ def identify(result: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical({k: v for k, v in result.items() if k != "id"}).encode()).hexdigest()
 
 
-def describe_estimate(entry: int, metric: str, version: int, name: str, estimate: Estimate) -> dict[str, Any]:
+def describe_estimate(
+    entry: int, metric: str, version: int, question: str, name: str, estimate: Estimate
+) -> dict[str, Any]:
     """An estimate as plain data; a value that is not finite becomes null with the flag "failed"."""
     failed = not math.isfinite(estimate.value)
     return {
         "entry": entry,
         "metric": metric,
         "version": version,
+        "question": question,
         "name": name,
         "value": None if failed else estimate.value,
         "stderr": _finite(None if failed else estimate.stderr),
@@ -182,9 +199,11 @@ def describe_estimate(entry: int, metric: str, version: int, name: str, estimate
         "unit": estimate.unit,
         "better": estimate.better,
         "kind": estimate.kind,
+        "detail": estimate.detail,
         "references": {k: v for k, v in (estimate.references or {}).items() if math.isfinite(v)},
         "flags": [*estimate.flags, *(["failed"] if failed else [])],
         "per_item": estimate.items is not None and not failed,
+        "blocks": [] if failed else list(estimate.blocks),
     }
 
 
@@ -211,59 +230,89 @@ class Items(NamedTuple):
     values: np.ndarray
 
 
-def write(path: Path, result: Result, items: Mapping[str, Items]) -> None:
-    """Write a result and its per-item values `<path>.npz`, each in one step; the result last.
+class Companions(NamedTuple):
+    """What lies beside a result.
 
+    Args:
+        items: per-item values by the name of their estimate.
+        grid: a PNG of the first drawn items.
+    """
+
+    items: Mapping[str, Items]
+    grid: bytes | None
+
+
+def write(path: Path, facts: Mapping[str, Any], beside: Companions) -> Result:
+    """Write a result and its companions, each in one step, the result last; the complete result.
+
+    Args:
+        facts: all of a result but its artifacts and its id.
     Raises:
         ResultError: if the result does not follow the schema.
         OSError: if the disk is full; an earlier result at that path is untouched.
     """
+    contents = {"items": _arrays(beside.items), "grid": beside.grid}
+    sums = {name: None if data is None else hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    result = {**facts, "artifacts": sums}
+    result["id"] = identify(result)
     text = json.dumps(check(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{name}.{part}": getattr(item, part) for name, item in items.items() for part in Items._fields}
-    if arrays:
-        _write_arrays(path.with_suffix(".npz"), arrays)
-    else:
-        path.with_suffix(".npz").unlink(missing_ok=True)
+    for name, data in contents.items():
+        if data is not None:
+            with new_file(path.with_suffix(COMPANIONS[name])) as file:
+                file.write(data)
     write_text(path, text)
+    for name, data in contents.items():
+        if data is None:
+            path.with_suffix(COMPANIONS[name]).unlink(missing_ok=True)
+    return result
 
 
-def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _arrays(items: Mapping[str, Items]) -> bytes | None:
+    """The .npz of per-item values; None if there are none."""
+    if not items:
+        return None
+    buffer = io.BytesIO()
+    arrays = {f"{name}.{part}": getattr(item, part) for name, item in items.items() for part in Items._fields}
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
 
 
-def read(path: Path) -> tuple[Result, dict[str, Items]]:
-    """A result and the per-item values beside it; without that file there are none.
+def read(path: Path) -> tuple[Result, Companions]:
+    """A result and what lies beside it; companions that are missing are left out.
 
     Raises:
-        ResultError: naming the file, if it is no result.
+        ResultError: naming the file, if it is no result, or if a companion belongs to another one.
     """
     try:
         result = check(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ResultError(f"{path}: {error}") from None
-    names = [m["name"] for m in result["metrics"] if m["per_item"]]
-    file = path.with_suffix(".npz")
-    if not (names and file.is_file()):
-        return result, {}
-    with np.load(file, allow_pickle=False) as arrays:
-        found = [n for n in names if f"{n}.ids" in arrays and f"{n}.values" in arrays]
-        return result, {n: Items(arrays[f"{n}.ids"], arrays[f"{n}.values"]) for n in found}
+    found = {name: _companion(path, name, expected) for name, expected in result["artifacts"].items()}
+    if found["items"] is None:
+        return result, Companions({}, found["grid"])
+    with np.load(io.BytesIO(found["items"]), allow_pickle=False) as arrays:
+        names = [m["name"] for m in result["metrics"] if m["per_item"] and f"{m['name']}.ids" in arrays]
+        return result, Companions({n: Items(arrays[f"{n}.ids"], arrays[f"{n}.values"]) for n in names}, found["grid"])
+
+
+def _companion(path: Path, name: str, expected: str | None) -> bytes | None:
+    file = path.with_suffix(COMPANIONS[name])
+    if expected is None or not file.is_file():
+        return None
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ResultError(
+            f"{file} belongs to another evaluation than {path.name}: one was interrupted, or a file was replaced. "
+            "Evaluate the run again."
+        )
+    return data
 
 
 def find(places: Iterable[str | Path]) -> list[Path]:
     """Result files of runs (their eval folder), of folders of results, and named files, sorted and each once.
 
     Files that are no JSON, hidden files and written leaderboards are passed over, so that `runs/*` may hold them.
-
 
     Raises:
         ResultError: if a place does not exist.

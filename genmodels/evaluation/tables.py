@@ -63,7 +63,8 @@ def describe_result(result: Mapping[str, Any]) -> str:
     """A result for the terminal: one line per estimate with what to read it against."""
     model, protocol = result["model"], result["protocol"]
     head = f"{result['run']}, step {model['step']:,}, weights {model['weights']}: protocol {protocol['name']}"
-    width = max([len(m["name"]) for m in result["metrics"]] + [len(name) for name in result["not_applicable"]])
+    named = [m["name"] for m in result["metrics"]] + [*result["not_applicable"], *result["cost"]]
+    width = max(map(len, named), default=0)
     lines = [f"{head} (version {protocol['version']}, {protocol['hash']})"]
     for m in result["metrics"]:
         against = ", ".join(f"{name} {short(value)}" for name, value in m["references"].items())
@@ -71,4 +72,33 @@ def describe_result(result: Mapping[str, Any]) -> str:
         parts += [f"[{against}]" if against else "", *(f"({flag.replace('_', ' ')})" for flag in m["flags"])]
         lines.append(f"  {m['name']:<{width}}  " + " ".join(part for part in parts if part))
     lines += [f"  {name:<{width}}  not applicable: {reason}" for name, reason in result["not_applicable"].items()]
+    lines += [f"  {question:<{width}}  {_price(cost)}" for question, cost in result["cost"].items()]
+    lines += [f"  {question:<{width}}  {failure(question, of)}" for question, of in result["failures"].items()]
     return "\n".join(lines)
+
+
+def failure(question: str, failed: Mapping[str, Any]) -> str:
+    """`3 of 5,000 samples are not finite (seeds 5, 17, 90)`."""
+    what, by = {"sample": ("samples", "seeds")}.get(question, (f"answers to {question}", "items"))
+    listed = ", ".join(map(str, failed["first"][:5])) + (", …" if failed["items"] > 5 else "")
+    return f"{failed['items']:,} of {failed['of']:,} {what} are not finite ({by} {listed})"
+
+
+def _price(cost: Mapping[str, Any]) -> str:
+    """What an answer costs, in words."""
+    parts = [f"{short(cost['nfe'])} evaluations", f"{cost['seconds_per_item']:.2g} s"]
+    parts += [f"{amount(cost['flops_per_item'])}FLOP"] if cost["flops_per_item"] else []
+    peak = f"; peak memory {amount(cost['peak_memory'])}B" if cost["peak_memory"] else ""
+    return f"{' and '.join([', '.join(parts[:-1]), parts[-1]])} an item, in batches of {cost['batch_size']:,}{peak}"
+
+
+def amount(value: float) -> str:
+    """Three digits and a prefix: 12.1 G.
+
+    >>> amount(12_100_000_000), amount(950)
+    ('12.1 G', '950 ')
+    """
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "

@@ -1,16 +1,14 @@
-"""What an answer costs: parameters, network evaluations, seconds."""
+"""What an answer costs: parameters, evaluations of networks, memory."""
 
-import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..networks.network import networks
-from ..registry import register
-from ..types import Batch, Estimate, Samples, SupportsLogProb, SupportsPredict, SupportsSample
-from .metric import Metric, Subject
 
 
 class Evaluations:
@@ -58,34 +56,24 @@ def num_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(storages.values())
 
 
-@register(Metric, "cost")
-class Cost(Metric):
-    """Network evaluations and seconds per item of a model's first capability, and its number of parameters.
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, where the system lets a process do so."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
-    Seconds are the median over batches of wall time over items: they describe one machine and one batch size, and rank
-    nothing.
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes since `reset_peak_memory`: allocated by tensors on a GPU, resident of the whole process on a CPU.
+
+    None where the system does not tell.
     """
-
-    requires = (SupportsSample, SupportsLogProb, SupportsPredict)
-
-    def start(self, subject: Subject) -> None:
-        self.parameters = num_parameters(subject.model)
-        self.restart()
-
-    def restart(self) -> None:
-        self.batches: list[tuple[int, float, float]] = []
-
-    def update(self, samples: Samples, batch: Batch | None) -> None:
-        self.batches.append((len(samples.seeds), samples.seconds, samples.nfe))
-
-    def compute(self) -> dict[str, Estimate]:
-        n = sum(items for items, _, _ in self.batches)
-        if n == 0:
-            raise ValueError("cost: no answers were taken in.")
-        nfe = sum(items * nfe for items, _, nfe in self.batches) / n
-        seconds = statistics.median(seconds / items for items, seconds, _ in self.batches)
-        return {
-            "nfe": Estimate(nfe, None, n, "evaluations/item", "lower", "count"),
-            "seconds_per_item": Estimate(seconds, None, n, "seconds/item", "lower", "measured"),
-            "parameters": Estimate(float(self.parameters), None, 1, "1", "lower", "count"),
-        }
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,5 +1,6 @@
 """Maps from items to the vectors that metrics compare, and the rounding that comes before them."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ..data.dataset import Dataset, Split
 from ..registry import kind, register
+from ..rng import generator
 from .digits_features import ITEM, identity, load_network
 
 
@@ -16,15 +18,28 @@ class FeatureExtractor(ABC):
     """A fixed map from items in data units to feature vectors.
 
     Attributes:
-        label: how its numbers are called: the Fréchet distance over it is "FD-<label>".
-        identity: name, version and checksum of whatever the features depend on; numbers under different identities are
-            not comparable.
+        label: how its numbers are called, short and stable: the Fréchet distance over it is "FD-<label>".
+        identity: name, version and checksum of whatever the features depend on (weights, preparation, seeds), the same
+            on every machine; numbers under different identities are not comparable, and their hashes differ.
         costly: whether features of whole splits are worth keeping on disk.
+        local: names of constructor arguments that only say where something lies on this machine; what lies there
+            enters by the identity.
     """
 
     label: str
     identity: str
     costly: ClassVar[bool] = False
+    local: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def frechet_name(self) -> str:
+        """What the Fréchet distance over these features is called."""
+        return f"FD-{self.label}"
+
+    @property
+    def kernel_name(self) -> str:
+        """What the kernel distance over these features is called."""
+        return f"KID-{self.label}"
 
     def start(self, dataset: Dataset, device: torch.device) -> None:
         """Be ready for items of a data set on a device; called before the first item, and again for another model.
@@ -58,9 +73,42 @@ class Pixels(FeatureExtractor):
         return x.flatten(1).double() / self.scale
 
 
+@register(FeatureExtractor, "random_projection")
+class RandomProjection(FeatureExtractor):
+    """The flattened item under a fixed Gaussian matrix, in float64.
+
+    G x / (scale √dims) with G_ij ~ N(0, 1), which keeps lengths on average: E |features|² = |x|² / scale².
+
+    Args:
+        dims: number of features.
+        seed: of the matrix.
+        scale: data units per feature unit, > 0.
+    Source: Johnson & Lindenstrauss 1984.
+    """
+
+    label = "random-projection"
+
+    def __init__(self, dims: int = 64, seed: int = 0, scale: float = 1.0) -> None:
+        if dims < 1 or scale <= 0:
+            raise ValueError(f"random_projection: dims >= 1 and scale > 0 are needed, found {dims} and {scale}.")
+        self.dims, self.seed, self.scale = dims, seed, scale
+        self.identity = f"random-projection-v1:{dims}:{seed}:{scale:g}"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.flatten(1).double() / self.scale
+        return x @ self.matrix(x.shape[1]).to(x.device)
+
+    def matrix(self, size: int) -> Tensor:
+        """[size, dims] float64, the same on every call."""
+        g = generator("random projection", self.seed)
+        return torch.randn(size, self.dims, generator=g, dtype=torch.float64) / math.sqrt(self.dims)
+
+
 @register(FeatureExtractor, "digits")
 class DigitsFeatures(FeatureExtractor):
-    """64 features of 8x8 digits from a classifier with fixed weights, computed in float32 on the CPU.
+    """64 features of 8x8 digits from a classifier with fixed weights.
+
+    Computed in float32 on the CPU, so that they do not depend on the evaluator's device.
 
     Raises:
         ValueError: if the weights are missing or altered, or if items are not [1, 8, 8].

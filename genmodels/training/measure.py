@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import Config
 from ..data.dataset import Dataset
 from ..data.stream import Passes, check_batch, indices, share, stream
+from ..operations import count_operations
 from ..rng import fold, generator
 from ..types import Batch, Loss
 from . import processes
@@ -172,12 +172,11 @@ def flops_of(step: TimedStep) -> tuple[int, int]:
     Matrix products, convolutions and attention are counted, two for a multiply-add; the rest is not.
     """
     batch = first_batch(step)[:FEW]
-    with FlopCounterMode(display=False) as counter:
+    with count_operations() as forward:
         Step.forward(step, 0, 0, batch)
-    forward = counter.get_total_flops() // len(batch)
-    with FlopCounterMode(display=False) as counter:
+    with count_operations() as both:
         _pass(step, batch)
-    return forward, counter.get_total_flops() // len(batch)
+    return forward.total // len(batch), both.total // len(batch)
 
 
 def first_batch(step: TimedStep) -> Batch:

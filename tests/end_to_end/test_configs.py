@@ -47,7 +47,7 @@ def protocol(config: Config) -> Protocol:
     """The configuration's own, or one such as users write for data that only they have."""
     if config.protocols:
         return Protocol.load(config.protocols[0])
-    metrics = [{"name": "nll" if config.dataset().bin_width is None else "bits_per_dim"}, {"name": "cost"}]
+    metrics = [{"name": "nll" if config.dataset().bin_width is None else "bits_per_dim"}]
     return Protocol({"name": "own", "version": 1, "dataset": config.tree["data"], "metrics": metrics})
 
 
@@ -62,20 +62,21 @@ def test_configuration_travels_the_whole_way(path, tmp_path):
     drawn = len(config.dataset().shape) == 3 or config.dataset().shape == (2,)
     assert [p.suffix for p in (run.path / "samples").iterdir()] == [".png" if drawn else ".npz"]
     full = protocol(config)
-    metrics = [m for m in full.tree["metrics"] if m["name"] in ("bits_per_dim", "nll", "cost")]
+    metrics = [m for m in full.tree["metrics"] if m["name"] in ("bits_per_dim", "nll")]
     small = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "metrics": metrics}
     options = (
         {"likelihood": {"controller": "fixed", "num_steps": 2}} if config.tree["model"]["name"] == "diffusion" else {}
     )
     result = evaluate(run, Protocol({**full.tree, **small}), overrides=options)
     values = {row["name"]: row["value"] for row in result["metrics"]}
-    assert {"nfe", "parameters"} < set(values)
+    assert values and all(row["nfe"] >= 1 for row in result["cost"].values())
     assert all(math.isfinite(v) for v in values.values())
     assert result["not_applicable"] == {}
 
 
 def test_frozen_protocols_load_under_their_file_name():
-    names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    """Those over data that come with the package; the others are tested where small files of their kinds are made."""
+    names = sorted(p.stem for p in FOLDER.glob("*.yaml") if "???" not in p.read_text())
     assert [Protocol.load(n).name for n in names] == names
     assert len({Protocol.load(n).hash for n in names}) == len(names)
 

@@ -11,8 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
+from genmodels.config import Config
+from genmodels.evaluation.results import read
 from genmodels.registry import ConfigError
 from genmodels.training import checkpoint
 from genmodels.training.disk import DiskFull
@@ -161,3 +165,38 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(fakes, tmp_path)
     assert [{k: v for k, v in line.items() if k != "seconds"} for line in killed.metrics()] == [
         {k: v for k, v in line.items() if k != "seconds"} for line in straight.metrics()
     ]
+
+
+# ---- evaluations ---
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_an_evaluation_leaves_a_whole_result(tmp_path):
+    """The one before, or the new one; never a part of one, nor the files of two for one."""
+    tree = {"name": "r", "data": "eight_gaussians", "model": {"name": "flow", "layers": ["lu_linear"]}}
+    run = train(Config({**tree, "train": {"steps": 1, "batch_size": 8}}), root=tmp_path, quiet=True)
+    sample = {"num_items": 500, "blocks": 2, "batch_size": 100}
+    protocol = {
+        "name": "p",
+        "version": 1,
+        "dataset": "eight_gaussians",
+        "sample": sample,
+        "metrics": ["frechet", "nll"],
+    }
+    file = tmp_path / "p.yaml"
+    file.write_text(yaml.safe_dump(protocol))
+    command = [sys.executable, "-m", "evals.evaluate", str(run.path), "--protocol", str(file)]
+    began = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    seconds, path = time.monotonic() - began, run.path / "eval" / "p" / "00000001-model.json"
+    found, (items, grid) = read(path)
+    assert len(items["nll"].ids) == run.dataset().size("test") and grid
+    moments = random.Random(0)
+    for _ in range(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.3, 1.0) * seconds)  # importing takes a part of the time
+        process.kill()
+        process.wait()
+        again, (values, picture) = read(path)
+        assert [m["value"] for m in again["metrics"]] == [m["value"] for m in found["metrics"]]
+        assert np.array_equal(values["nll"].values, items["nll"].values) and picture == grid

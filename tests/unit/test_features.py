@@ -8,7 +8,7 @@ import torch
 from genmodels.data.digits import Digits
 from genmodels.metrics import digits_features, train_digits_features
 from genmodels.metrics.digits_features import WEIGHTS, DigitsNetwork, accuracy, load_network
-from genmodels.metrics.features import DigitsFeatures, Pixels, features_of, to_levels
+from genmodels.metrics.features import DigitsFeatures, Pixels, RandomProjection, features_of, to_levels
 from genmodels.metrics.frechet import bias_constant, factor, frechet_distance, uniform_noise
 from genmodels.metrics.statistics import gaussian
 from genmodels.rng import generator
@@ -121,3 +121,37 @@ def test_augmentation_shifts_by_at_most_one_pixel():
     rows, columns = moved // 8, moved % 8
     assert set(rows.tolist()) == {3, 4, 5} and set(columns.tolist()) == {3, 4, 5}
     assert len({*zip(rows.tolist(), columns.tolist(), strict=True)}) == 9
+
+
+def test_random_projections_are_fixed_and_keep_lengths(digits):
+    x = digits.all("train").x[:200]
+    extract = RandomProjection(dims=400, scale=2.0)
+    z = extract(x)
+    assert z.shape == (200, 400) and z.dtype == torch.float64 and torch.equal(RandomProjection(400, scale=2.0)(x), z)
+    assert torch.equal(z, (x.flatten(1).double() / 2) @ extract.matrix(64))
+    # |Gx|²/|x|² is a χ² over 400 degrees of freedom by 400: its standard deviation is 0.07, less for the mean
+    ratio = z.square().sum(1) / (x.flatten(1).double() / 2).square().sum(1)
+    assert abs(ratio.mean().item() - 1) < 0.15
+    assert not torch.allclose(RandomProjection(400, seed=1, scale=2.0)(x), z)
+    kinds = [RandomProjection(), RandomProjection(32), RandomProjection(seed=1), RandomProjection(scale=2.0)]
+    assert len({each.identity for each in kinds}) == 4
+    with pytest.raises(ValueError, match="dims >= 1 and scale > 0"):
+        RandomProjection(0)
+
+
+def test_distance_does_not_see_an_orthogonal_projection(digits, monkeypatch):
+    """x → x Q with Qᵀ Q = 1 turns both Gaussians alike; on one number the distance is that of a line."""
+    extract = RandomProjection(64)
+    x, y = digits.all("train").x, digits.all("test").x
+    direct = frechet_distance(gaussian(Pixels()(x)), gaussian(Pixels()(y)))
+    line = RandomProjection(1)
+    a, b = line(x).flatten(), line(y).flatten()
+    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert frechet_distance(gaussian(line(x)), gaussian(line(y))) == pytest.approx(expected.item(), rel=1e-9)
+    orthogonal = torch.linalg.qr(extract.matrix(64)).Q
+    monkeypatch.setattr(extract, "matrix", lambda size: orthogonal)
+    assert frechet_distance(gaussian(extract(x)), gaussian(extract(y))) == pytest.approx(direct, rel=1e-6)
+
+
+def test_names_of_distances_follow_the_label():
+    assert (Pixels().frechet_name, DigitsFeatures().kernel_name) == ("FD-pixels", "KID-digits")

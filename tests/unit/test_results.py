@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from genmodels.evaluation.results import (
+    Companions,
     Items,
     ResultError,
     check,
@@ -26,7 +27,7 @@ from genmodels.types import Estimate
 
 def metric(name="FD-digits", value=4.2, stderr=0.1, entry=0, better="lower", **more):
     estimate = Estimate(value, stderr, 100, "1", better, more.pop("kind", "plug-in"), more.pop("references", None))
-    return {**describe_estimate(entry, "frechet", 1, name, estimate), **more}
+    return {**describe_estimate(entry, "frechet", 1, "sample", name, estimate), **more}
 
 
 def example(run="try", metrics=None, seed=0, protocol="digits", protocol_hash="aaaa", **more):
@@ -35,7 +36,7 @@ def example(run="try", metrics=None, seed=0, protocol="digits", protocol_hash="a
         "config", {}
     )
     result = {
-        "schema": "genmodels.result/1",
+        "schema": "genmodels.result/2",
         "created_utc": more.pop("created", "2026-01-31T12:00:00Z"),
         "run": run,
         "model": {
@@ -45,6 +46,7 @@ def example(run="try", metrics=None, seed=0, protocol="digits", protocol_hash="a
             "config": config,
             "seed": seed,
             "step": more.pop("step", 100),
+            "steps": more.pop("steps", 100),
             "samples_seen": 6400,
             "weights": more.pop("weights", "model"),
             "parameters": 72842,
@@ -61,7 +63,18 @@ def example(run="try", metrics=None, seed=0, protocol="digits", protocol_hash="a
         "overridden": False,
         "metrics": [metric()] if metrics is None else metrics,
         "not_applicable": {"bits_per_dim": "needs likelihood"},
-        "cost": {"sample": {"items": 100, "nfe": 50.0, "seconds": 2.5, "batch_size": 50}},
+        "failures": {},
+        "cost": {
+            "sample": {
+                "items": 100,
+                "nfe": 50.0,
+                "seconds": 2.5,
+                "seconds_per_item": 0.024,
+                "batch_size": 50,
+                "flops_per_item": 12_000_000,
+                "peak_memory": None,
+            }
+        },
         "training": {"commit": "abcdef123", "dirty": False, "hardware": None, "seconds": 9.5, "world_size": 1},
         "environment": {
             "commit": "abcdef123",
@@ -70,12 +83,21 @@ def example(run="try", metrics=None, seed=0, protocol="digits", protocol_hash="a
             "hardware": "a machine",
             "device": "cpu",
             "threads": 1,
+            "world_size": 1,
         },
         "seconds": 3.0,
-        "provenance": "measured",
+        "artifacts": {"items": None, "grid": None},
         **more,
     }
     return {**result, "id": identify(result)}
+
+
+def facts(**more):
+    """The same without what writing adds."""
+    return {key: value for key, value in example(**more).items() if key not in ("id", "artifacts")}
+
+
+NONE = Companions({}, None)
 
 
 def changed(path, value):
@@ -97,12 +119,32 @@ def changed(path, value):
 
 def test_example_is_valid_and_survives_a_round_trip(tmp_path):
     items = {"FD-digits": Items(np.arange(3), np.array([0.1, 0.2, 0.3]))}
-    result = example(metrics=[metric(per_item=True)])
-    write(tmp_path / "eval" / "x.json", result, items)
-    back, found = read(tmp_path / "eval" / "x.json")
-    assert back == result
+    result = write(tmp_path / "eval" / "x.json", facts(metrics=[metric(per_item=True)]), Companions(items, b"picture"))
+    back, (found, grid) = read(tmp_path / "eval" / "x.json")
+    assert back == result and grid == b"picture"
     assert all(np.array_equal(getattr(found["FD-digits"], f), getattr(items["FD-digits"], f)) for f in Items._fields)
-    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == ["x.json", "x.npz"]
+    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == ["x.json", "x.npz", "x.png"]
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png"])
+def test_companions_of_another_evaluation_are_refused(tmp_path, name):
+    """An evaluation that is killed after its companions and before its result leaves them beside the older result."""
+    items = {"FD-digits": Items(np.arange(3), np.array([0.1, 0.2, 0.3]))}
+    for folder, grid in (("old", b"old"), ("new", b"new")):
+        items = {"FD-digits": Items(np.arange(3), items["FD-digits"].values + 1)}
+        write(tmp_path / folder / "x.json", facts(metrics=[metric(per_item=True)]), Companions(items, grid))
+    (tmp_path / "old" / name).write_bytes((tmp_path / "new" / name).read_bytes())
+    with pytest.raises(ResultError, match=rf"{name} belongs to another evaluation.*Evaluate the run again"):
+        read(tmp_path / "old" / "x.json")
+    (tmp_path / "old" / name).unlink()
+    missing = read(tmp_path / "old" / "x.json")[1]
+    assert missing.grid is None if name == "x.png" else missing.items == {}
+
+
+def test_a_result_without_companions_removes_those_of_the_one_before(tmp_path):
+    write(tmp_path / "x.json", facts(), Companions({}, b"picture"))
+    write(tmp_path / "x.json", facts(), NONE)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"] and read(tmp_path / "x.json")[1] == NONE
 
 
 @pytest.mark.parametrize(
@@ -118,7 +160,8 @@ def test_example_is_valid_and_survives_a_round_trip(tmp_path):
         (("metrics", 0, "n"), True, "n: int is needed, found True"),
         (("metrics", 0, "better"), "up", "one of higher, lower, none"),
         (("overridden",), 1, "overridden: bool"),
-        (("schema",), "genmodels.result/9", "genmodels.result/1"),
+        (("schema",), "genmodels.result/1", "schema genmodels.result/1.*reads genmodels.result/2.*[Ee]valuate"),
+        (("schema",), "another/1", "one of genmodels.result/2"),
         (("metrics",), {}, "metrics: list"),
         (("model",), None, "model: dict"),
         (("answers",), {"sample": {1, 2}}, "no plain finite JSON"),
@@ -130,37 +173,28 @@ def test_what_does_not_follow_the_schema_is_named(path, value, message):
         check(changed(path, value))
 
 
-def test_older_results_do_not_say_how_many_processes_answered():
-    old = example()
-    assert "world_size" not in check(old)["environment"]
-    for value, fine in ((2, True), ("two", False)):
-        new = {**old, "environment": old["environment"] | {"world_size": value}}
-        new["id"] = identify(new)
-        expected = (
-            contextlib.nullcontext() if fine else pytest.raises(ResultError, match=r"environment\.world_size: int")
-        )
-        with expected:
-            check(new)
-
-
 def test_own_keys_are_free():
     result = example(**{"x-note": {"anything": [1, 2]}})
     assert check(result) is result
 
 
 def test_a_value_that_is_not_finite_becomes_null_and_failed():
-    row = describe_estimate(0, "m", 1, "m", Estimate(math.nan, math.nan, 5, "1", "lower", "x", items=torch.zeros(5)))
+    row = describe_estimate(
+        0, "m", 1, "sample", "m", Estimate(math.nan, math.nan, 5, "1", "lower", "x", items=torch.zeros(5))
+    )
     assert row["value"] is None and row["stderr"] is None and row["flags"] == ["failed"] and not row["per_item"]
-    row = describe_estimate(0, "m", 1, "m", Estimate(1.0, math.inf, 5, "1", "lower", "x", {"a": math.nan, "b": 2.0}))
+    row = describe_estimate(
+        0, "m", 1, "sample", "m", Estimate(1.0, math.inf, 5, "1", "lower", "x", {"a": math.nan, "b": 2.0})
+    )
     assert row["stderr"] is None and row["references"] == {"b": 2.0} and row["flags"] == []
 
 
 def test_an_invalid_result_is_not_written(tmp_path):
     path = tmp_path / "x.json"
-    write(path, example(), {})
+    write(path, facts(), NONE)
     before = path.read_bytes()
     with pytest.raises(ResultError):
-        write(path, example() | {"seconds": "long"}, {})
+        write(path, facts() | {"seconds": "long"}, NONE)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
@@ -169,11 +203,11 @@ def test_a_failing_disk_leaves_no_half_files(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     path = tmp_path / "x.json"
-    write(path, example(), {})
+    write(path, facts(), NONE)
     before = path.read_bytes()
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write(path, example(run="other"), {"FD-digits": Items(np.arange(2), np.zeros(2))})
+        write(path, facts(run="other"), Companions({"FD-digits": Items(np.arange(2), np.zeros(2))}, None))
     assert path.read_bytes() == before and not list(tmp_path.glob("*.npz"))
 
 
@@ -188,7 +222,7 @@ def test_reading_names_the_file(tmp_path):
 def test_results_are_found_in_runs_folders_and_files(tmp_path):
     run = tmp_path / "runs" / "a"
     for path in (run / "eval" / "p" / "1.json", tmp_path / "published" / "p" / "b" / "2.json"):
-        write(path, example(), {})
+        write(path, facts(), NONE)
     (run / "config.yaml").write_text("")
     (run / "meta.json").write_text("{}")
     (tmp_path / "runs" / "leaderboard.json").write_text("{}")
@@ -223,4 +257,8 @@ def test_summary_says_everything_that_was_measured():
     text = describe_result(example(metrics=[metric(references={"floor": 0.9}, flags=["overlap_suspected"])]))
     assert "FD-digits" in text and "4.20 ± 0.10" in text and "floor 0.9" in text and "overlap suspected" in text
     assert "bits_per_dim  not applicable: needs likelihood" in text
+    assert "sample        50 evaluations, 0.024 s and 12 MFLOP an item, in batches of 50" in text
+    broken = {"sample": {"items": 6, "of": 5000, "first": [1, 2, 3, 4, 5, 8]}}
+    text = describe_result(example(failures=broken))
+    assert "sample        6 of 5,000 samples are not finite (seeds 1, 2, 3, 4, 5, …)" in text
     assert json.dumps(example())

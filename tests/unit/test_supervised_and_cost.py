@@ -4,14 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from genmodels.metrics.cost import Cost, count_evaluations, num_parameters
 from genmodels.metrics.metric import Subject
 from genmodels.metrics.supervised import Accuracy, SquaredError, masked_sums
-from genmodels.networks.network import Network
 from genmodels.types import Batch, NotApplicable, Samples
-from tests.evaluation_fakes import Classes, Levels, Points, Series, Tap, Threshold, UniformLevels
+from tests.evaluation_fakes import Classes, Points, Series, UniformLevels
 
 
 def subject(dataset, model=None):
@@ -104,63 +101,3 @@ def test_wrong_shapes_and_data_are_explained():
         SquaredError().start(subject(Classes()))
     with pytest.raises(NotApplicable):
         Accuracy().start(subject(Points()))
-
-
-# ---- cost --------------------------------------------------------------------------------------------------------
-
-
-class Outer(Network):
-    """A network made of another one, called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = Tap()
-
-    def forward(self, t, x, condition=None):
-        return self.inner(t, self.inner(t, x))
-
-
-def test_only_outermost_networks_are_counted():
-    model = nn.Sequential(Outer())
-    with count_evaluations(model) as counted:
-        for _ in range(5):
-            model[0](None, torch.zeros(8, 2))
-        model[0](None, torch.zeros(4, 2))  # half of the items take one more step
-    assert counted.per_item(8) == 5.5
-    model[0](None, torch.zeros(8, 2))
-    assert counted.rows == [44]  # the hooks are gone
-
-
-def test_a_stack_of_networks_costs_its_most_used_one():
-    model = nn.Sequential(Tap(), Tap())
-    with count_evaluations(model) as counted:
-        model[0](None, torch.zeros(6, 2))
-        model[1](None, torch.zeros(6, 2))
-        model[1](None, torch.zeros(12, 2))  # guidance: conditional and unconditional rows in one call
-    assert counted.rows == [6, 18] and counted.per_item(6) == 3
-
-
-def test_no_network_no_evaluations():
-    with count_evaluations(nn.Linear(2, 2)) as counted:
-        pass
-    assert counted.per_item(4) == 0
-
-
-def test_tied_parameters_count_once():
-    a, b = nn.Linear(3, 4), nn.Linear(3, 4)
-    b.weight = a.weight
-    b.bias.requires_grad_(False)
-    model = nn.ModuleList([a, b])
-    assert num_parameters(model) == 12 + 4 + 4
-    assert num_parameters(model, trainable=True) == 12 + 4
-
-
-def test_cost_is_the_median_batch():
-    metric = Cost()
-    metric.start(subject(Levels(), Threshold()))
-    for seconds, nfe, n in ((50.0, 10.0, 10), (1.0, 12.0, 10), (1.2, 14.0, 20)):  # the first batch warms up
-        metric.update(Samples(torch.arange(n), seconds=seconds, nfe=nfe), None)
-    found = metric.compute()
-    assert found["seconds_per_item"].value == pytest.approx(0.1)
-    assert found["nfe"].value == pytest.approx((100 + 120 + 280) / 40)
-    assert found["parameters"].value == 7
