@@ -132,9 +132,10 @@ class ClassifierTwoSampleTest(FeatureMetric):
     """Accuracy of classifiers that tell drawn samples from a split of the data: 0.5 is indistinguishable, 1 is apart.
 
     The mean of the shares told right on either side, by cross-validation. The headline is a small MLP; logistic
-    regression sees shifts of the mean and little else. Copies of the reference push both below 0.5: the copy of an item
-    is trained on with the other label. An area under the ROC curve more than 3 standard errors below 0.5, by any of the
-    classifiers, flags the model.
+    regression sees shifts of the mean and little else. Copies of the reference push both below 0.5, the more so the
+    more features there are for the number of items: the copy of an item is trained on with the other label. An area
+    under the ROC curve more than 3 standard errors below 0.5, by any of the classifiers, flags the model; it tells
+    copies better than the accuracy does.
 
     Args:
         features: the extractor.
