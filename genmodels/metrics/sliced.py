@@ -80,7 +80,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: Tensor) -> SlicedDistan
         middle = (q[:, below] + q[:, above]) / 2  # T there; one number unless i/n is also a jump of G
         slopes = p[:, 1:] + p[:, :-1] - 2 * middle
         potential = torch.nn.functional.pad((slopes * p.diff(dim=1)).cumsum(1), (1, 0))
-        influence.index_add_(0, order.flatten(), potential.flatten())
+        influence += torch.empty_like(potential).scatter_(1, order, potential).sum(0)
     per_direction, influence = torch.cat(found), influence / len(directions)
     return SlicedDistance(per_direction.mean().item(), per_direction, influence - influence.mean())
 

@@ -46,6 +46,12 @@ def test_replay_without_a_class_draws_evenly_from_all():
     assert ((classes - expected).square() / expected).sum() < 27.9  # χ² of 9 degrees of freedom, one in a thousand
 
 
+def test_replay_draws_each_of_a_few_items_equally_often():
+    model = fitted("replay", Plane(3))
+    _, index = nearest(model.sample(3000), model.items)
+    assert ((index.bincount(minlength=3) - 1000).abs() < 4 * (3000 * 2 / 9) ** 0.5).all()
+
+
 def test_replay_keeps_its_share_of_every_class():
     data = Digits()
     model, items = fitted("replay", data, share=0.5), data.all("train")

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -70,6 +71,8 @@ def test_sides_of_different_size_score_like_equal_ones():
     found = two_sample_test(normal(500, 0), normal(1500, 1), "logistic")
     assert abs(found.accuracy - 0.5) < 4 * accuracy_stderr(found, 5)
     assert found.fake[0] == 500 and found.real[0] == 1500
+    # trained on five times as many real items it would call nearly everything real: 0.56
+    assert 0.63 < two_sample_test(shifted(300, 0), normal(1500, 1), "logistic").accuracy < 0.74
     apart = two_sample_test(normal(300, 0) + 20, normal(900, 1), "logistic")
     assert apart == Answers((300, 300), (900, 900), 1.0)
 
@@ -99,6 +102,16 @@ def test_numbers_do_not_depend_on_order_or_threads_and_no_warning_escapes(classi
         first = two_sample_test(fake, real, classifier)
         assert two_sample_test(copies(fake, 2), copies(real, 3), classifier) == first
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_classifier_that_has_not_converged_says_nothing(monkeypatch):
+    from sklearn.neural_network import MLPClassifier
+
+    monkeypatch.setattr("sklearn.neural_network.MLPClassifier", partial(MLPClassifier, max_iter=1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        two_sample_test(normal(50, 0), normal(50, 1), "mlp")
+    assert said == []
 
 
 def test_standard_error_is_the_corrected_binomial_one():
