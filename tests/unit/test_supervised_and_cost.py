@@ -226,7 +226,6 @@ def test_calibration_error_of_equal_widths_against_scikit_learn():
     from sklearn.calibration import calibration_curve
 
     logits, target = labelled(1000, 5)
-    logits = 2 * logits
     confidence, named = (a.numpy() for a in logits.softmax(1).max(1))
     right, stated = calibration_curve(named == target.numpy(), confidence, n_bins=15)
     mass = np.histogram(confidence, np.linspace(0, 1, 16))[0]
@@ -237,7 +236,6 @@ def test_calibration_error_of_equal_widths_against_scikit_learn():
 
 def test_calibration_error_of_equal_masses():
     logits, target = labelled(990, 5)
-    logits = 2 * logits
     confidence, named = (a.numpy() for a in logits.softmax(1).max(1))
     gaps = (confidence - (named == target.numpy()))[np.argsort(confidence)].reshape(15, 66)
     e = estimate(CalibrationError(), logits, target, batch_size=300)
