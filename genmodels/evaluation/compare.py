@@ -200,8 +200,8 @@ def _section(pair: Pair) -> list[str]:
     lines = [f"## {a} against {b}: {protocol['name']}, version {protocol['version']} ({protocol['hash']})", ""]
     lines += [f"- {label}: {_circumstances(side.result)}" for label, side in ((a, pair.a), (b, pair.b))]
     rows = [_row(c) for c in pair.comparisons]
-    labels = [side.label for side in (pair.a, pair.b)]
-    lines += ["", table(["metric", *labels, "difference", "interval"], rows, left=(0,)), ""] if rows else [""]
+    heads = [label.replace(r"\|", "|") for label in (a, b)]  # a table escapes its own bars
+    lines += ["", table(["metric", *heads, "difference", "interval"], rows, left=(0,)), ""] if rows else [""]
     lines += [f"- {sentence(c, a, b)}." for c in pair.comparisons] + [f"- {_escaped(note)}" for note in pair.notes]
     return [*lines, ""]
 

@@ -114,7 +114,7 @@ def matched(a: Sequence[Side], b: Sequence[Side]) -> tuple[list[tuple[Side, Side
     """
     by_hash = [_by_hash(sides) for sides in (a, b)]
     newest: dict[str, tuple[Side, Side]] = {}
-    for key in by_hash[0].keys() & by_hash[1].keys():
+    for key in sorted(by_hash[0].keys() & by_hash[1].keys()):
         pair = tuple(max(found[key], key=_preference) for found in by_hash)
         name = pair[0].result["protocol"]["name"]
         if name not in newest or _created(pair) > _created(newest[name]):
