@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.dataset import Dataset
 from ..metrics.cost import count_evaluations, peak_memory, reset_peak_memory
 from ..metrics.features import FeatureExtractor, to_levels
+from ..metrics.likelihood import combine_draws
 from ..model import Model
 from ..operations import count_operations
 from ..rng import generator
@@ -26,7 +27,6 @@ from ..training import processes
 from ..types import (
     Batch,
     Condition,
-    Likelihood,
     NotApplicable,
     Samples,
     SupportsLogProb,
@@ -205,7 +205,7 @@ class Interview:
                 draws.append(self.model.likelihood(moved.x, condition=condition, seeds=seeds, **options))
         for draw in draws:
             _check_length("likelihood", draw.value, len(rows))
-        return Samples(rows, condition=batch.condition, likelihood=mean_over_draws(draws), **cost), batch
+        return Samples(rows, condition=batch.condition, likelihood=combine_draws(draws, asked.combine), **cost), batch
 
     def _predict(self, rows: Tensor) -> Answer:
         batch = self.dataset.take(self.protocol.predict.split, rows)
@@ -271,15 +271,6 @@ def conditions(model: Model, dataset: Dataset, seeds: Tensor, policy: str) -> Co
     if condition is None:
         raise NotApplicable("the model needs a condition, and the items of the protocol's data have none")
     return condition
-
-
-def mean_over_draws(draws: list[Likelihood]) -> Likelihood:
-    """The mean of several estimates of log p of the same items, on the CPU; a mean of bounds is a bound."""
-    value = torch.stack([draw.value.detach().double().cpu() for draw in draws]).mean(0)
-    if any(draw.stderr is None for draw in draws):
-        return Likelihood(value, draws[0].kind)
-    squares = torch.stack([draw.stderr.detach().double().cpu() ** 2 for draw in draws])
-    return Likelihood(value, draws[0].kind, (squares.sum(0) / len(draws) ** 2).sqrt())
 
 
 def _check_length(question: str, value: Tensor, items: int) -> None:

@@ -21,6 +21,7 @@ from ..config import ANSWERS, dotlist
 from ..data.dataset import Dataset
 from ..hashing import digest
 from ..metrics.cost import num_parameters
+from ..metrics.likelihood import how_made
 from ..metrics.metric import Metric
 from ..model import Model
 from ..registry import ConfigError, member
@@ -71,7 +72,8 @@ def evaluate(
         findings = measure(interview, metrics, device)
 
     def written() -> Result:
-        bills, failures = interview.bills, interview.failures
+        bills, failures, asked = interview.bills, interview.failures, protocol.likelihood
+        made = how_made(asked.draws, asked.combine, answers.get("likelihood", {}))
         facts = {
             "schema": SCHEMA,
             "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -80,7 +82,7 @@ def evaluate(
             "protocol": _identity(protocol),
             "answers": {question: answers[question] for question in bills},
             "overridden": any(answers[q] != run.config.answer(q) for q in answers),
-            "metrics": _rows(metrics, findings),
+            "metrics": _rows(metrics, findings, made),
             "not_applicable": findings.refused,
             "failures": {q: vars(failed) for q, failed in failures.items() if failed.items},
             "cost": {question: _cost(protocol, question, bill) for question, bill in bills.items()},
@@ -132,13 +134,19 @@ def _identity(protocol: Protocol) -> dict[str, Any]:
     }
 
 
-def _rows(metrics: Sequence[Metric], findings: Findings) -> list[dict[str, Any]]:
-    return [
-        describe_estimate(
-            entry, metrics[entry].registered_name, metrics[entry].version, findings.questions[entry], name, estimate
-        )
-        for (entry, name), estimate in findings.estimates.items()
-    ]
+def _rows(metrics: Sequence[Metric], findings: Findings, made: str) -> list[dict[str, Any]]:
+    """The estimates as plain data.
+
+    Args:
+        made: how likelihoods were made, in a few words.
+    """
+    rows = []
+    for (entry, name), estimate in findings.estimates.items():
+        metric, question = metrics[entry], findings.questions[entry]
+        row = describe_estimate(entry, metric.registered_name, metric.version, question, name, estimate)
+        words = [made if question == "likelihood" else "", row["detail"]]
+        rows.append(row | {"detail": ", ".join(word for word in words if word)})
+    return rows
 
 
 def _facts(run: Run, model: Model, weights: str | None) -> dict[str, Any]:

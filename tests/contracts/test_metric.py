@@ -39,6 +39,8 @@ def feed(metric, dataset, question, n, batch_size, order=None, spoil=False):
             spoil = False
         if "likelihood" in parts:
             parts["likelihood"] = Likelihood(parts["likelihood"], "exact")
+        if metric.registered_name == "forecast_nll":  # forecasts that are laws: mean and log standard deviation
+            parts["prediction"] = torch.stack([parts["prediction"], 0.1 * parts["prediction"]], -1)
         if metric.features is not None:
             parts["features"] = {metric.features.identity: metric.features(parts["x"]).cpu()}
         samples = Samples(rows, **parts)

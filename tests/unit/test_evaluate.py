@@ -12,7 +12,7 @@ from PIL import Image
 
 from genmodels.data.digits import Digits
 from genmodels.evaluation import evaluate as module
-from genmodels.evaluation.answers import Interview, conditions, mean_over_draws
+from genmodels.evaluation.answers import Interview, conditions
 from genmodels.evaluation.evaluate import evaluate, publish, result_path
 from genmodels.evaluation.measure import mean_over_blocks
 from genmodels.evaluation.protocol import FOLDER, Protocol
@@ -96,9 +96,7 @@ def test_each_question_is_asked_once(run, monkeypatch):
 
 def test_what_does_not_apply_is_listed_with_its_reason(run):
     result = evaluate(run, protocol(ALL), device="cpu")
-    assert result["not_applicable"].keys() == {"nll", "accuracy"}
-    assert result["not_applicable"]["accuracy"] == "needs predict"
-    assert "bits_per_dim" in result["not_applicable"]["nll"]
+    assert result["not_applicable"] == {"accuracy": "needs predict"}
     assert {"FD-pixels", "authenticity", "bits_per_dim"} <= set(by_name(result))
 
 
@@ -234,12 +232,23 @@ def test_draws_use_fresh_seeds_and_are_averaged_per_item(tmp_path):
     assert np.allclose(items["bits_per_dim"].values, expected, rtol=1e-12)
 
 
-def test_probe_errors_of_averaged_draws():
-    one = Likelihood(torch.zeros(2), "stochastic", torch.tensor([3.0, 0.0]))
-    two = Likelihood(torch.ones(2), "stochastic", torch.tensor([4.0, 1.0]))
-    mean = mean_over_draws([one, two])
-    assert mean.value.tolist() == [0.5, 0.5] and mean.stderr.tolist() == [2.5, 0.5]
-    assert mean_over_draws([one, two._replace(stderr=None)]).stderr is None
+class TwoLevels(UniformLevels):
+    """log p = 0 or -2, by the draw."""
+
+    def likelihood(self, x, *, condition=None, seeds=None):
+        return Likelihood(torch.where(seeds < 200, 0.0, -2.0).double(), "exact")
+
+
+def test_importance_averages_densities_and_not_their_logarithms(tmp_path):
+    values = []
+    for combine in ("mean", "importance"):
+        p = protocol(["bits_per_dim"], likelihood={"draws": 2, "combine": combine})
+        result = evaluate(FakeRun(tmp_path / combine, TwoLevels()), p, device="cpu")
+        values.append(by_name(result)["bits_per_dim"])
+    mean, weighted = (row["value"] * 3 * math.log(2) for row in values)
+    assert mean == pytest.approx(1.0) and weighted == pytest.approx(-math.log((1 + math.exp(-2)) / 2))
+    assert values[0]["detail"].startswith("2 draws") and values[1]["detail"].startswith("iw-2")
+    assert values[1]["kind"] == "bound"
 
 
 def test_blocks_are_independent_sets_of_seeds(run):
