@@ -10,7 +10,7 @@ from genmodels.baselines import Replay, blur_matrix
 from genmodels.config import Config
 from genmodels.data.digits import Digits
 from genmodels.data.memory import InMemory
-from genmodels.metrics.authenticity import distances, nearest
+from genmodels.metrics.neighbours import distances, nearest
 from genmodels.model import Model
 from genmodels.rng import generator
 from genmodels.training.loop import train
