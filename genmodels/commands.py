@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib
 import os
 import sys
 import time
@@ -307,12 +308,20 @@ def plots(argv: Sequence[str]) -> None:
     print(curves(runs, given.out, keys, x=given.x, window=given.smooth, log=given.log))
 
 
+ELSEWHERE = {
+    "evaluate": ".evaluation.evaluate",
+    "leaderboard": ".evaluation.leaderboard",
+    "compare": ".evaluation.compare",
+    "reference": ".metrics.reference_command",
+}
 VERBS = """usage: genmodels VERB …
 
   train        train a configuration, continue a run, sweep a grid; list and describe components
   sample       draw samples of a run
   evaluate     score runs under a protocol
-  leaderboard  make the tables of results
+  leaderboard  make the tables and the page of results
+  compare      compare the results of runs in words, with intervals
+  reference    write the statistics of reference data to a file
   plots        draw the training curves of runs
 
 Each answers --help.
@@ -320,9 +329,9 @@ Each answers --help.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`genmodels train|sample|evaluate|leaderboard|plots …`, also as `python -m genmodels …`."""
+    """`genmodels train|sample|evaluate|leaderboard|compare|reference|plots …`, also as `python -m genmodels …`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    verbs = {"train": train, "sample": sample, "evaluate": _evaluate, "leaderboard": _leaderboard, "plots": plots}
+    verbs = {"train": train, "sample": sample, **{verb: _of(module) for verb, module in ELSEWHERE.items()}, "plots": plots}
     if words and words[0] in verbs:
         return verbs[words[0]](words[1:])
     if words and words[0] in ("-h", "--help"):
@@ -333,13 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _evaluate(argv: Sequence[str]) -> int:
-    from .evaluation.evaluate import main as evaluate
+def _of(module: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a module, which is imported when it is wanted."""
 
-    return evaluate(argv)
+    def run(argv: Sequence[str]) -> int:
+        return importlib.import_module(module, __package__).main(argv)
 
-
-def _leaderboard(argv: Sequence[str]) -> int:
-    from .evaluation.leaderboard import main as leaderboard
-
-    return leaderboard(argv)
+    return run

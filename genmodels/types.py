@@ -91,7 +91,7 @@ class Likelihood(NamedTuple):
         value: [B] float64.
         kind: pmf (probability mass), exact (density of the dequantised point), bound (lower bound), numerical (up to a
             solver's tolerance), stochastic (unbiased estimate up to the solver's tolerance; no certified bound).
-        stderr: [B] standard error of a stochastic value over its probes, where there are at least two.
+        stderr: [B] standard error of the value over its probes or draws, where there are at least two.
     """
 
     value: Tensor
@@ -191,7 +191,10 @@ class SupportsEncode(Protocol):
 @runtime_checkable
 class SupportsPredict(Protocol):
     def predict(self, batch: Batch, *, seeds: Seeds | None = None, **options: Any) -> Tensor:
-        """Class logits, or values at target_times; options are the compute dial."""
+        """Class logits, or values at target_times; options are the compute dial.
+
+        A forecast that is a law has one more trailing axis of size 2 than the target: mean and log standard deviation.
+        """
 
 
 @runtime_checkable

@@ -205,7 +205,11 @@ class Interview:
                 draws.append(self.model.likelihood(moved.x, condition=condition, seeds=seeds, **options))
         for draw in draws:
             _check_length("likelihood", draw.value, len(rows))
-        return Samples(rows, condition=batch.condition, likelihood=combine_draws(draws, asked.combine), **cost), batch
+        try:
+            likelihood = combine_draws(draws, asked.combine)
+        except ValueError as reason:
+            raise NotApplicable(str(reason)) from reason
+        return Samples(rows, condition=batch.condition, likelihood=likelihood, **cost), batch
 
     def _predict(self, rows: Tensor) -> Answer:
         batch = self.dataset.take(self.protocol.predict.split, rows)

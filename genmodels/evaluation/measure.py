@@ -11,6 +11,7 @@ from torch import Tensor
 from ..data.dataset import Dataset, Split
 from ..metrics.features import FeatureExtractor
 from ..metrics.metric import Metric, Subject
+from ..metrics.reference import keep_features, kept_features
 from ..registry import ConfigError
 from ..training import processes
 from ..types import Estimate, NotApplicable
@@ -86,11 +87,11 @@ def _able(metric: Metric, interview: Interview) -> list[str]:
 
 
 def _extractors(metrics: Sequence[Metric], dataset: Dataset, device: torch.device) -> dict[str, FeatureExtractor]:
-    """The extractors of metrics by identity, each once, ready for the data."""
-    found = {metric.features.identity: metric.features for metric in metrics if metric.features is not None}
-    for extractor in found.values():
+    """The extractors of metrics by identity, each once; all of them ready for the data, for metrics of their own use."""
+    extractors = [metric.features for metric in metrics if metric.features is not None]
+    for extractor in extractors:
         extractor.start(dataset, device)
-    return found
+    return {extractor.identity: extractor for extractor in extractors}
 
 
 def _reference(metrics: Sequence[Metric], interview: Interview) -> dict[tuple[str, Split], Tensor]:
@@ -104,14 +105,26 @@ def _reference(metrics: Sequence[Metric], interview: Interview) -> dict[tuple[st
 
 
 def _features_of(interview: Interview, identity: str, split: Split) -> Tensor | None:
+    """[N, D] features of a split; costly ones are read from disk if they are kept there, and kept otherwise."""
     dataset, extract = interview.dataset, interview.extractors[identity]
     size, batch_size = dataset.size(split), _batch_size(interview)
+    kept: list[Tensor | None] = [None]
+
+    def look() -> bool:
+        kept[0] = kept_features(extract, dataset, split)
+        return kept[0] is not None
 
     def work(rows: Tensor) -> Tensor:
+        if interview.progress is not None and processes.main():
+            interview.progress(f"features of {split}", min(int(rows[-1]) + 1, size), size)
         return extract(dataset.take(split, rows).x).cpu()
 
-    parts = list(processes.in_order(torch.arange(size).split(batch_size), work)) if size else []
-    return torch.cat(parts) if parts else None
+    if not size or (extract.costly and processes.by_main(look)):
+        return kept[0]
+    parts = list(processes.in_order(torch.arange(size).split(batch_size), work))
+    if not parts:
+        return None
+    return keep_features(extract, dataset, split, torch.cat(parts)) if extract.costly else torch.cat(parts)
 
 
 def _batch_size(interview: Interview) -> int:

@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,24 +138,31 @@ def cache_folder() -> Path:
     return (Path(root).expanduser() if root else Path.home() / ".cache" / "genmodels") / "features"
 
 
-def cached_features(
-    extractor: FeatureExtractor, dataset: Dataset, split: Split, compute: Callable[[], Tensor]
-) -> Tensor:
-    """[N, D] float32 features of a split on the CPU: from the cache, or computed and put there.
-
-    One file for each contents of the data set (`Dataset.fingerprint`), split and identity of the extractor; it is also
-    a file of statistics. A damaged one is made again with a warning. Several processes may write at once: the last one
-    stays, whole. Where nothing can be written, the features are returned all the same, with a warning.
-    """
+def _place(extractor: FeatureExtractor, dataset: Dataset, split: Split) -> tuple[Path, dict[str, str]]:
+    """Where the features of a split are kept, and what they are made from."""
     source = {"fingerprint": dataset.fingerprint(), "split": split, "extractor_id": extractor.identity}
     name = re.sub(r"[^\w.-]+", "-", f"{dataset.registered_name}-{split}-{extractor.label}")
-    path = cache_folder() / f"{name}-{digest(source)}.npz"
-    size = dataset.size(split)
-    if path.is_file():
-        found = _cached(path, source, size)
-        if found is not None:
-            return found
-    features = compute().float().cpu()
+    return cache_folder() / f"{name}-{digest(source)}.npz", source
+
+
+def kept_features(extractor: FeatureExtractor, dataset: Dataset, split: Split) -> Tensor | None:
+    """[N, D] float32 features of a split that `keep_features` has kept; None if there are none.
+
+    A damaged file is a warning and counts for none.
+    """
+    path, source = _place(extractor, dataset, split)
+    return _cached(path, source, dataset.size(split)) if path.is_file() else None
+
+
+def keep_features(extractor: FeatureExtractor, dataset: Dataset, split: Split, features: Tensor) -> Tensor:
+    """Keep the features [N, D] of a split on disk; what is kept: float32 on the CPU.
+
+    One file for each contents of the data set (`Dataset.fingerprint`), split and identity of the extractor; it is also
+    a file of statistics. Several processes may write at once: the last one stays, whole. Where nothing can be written
+    there is a warning and no error.
+    """
+    path, source = _place(extractor, dataset, split)
+    features = features.float().cpu()
     if len(features) >= 2 and features.isfinite().all():
         _keep(path, features, source | {"dataset": dataset.registered_name})
     return features

@@ -16,7 +16,6 @@ from genmodels.metrics.features import DigitsFeatures, Pixels, features_of
 from genmodels.metrics.reference import (
     ReferenceWarning,
     cache_folder,
-    cached_features,
     read_statistics,
     write_statistics,
 )
@@ -166,7 +165,7 @@ class Counted:
         return features_of(self.extractor, self.data, self.split, 50)
 
     def get(self):
-        return cached_features(self.extractor, self.data, self.split, self)
+        return cached(self.extractor, self.data, self.split, self)
 
 
 def test_features_are_computed_once(folder):
@@ -257,7 +256,7 @@ def test_features_outlive_a_folder_that_cannot_be_written(folder):
 
 
 def test_features_that_are_not_finite_are_not_kept(folder):
-    cached_features(Pixels(), Levels(), "train", lambda: torch.full((300, 3), torch.nan))
+    cached(Pixels(), Levels(), "train", lambda: torch.full((300, 3), torch.nan))
     assert not folder.exists()
 
 
