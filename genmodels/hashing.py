@@ -27,8 +27,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
-    """12 hexadecimal digits that change with the names, the sizes or the contents of files, but not with their order.
+def fingerprint_files(paths: Iterable[Path], root: Path | None) -> str:
+    """12 hexadecimal digits that change with names, sizes or contents of files, but not with their order.
 
     Of files that together hold at most 256 MiB every byte is read. Of more, 256 MiB are: from up to 4096 files, evenly
     spaced in the order of their names with the first and the last, equal shares in evenly spaced blocks of 64 KiB that
@@ -36,18 +36,23 @@ def fingerprint_files(paths: Iterable[Path], root: Path) -> str:
     the size is not seen.
 
     Args:
-        root: folder to which names are relative, so that a copy elsewhere has the same fingerprint.
+        root: folder to which names are relative, so that a copy elsewhere has the same fingerprint; None to let the
+            order of the files count instead of their names.
     Raises:
         ValueError: if a file is not below the root.
         OSError: if a file cannot be read.
     """
-    # a name need not be text: its bytes count
-    files = sorted((os.fsencode(path.relative_to(root).as_posix()).decode("latin-1"), path) for path in paths)
+    files = [("", path) for path in paths] if root is None else sorted((_name(path, root), path) for path in paths)
     sizes = [path.stat().st_size for _, path in files]
     chosen = range(len(files)) if sum(sizes) <= BUDGET else _spread(len(files), BUDGET // BLOCK)
     share = BUDGET if sum(sizes) <= BUDGET else BUDGET // len(chosen)
     contents = [_contents(files[i][1], sizes[i], share) for i in chosen]
     return digest([[name for name, _ in files], sizes, contents])
+
+
+def _name(path: Path, root: Path) -> str:
+    """A path within a folder; it need not be text: its bytes count."""
+    return os.fsencode(path.relative_to(root).as_posix()).decode("latin-1")
 
 
 def _contents(path: Path, size: int, share: int) -> str:

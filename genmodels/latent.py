@@ -41,6 +41,7 @@ class Latent(Transform):
     """
 
     volume = False
+    local = ("path",)
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Files such as users have, made small: a folder of pictures, and CIFAR-10's archive in its own format."""
+"""Files such as users have, made small: a folder of pictures, CIFAR-10's archive, the UCI tables in their formats."""
 
 import atexit
 import functools
@@ -107,6 +107,52 @@ def write_arrays(folder: Path) -> dict[str, str]:
     return {name: str(folder / f"{name}.npy") for name in made}
 
 
+def _write_csv(path: Path, names: list[str], rows: np.ndarray) -> None:
+    lines = [",".join(names), *(",".join(map(repr, row)) for row in rows.tolist())]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def gas_columns(random: np.random.RandomState, rows: int = 500, pairs: int = 8) -> dict[str, np.ndarray]:
+    """Time, two concentrations and `pairs` pairs of sensors that agree but for a little noise."""
+    z, columns = random.randn(rows, pairs), {"Time": np.arange(rows, dtype=float)}
+    columns |= {"Meth": random.rand(rows), "Eth": random.rand(rows)}
+    for j in range(pairs):
+        columns |= {f"s{j}a": z[:, j] + 0.05 * random.randn(rows), f"s{j}b": 2 * z[:, j] + 0.1 * random.randn(rows)}
+    return columns
+
+
+def hepmass_rows(random: np.random.RandomState, rows: int, features: int = 27, frequent: int = 6) -> np.ndarray:
+    """Labels 0 and 1 and the features, of which the last `frequent` are often at their least."""
+    x = random.randn(rows, features)
+    x[:, features - frequent :] = x[:, features - frequent :].clip(-0.5)
+    return np.c_[random.randint(0, 2, rows), x]
+
+
+def write_uci(folder: Path, table: str, rows: int = 400) -> Path:
+    """The files of one of the five tables as they lie in the published archive (of GAS the export), with few rows."""
+    random, place = np.random.RandomState(7), folder / {"bsds300": "BSDS300"}.get(table, table)
+    place.mkdir(parents=True)
+    if table == "power":
+        np.save(place / "data.npy", random.rand(rows, 8) * [5, 1, 10, 20, 40, 40, 30, 1440])
+    if table == "gas":
+        columns = gas_columns(random, rows)
+        _write_csv(place / "ethylene_CO.csv", list(columns), np.stack(list(columns.values()), 1))
+    if table == "hepmass":
+        names = ["# label", *(f"f{k}" for k in range(27))]
+        _write_csv(place / "1000_train.csv", names, hepmass_rows(random, rows))
+        test = np.c_[hepmass_rows(random, rows // 2), np.zeros(rows // 2)]
+        _write_csv(place / "1000_test.csv", [*names, "mass"], test)
+    if table == "miniboone":
+        np.save(place / "data.npy", random.lognormal(size=(rows, 43)))
+    if table == "bsds300":
+        import h5py
+
+        with h5py.File(place / "BSDS300.hdf5", "w") as file:
+            for split, share in (("train", 1.0), ("validation", 0.1), ("test", 0.2)):
+                file[split] = 0.1 * random.randn(int(rows * share), 63)
+    return folder
+
+
 @functools.cache
 def examples() -> dict[str, dict]:
     """Arguments of the data sets that are read from files, by name; the files go when the process ends."""
@@ -122,4 +168,5 @@ def examples() -> dict[str, dict]:
         },
         "table": {"path": str(write_table(folder / "rows.csv")), "condition": 3, "classes": 4},
         "array": {**write_arrays(folder), "flip": True},
+        "uci": {"table": "miniboone", "path": str(write_uci(folder / "uci", "miniboone"))},
     }

@@ -185,6 +185,9 @@ class FakeRun:
     def load(self, weights=None, device="cpu"):
         return self.model.to(device).eval()
 
+    def facts(self):
+        return {"shape": list(self.model.shape), "levels": LEVELS if self.model.shape == SHAPE else None}
+
     def weights_name(self, weights=None):
         return weights or "ema-0.999"
 

@@ -163,6 +163,8 @@ class Array(Dataset):
             NaN, infinity or a value that is none of the levels, naming file and row.
     """
 
+    local = ("path", "labels")
+
     def __init__(
         self,
         path: str,
@@ -219,9 +221,8 @@ class Array(Dataset):
         return skip(indices, self.before) if split == "train" else self.held[split][indices]
 
     def fingerprint(self) -> str:
-        files = self.shards.paths
-        labels = None if self.label_file is None else fingerprint_files([self.label_file], self.label_file.parent)
-        facts = [fingerprint_files(files, files[0].parent), labels, self.levels, self.bin_width, self.num_classes]
+        labels = None if self.label_file is None else fingerprint_files([self.label_file], None)
+        facts = [fingerprint_files(self.shards.paths, None), labels, self.levels, self.bin_width, self.num_classes]
         return digest([*facts, self.order, self.sizes, self.channels_last, self.flip])
 
     def _item_shape(self) -> tuple[int, ...]:

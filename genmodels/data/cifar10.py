@@ -62,6 +62,7 @@ class CIFAR10(InMemory):
     Source: Krizhevsky 2009 (Learning multiple layers of features from tiny images), section 3.
     """
 
+    local = ("path",)
     shape = (3, 32, 32)
     bin_width = 1.0
 

@@ -33,6 +33,9 @@ class Dataset(ABC):
         transform: configuration node of the proposed map from data space to model space, e.g.
             `{"name": "standardize"}`; the model owns the transform built from it and, if needed, fits it.
         unit_of_time: what `Batch.times` counts, where there are times.
+        local: names of the constructor's arguments that only say where something lies on this machine: paths, caches.
+            They are no part of a protocol, which takes them from the run or the command line; what lies there enters
+            its hash by `fingerprint`, which must therefore not depend on them.
     """
 
     shape: Shape
@@ -42,6 +45,7 @@ class Dataset(ABC):
     bin_width: float | None = None
     levels: int | None = None
     unit_of_time: ClassVar[str | None] = None
+    local: ClassVar[tuple[str, ...]] = ()
     transform: dict[str, Any] | str = "identity"
 
     @abstractmethod
@@ -60,6 +64,7 @@ class Dataset(ABC):
             "condition_shape": _plain(self.condition_shape),
             "target_shape": _plain(self.target_shape),
             "bin_width": self.bin_width,
+            "levels": self.levels,
             "transform": resolve(Transform, self.transform, "data.transform"),
         }
 
@@ -68,7 +73,8 @@ class Dataset(ABC):
 
         Made from the sizes of the splits and evenly spaced items of each: levels of discrete data enter exactly; of
         continuous data only mean and root mean square to four digits, because the last bits of simulated data differ
-        between machines. Data sets that are read from files answer with a checksum of those files instead.
+        between machines. Data sets that are read from files answer with a checksum of their contents instead, which is
+        the same wherever the files lie.
         """
         facts: dict[str, Any] = {"shape": list(self.shape), "levels": self.levels, "bin_width": self.bin_width}
         for split in SPLITS:

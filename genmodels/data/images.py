@@ -66,6 +66,7 @@ class ImageFolder(Held):
         ConfigError: if the folder or its images cannot be used, naming the file and the way out.
     """
 
+    local = ("path", "cache")
     bin_width = 1.0
     levels = LEVELS
 

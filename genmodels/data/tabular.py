@@ -230,6 +230,8 @@ class Table(InMemory):
         ConfigError: naming file, row and column of what is no finite number, and the way out.
     """
 
+    local = ("path", "val_path", "test_path")
+
     def __init__(
         self,
         path: str,

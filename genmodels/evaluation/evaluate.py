@@ -63,7 +63,7 @@ def evaluate(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with processes.together():
         model = run.load(weights, device)
-        _check_shapes(run, model, protocol)
+        _check_data(run, protocol)
         answers = _answers(run, model, overrides or {})
         options = {question: run.config.options(question, (overrides or {}).get(question)) for question in answers}
         interview = Interview(model, protocol, options, progress)
@@ -92,11 +92,18 @@ def evaluate(
     return processes.by_main(written)
 
 
-def _check_shapes(run: Run, model: Model, protocol: Protocol) -> None:
-    if tuple(model.shape) != tuple(protocol.dataset.shape):
+def _check_data(run: Run, protocol: Protocol) -> None:
+    """Raises ConfigError if the run was trained on items of another shape, or with other levels."""
+    trained, data = run.facts(), protocol.dataset
+    if tuple(trained["shape"]) != tuple(data.shape):
         raise ConfigError(
-            f"protocol '{protocol.name}': its items have shape {list(protocol.dataset.shape)}, but {run.path} "
-            f"was trained on {list(model.shape)}. Choose a protocol for {run.config.tree['data']['name']}."
+            f"protocol '{protocol.name}': its items have shape {list(data.shape)}, but {run.path} was trained on "
+            f"{list(trained['shape'])}. Choose a protocol for {run.config.tree['data']['name']}."
+        )
+    if trained.get("levels") is not None and trained["levels"] != data.levels:
+        raise ConfigError(
+            f"protocol '{protocol.name}': its data have {data.levels or 'no'} levels, but {run.path} was trained on "
+            f"{trained['levels']} levels, so that neither samples nor densities compare. Choose a protocol for those."
         )
 
 

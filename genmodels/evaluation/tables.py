@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SYMBOLS = {"pmf": "= ", "bound": "≤ ", "numerical": "≈ ", "stochastic": "~ "}
+SYMBOLS = {"pmf": "= ", "exact": "= ", "bound": "≤ ", "numerical": "≈ ", "stochastic": "~ "}
 MISSING = "–"
 
 

@@ -1,7 +1,7 @@
-"""The Fréchet distance between Gaussians fitted to features, its bias and its standard error."""
+"""The Fréchet distance between Gaussians fitted to features, as a metric."""
 
-import math
-from typing import Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -9,151 +9,131 @@ from torch import Tensor
 from ..data.dataset import Dataset
 from ..registry import register
 from ..rng import generator
-from ..types import Estimate
+from ..types import Batch, Estimate, NotApplicable, Samples
+from .bures import SIZES, bias_constant, extrapolated_distance, frechet_distance, influence, standard_error
 from .features import FeatureExtractor, Pixels
 from .metric import FeatureMetric, Metric, Subject
+from .reference import checksum, read_statistics
 from .statistics import Gaussian, gaussian
-
-NEGATIVE_MASS = 1e-6  # share of the trace that rounding may turn into negative eigenvalues
-
-
-def factor(covariance: Tensor) -> tuple[Tensor, bool]:
-    """F [D, D] with F Fᵀ = S, and whether S is singular to working precision.
-
-    Raises:
-        ValueError: if negative eigenvalues add up to more than 1e-6 of the trace: S is no covariance.
-    """
-    values, vectors = torch.linalg.eigh(covariance)
-    trace, negative = values.clamp(min=0).sum(), -values.clamp(max=0).sum()
-    if negative > NEGATIVE_MASS * trace:
-        raise ValueError(
-            f"Fréchet distance: negative eigenvalues add up to {(negative / trace).item():.1e} of the trace, so this "
-            "is no covariance. Accumulate it in float64 about a shift (`Moments`)."
-        )
-    singular = values[0] <= len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return vectors * values.clamp(min=0).sqrt(), bool(singular)
-
-
-def trace_root(first: Tensor, second: Tensor) -> Tensor:
-    """tr((S₁ S₂)^½) for covariances [D, D], without a square root of a matrix that is not symmetric.
-
-    With S = F Fᵀ it is Σ √λ(F₁ᵀ S₂ F₁); for singular S the sum of the singular values of F₁ᵀ F₂, where null directions
-    contribute rounding errors of the order of eps and not of √eps.
-    """
-    (f, singular), (g, also) = factor(first), factor(second)
-    if singular or also:
-        return torch.linalg.svdvals(f.T @ g).sum()
-    return torch.linalg.eigvalsh(f.T @ second @ f).clamp(min=0).sqrt().sum()
-
-
-def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """|m₁ - m₂|² + tr S₁ + tr S₂ - 2 tr((S₁ S₂)^½), in squared feature units.
-
-    Raises:
-        ValueError: if a covariance is none.
-    Source: Heusel et al. 2017 (TTUR), equation 6; Dowson & Landau 1982.
-    """
-    mean = (first.mean - second.mean).square().sum()
-    traces = first.covariance.trace() + second.covariance.trace()
-    return (mean + traces - 2 * trace_root(first.covariance, second.covariance)).item()
-
-
-def bias_constant(covariance: Tensor) -> float:
-    """C(S) in E[FD] ≈ C(S)(1/n₁ + 1/n₂) for two samples of one Gaussian; drop 1/n of a reference that is known exactly.
-
-    C(S) = Σᵢ λᵢ + ½ (Σᵢⱼ λᵢ λⱼ/(λᵢ + λⱼ) + ½ Σᵢ λᵢ), the second order of the distance in the noise of mean and
-    covariance; C(I) = D(D + 5)/4.
-    """
-    values = torch.linalg.eigvalsh(covariance).clamp(min=0)
-    sums = values[:, None] + values
-    harmonic = torch.where(sums > 0, values[:, None] * values / sums.clamp(min=torch.finfo(sums.dtype).tiny), 0.0)
-    return (1.25 * values.sum() + 0.5 * harmonic.sum()).item()
-
-
-def optimal_map(source: Tensor, target: Tensor) -> Tensor:
-    """T [D, D], symmetric, with T S_source T = S_target: the optimal transport between centred Gaussians.
-
-    T = S_t^½ (S_t^½ S_s S_t^½)^-½ S_t^½, with the pseudo-inverse where it is singular.
-    """
-    values, vectors = torch.linalg.eigh(target)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    inner, basis = torch.linalg.eigh(root @ source @ root)
-    kept = inner > len(inner) * torch.finfo(inner.dtype).eps * inner[-1]
-    inverse = torch.where(kept, inner.clamp(min=torch.finfo(inner.dtype).tiny).rsqrt(), 0.0)
-    half = root @ basis
-    return (half * inverse) @ half.T
-
-
-def influence(z: Tensor, sample: Gaussian, reference: Gaussian) -> Tensor:
-    """[N] influence of each feature vector z [N, D] of a sample on its distance to a fixed reference.
-
-    2 (z - m)·(m - m_r) + (z - m)ᵀ (I - T)(z - m) - tr((I - T) S), T the optimal map from the sample to the reference.
-    Its standard deviation over √N is a standard error of the distance; a percentile bootstrap is none, because drawing
-    with replacement adds the finite-sample bias once more.
-    """
-    centred = z.to(sample.mean) - sample.mean
-    rest = torch.eye(len(sample.mean)).to(sample.covariance) - optimal_map(sample.covariance, reference.covariance)
-    quadratic = ((centred @ rest) * centred).sum(1) - (rest * sample.covariance).sum()
-    return 2 * centred @ (sample.mean - reference.mean) + quadratic
 
 
 @register(Metric, "frechet")
 class Frechet(FeatureMetric):
     """Fréchet distance between drawn samples and a split of the data, in the space of an extractor.
 
+    It is called FD-<extractor>; FID only where the extractor is the network of that name with its published weights.
+
     It falls with the number of samples even for a perfect sampler (`bias_constant`), so numbers compare only at equal
-    sample sizes; the reference "floor" is what a perfect sampler would score at these. The standard error is that of
-    the drawn samples (`influence`), the reference held fixed.
+    sample sizes; the reference "floor" is what a perfect sampler would score at these. A value below the floor is no
+    sign of copies: a Gaussian fitted to the training set scores there, because it has that very mean and covariance.
+
+    The standard error is that of the drawn samples, with the reference held fixed; its per-item values are
+    value + `influence`, so that the difference of two models on the same seeds has a paired standard error.
 
     Args:
         features: the extractor.
         reference: the split that samples are compared with.
         allow_few: accept fewer samples than twice the number of features, where the covariance is poorly known.
-    Source: Heusel et al. 2017 (TTUR), equation 6; Chong & Forsyth 2020 for the bias.
+        statistics: a .npz file with the `mu` and `sigma` of the reference, from `python -m evals.reference` or another
+            tool; no split is read then. Its checksum is part of the protocol's hash.
+        extrapolate: also report "<name>-infinity", the limit for ever more samples (`extrapolated_distance`). It takes
+            36 distances instead of one, and 8 times as many samples.
+    Source: Heusel et al. 2017 (TTUR), equation 6; Chong & Forsyth 2020 for the bias and its removal.
     """
+
+    local: ClassVar[tuple[str, ...]] = ("statistics",)
 
     def __init__(
         self,
         features: FeatureExtractor = Pixels(),
         reference: Literal["train", "val", "test"] = "train",
         allow_few: bool = False,
+        statistics: str | None = None,
+        extrapolate: bool = False,
     ) -> None:
-        self.features, self.reference, self.allow_few = features, reference, allow_few
-        self.label = f"FD-{features.label}" + ("" if reference == "train" else f"-{reference}")
+        self.features, self.reference, self.allow_few, self.extrapolate = features, reference, allow_few, extrapolate
+        name = getattr(features, "frechet_name", None) or f"FD-{features.label}"
+        self.label = name if reference == "train" else f"{name}-{reference}"
+        self.file = None if statistics is None else Path(statistics).expanduser()
+        self.other: Literal["train", "test"] = "train" if reference == "test" else "test"
+        self.splits = (reference, self.other) if self.file is None else ()
 
-        self.splits = ("train", "test") if reference != "val" else ("val", "test")
+    @property
+    def fingerprint(self) -> str:
+        return super().fingerprint if self.file is None else f"{super().fingerprint} {checksum(self.file)}"
 
     def start(self, subject: Subject) -> None:
-        data = subject.dataset
-        real = subject.features(self.features, self.reference)
-        self._check_enough(real, f"the split '{self.reference}'")
-        self.target = gaussian(real)
-        self.constant = bias_constant(self.target.covariance)
-        other = "train" if self.reference == "test" else "test"
+        self.device = subject.device
         self.known = {}
-        if data.size(other) >= 2:
-            self.known[f"{other} set"] = frechet_distance(gaussian(subject.features(self.features, other)), self.target)
-        if data.levels is not None and data.bin_width is not None:
-            noise = gaussian(self.features(uniform_noise(data, self.target.n)).cpu())
-            self.known["uniform noise"] = frechet_distance(noise, self.target)
+        if self.file is None:
+            self._read_splits(subject)
+        else:
+            self.target = self._from_file()
+        self.constant = bias_constant(self.target.covariance)
         self.restart()
+
+    def _read_splits(self, subject: Subject) -> None:
+        data = subject.dataset
+        if not data.size(self.reference):
+            raise NotApplicable(f"the split '{self.reference}' of the protocol's data is empty")
+        real = subject.features(self.features, self.reference)
+        self._check_enough(len(real), real.shape[1], f"the split '{self.reference}'")
+        self.target = gaussian(real, self.device)
+        if data.size(self.other) >= 2:
+            other = gaussian(subject.features(self.features, self.other), self.device)
+            self.known[f"{self.other} set"] = frechet_distance(other, self.target)
+        if data.levels is not None and data.bin_width is not None and not self.features.costly:
+            noise = uniform_noise(data, len(real)).split(subject.batch_size)
+            found = torch.cat([self.features(x).cpu() for x in noise])
+            self.known["uniform noise"] = frechet_distance(gaussian(found, self.device), self.target)
+
+    def _from_file(self) -> Gaussian:
+        target, facts = read_statistics(self.file)
+        for key, here in (("extractor_id", self.features.identity), ("split", self.reference)):
+            if facts.get(key, here) != here:
+                raise ValueError(
+                    f"{self.label}: {self.file} holds statistics with {key} '{facts[key]}', but the metric asks for "
+                    f"'{here}'. Name another file, or make one with `python -m evals.reference`."
+                )
+        if target.n is not None:
+            self._check_enough(target.n, len(target.mean), str(self.file))
+        return Gaussian(*(part.to(self.device) for part in target[:2]), target.n)
+
+    def update(self, samples: Samples, batch: Batch | None) -> None:
+        super().update(samples, batch)
+        if self.kept[-1].shape[1] != len(self.target.mean):
+            raise ValueError(
+                f"{self.label}: {self.file} holds the statistics of {len(self.target.mean)} features, but the "
+                f"extractor '{self.features.identity}' gives {self.kept[-1].shape[1]}. They are of another extractor."
+            )
 
     def compute(self) -> dict[str, Estimate]:
         z = self.drawn()
-        self._check_enough(z, "the sample")
-        drawn = gaussian(z)
+        self._check_enough(len(z), z.shape[1], "the sample")
+        drawn = gaussian(z, self.device)
+        moves = influence(z, drawn, self.target)
+        share = None if self.target.n is None else self.constant / self.target.n  # of the floor, by the reference
+        detail = "" if self.file is None else f"statistics {checksum(self.file)[:12]}"
+        floor = None if share is None else self.constant / len(z) + share
         value = frechet_distance(drawn, self.target)
-        stderr = influence(z, drawn, self.target).std().item() / math.sqrt(len(z))
-        floor = self.constant * (1 / len(z) + 1 / self.target.n)
-        references = {"floor": floor, **self.known}
-        return {self.label: Estimate(value, stderr, len(z), "squared feature units", "lower", "plug-in", references)}
+        found = {self.label: self._estimate(value, moves, "plug-in", floor, detail)}
+        if self.extrapolate:
+            self._check_enough(len(z) // SIZES, z.shape[1], f"the smallest of {SIZES} sizes of subsets")
+            limit = extrapolated_distance(z, self.target)
+            found[f"{self.label}-infinity"] = self._estimate(limit, moves, "extrapolated", share, detail)
+        return found
 
-    def _check_enough(self, z: Tensor, what: str) -> None:
-        least = 2 if self.allow_few else 2 * z.shape[1]
-        if len(z) < least:
+    def _estimate(self, value: float, moves: Tensor, kind: str, floor: float | None, detail: str) -> Estimate:
+        references = self.known if floor is None else {"floor": floor, **self.known}
+        items, stderr, unit = value + moves, standard_error(moves), "squared feature units"
+        return Estimate(value, stderr, len(moves), unit, "lower", kind, references, items=items, detail=detail)
+
+    def _check_enough(self, n: int, width: int, what: str) -> None:
+        least = 2 if self.allow_few else 2 * width
+        if n < least:
             raise ValueError(
-                f"{self.label}: {what} has {len(z)} items for {z.shape[1]} features; at least {least} are needed for a "
-                "usable covariance. Draw more, choose an extractor with fewer features, or set allow_few: true."
+                f"{self.label}: {what} has {n} items for {width} features; at least {least} are needed for a usable "
+                "covariance. Draw more, choose an extractor with fewer features, or set allow_few: true."
             )
 
 

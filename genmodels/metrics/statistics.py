@@ -1,17 +1,26 @@
 """Means and covariances from a stream, in float64."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+ROWS = 8192  # vectors that are taken to float64 at a time
+
 
 class Gaussian(NamedTuple):
-    """Mean [D] and covariance [D, D] (divisor n - 1), float64, with the number of vectors that they rest on."""
+    """Mean [D] and covariance [D, D] (divisor n - 1), float64, with the number of vectors that they rest on.
+
+    Args:
+        n: None if unknown.
+        thin: [D, n - 1] F with F Fᵀ = covariance, where n <= D; None otherwise, or where the vectors are not at hand.
+    """
 
     mean: Tensor
     covariance: Tensor
-    n: int
+    n: int | None
+    thin: Tensor | None = None
 
 
 class Moments:
@@ -82,8 +91,29 @@ class Moments:
         return Gaussian(self.shift.to(offset) + offset, covariance, self.n)
 
 
-def gaussian(x: Tensor) -> Gaussian:
-    """Mean and covariance of the rows of [N, D]."""
+def gaussian(x: Tensor, device: torch.device | str | None = None) -> Gaussian:
+    """Mean and covariance of the rows of [N, D], and their thin root if N <= D.
+
+    Args:
+        device: where to compute and leave them; None for that of x.
+    """
     moments = Moments()
-    moments.update(x)
-    return moments.gaussian()
+    for rows in x.split(ROWS):
+        moments.update(rows.to(device or x.device))
+    found = moments.gaussian()
+    if found.n > len(found.mean):
+        return found
+    return found._replace(thin=_thin(x.to(found.mean) - found.mean))
+
+
+def _thin(centred: Tensor) -> Tensor:
+    """[D, N - 1] F with F Fᵀ = Xᵀ X/(N - 1) for X [N, D] whose columns add up to 0.
+
+    A reflection that takes the vector of ones to the first axis turns the first row of X into that sum: it is dropped,
+    and with it the direction in which X has no rank.
+    """
+    n = len(centred)
+    normal = centred.new_full((n,), 1 / math.sqrt(n))
+    normal[0] += 1
+    reflected = centred - torch.outer(normal, normal @ centred) * (2 / normal.square().sum())
+    return reflected[1:].T / math.sqrt(n - 1)

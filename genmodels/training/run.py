@@ -300,9 +300,9 @@ class Run:
         """The configured data set; of data that were given from Python what the run knows of them, without items."""
         if self.config.tree["data"]["name"] != External.registered_name:
             return self.config.dataset()
-        return External.known_by(self._facts())
+        return External.known_by(self.facts())
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Of the data that the newest checkpoint was trained on."""
         return json.loads(checkpoint.read_header(self._newest()[0] / "model.safetensors")["facts"])
 
@@ -315,7 +315,7 @@ class Run:
         """
         tensors, path = self.tensors(weights), self._newest()[0] / "model.safetensors"
         with torch.random.fork_rng(devices=[]):  # fresh parameters, overwritten below, leave the caller's state alone
-            model = self.config.model(self._facts())
+            model = self.config.model(self.facts())
         checkpoint.load_weights(model, tensors, path)
         set_autocast(model, torch.bfloat16 if self.config.train.precision == "bf16" else None)
         return model.to(device).eval().requires_grad_(False)

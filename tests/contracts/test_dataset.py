@@ -3,7 +3,9 @@
 import functools
 import json
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ from genmodels.data.dataset import Dataset, context
 from genmodels.data.digits import Digits
 from genmodels.data.memory import InMemory
 from genmodels.data.toy import Checkerboard, EightGaussians, Moons, Rings, SmoothToy, Spirals, Toy
-from genmodels.registry import build, member, names, resolve
+from genmodels.registry import arguments, build, member, names, resolve
 from genmodels.rng import BatchNoise, generator
 from genmodels.types import Batch
 from tests import data_files
 from tests.oracles import grid
 
+pytestmark = pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")  # of files made small
 SPLITS = ("train", "val", "test")
 # other tests register fakes of their own; `external` stands for items that only Python has
 NAMES = [name for name in names(Dataset) if member(Dataset, name, "data").__module__.startswith("genmodels.")]
@@ -80,6 +83,46 @@ def test_the_same_arguments_give_the_same_items(name):
         for field in ("condition", "target", "times", "mask"):
             if isinstance(getattr(a, field), torch.Tensor):
                 assert torch.equal(getattr(a, field), getattr(b, field))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_path_is_named_as_local(name):
+    """Arguments whose values are paths, and no others; a default that says "nowhere" counts as well."""
+    cls = member(Dataset, name, "data")
+    given = {key for key, value in EXAMPLES.get(name, {}).items() if isinstance(value, str) and Path(value).exists()}
+    assert given <= set(cls.local) <= {a.name for a in arguments(cls)}
+    text = {a.name for a in arguments(cls) if a.hint in (str, str | None)}
+    assert text - set(cls.local) <= {"array", "delimiter"}, "a text that is no path decides what is read"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if member(Dataset, name, "data").local])
+def test_the_fingerprint_does_not_depend_on_where_files_lie(name, tmp_path):
+    moved = {}
+    for key in set(EXAMPLES[name]) & set(member(Dataset, name, "data").local):
+        path, target = Path(EXAMPLES[name][key]), tmp_path / key / "elsewhere"
+        target.parent.mkdir()
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        moved[key] = str(copy(path, target.with_suffix("" if path.is_dir() else path.suffix)))
+    other = make(name, **moved)
+    assert moved and other.fingerprint() == make(name).fingerprint()
+    assert all(other.size(split) == make(name).size(split) for split in SPLITS)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if "flip" in {a.name for a in arguments(member(Dataset, n, "data"))}]
+)
+def test_mirror_images_are_more_training_items_and_nothing_else(name):
+    """Without flip the training split is the data themselves: what a distance to them refers to."""
+    form = {"form": "image"} if name == "natural_patches" else {}
+    plain, flipped = make(name, flip=False, **form), make(name, flip=True, **form)
+    n = plain.size("train")
+    assert [flipped.size(split) for split in SPLITS] == [2 * n, plain.size("val"), plain.size("test")]
+    for split in SPLITS:
+        rows = torch.arange(min(50, plain.size(split)))
+        assert torch.equal(plain.take(split, rows).x, flipped.take(split, rows).x)
+    mirrored = flipped.take("train", torch.arange(n, n + 5)).x
+    assert torch.equal(mirrored, some(plain, "train", 5).x.flip(-1))
+    assert flipped.fingerprint() != plain.fingerprint()
 
 
 @pytest.mark.parametrize("name", NAMES)

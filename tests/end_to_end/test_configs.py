@@ -9,9 +9,11 @@ from genmodels.config import Config, load
 from genmodels.data.dataset import centred
 from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.protocol import FOLDER, Protocol
+from genmodels.networks.network import networks
 from genmodels.registry import resolve
 from genmodels.training.loop import train
 from genmodels.transforms import Transform
+from genmodels.types import SupportsLogProb
 from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,20 +64,23 @@ def test_configuration_travels_the_whole_way(path, tmp_path):
     drawn = len(config.dataset().shape) == 3 or config.dataset().shape == (2,)
     assert [p.suffix for p in (run.path / "samples").iterdir()] == [".png" if drawn else ".npz"]
     full = protocol(config)
-    metrics = [m for m in full.tree["metrics"] if m["name"] in ("bits_per_dim", "nll")]
+    model = run.load()
+    names = ("bits_per_dim", "nll") if isinstance(model, SupportsLogProb) else ("authenticity",)
+    metrics = [m for m in full.tree["metrics"] if m["name"] in names]
     small = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "metrics": metrics}
     options = (
         {"likelihood": {"controller": "fixed", "num_steps": 2}} if config.tree["model"]["name"] == "diffusion" else {}
     )
     result = evaluate(run, Protocol({**full.tree, **small}), overrides=options)
     values = {row["name"]: row["value"] for row in result["metrics"]}
-    assert values and all(row["nfe"] >= 1 for row in result["cost"].values())
+    assert values and all(row["nfe"] >= 1 or not networks(model) for row in result["cost"].values())
     assert all(math.isfinite(v) for v in values.values())
     assert result["not_applicable"] == {}
 
 
 def test_frozen_protocols_load_under_their_file_name():
-    names = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    """Those over data that come with the package; the others are tested where small files of their kinds are made."""
+    names = sorted(p.stem for p in FOLDER.glob("*.yaml") if "???" not in p.read_text())
     assert [Protocol.load(n).name for n in names] == names
     assert len({Protocol.load(n).hash for n in names}) == len(names)
 

@@ -214,7 +214,6 @@ def test_the_fingerprint_is_of_contents_and_options(tmp_path):
     changed = IMAGES.copy()
     changed[17, 1, 2, 3] ^= 1
     variants = [
-        make(save(tmp_path, IMAGES, "other.npy")),
         make(path, test=3),
         make(path, order="file"),
         make(path, flip=True),
@@ -223,10 +222,23 @@ def test_the_fingerprint_is_of_contents_and_options(tmp_path):
         make(path, levels=300),
         make(save(tmp_path / "changed", changed)),
     ]
-    assert len({first.fingerprint(), *(v.fingerprint() for v in variants)}) == 9
+    assert len({first.fingerprint(), *(v.fingerprint() for v in variants)}) == 8
     cube = save(tmp_path / "cube", np.arange(40 * 27, dtype=np.uint8).reshape(40, 3, 3, 3))  # no shape tells
     assert make(cube).fingerprint() != make(cube, channels_last=True).fingerprint()
     assert make(save(tmp_path / "copy", IMAGES)).fingerprint() == first.fingerprint()
+
+
+def test_the_fingerprint_does_not_depend_on_names(tmp_path):
+    """Neither of the file, nor of the folder, nor of the labels, nor of shards; but on the order of shards."""
+    labels = np.arange(40) % 5
+    first = make(save(tmp_path, IMAGES), labels=str(save(tmp_path, labels, "y.npy")))
+    other = make(save(tmp_path / "b", IMAGES, "other.npy"), labels=str(save(tmp_path, labels, "classes.npy")))
+    assert other.fingerprint() == first.fingerprint()
+    for folder, one, two in (("c", "a1", "a2"), ("d", "part-9", "part-10"), ("e", "a2", "a1")):
+        save(tmp_path / folder, IMAGES[:15], f"{one}.npy")
+        save(tmp_path / folder, IMAGES[15:], f"{two}.npy")
+    c, d, e = (make(tmp_path / folder).fingerprint() for folder in "cde")
+    assert c == d != e
 
 
 # ---- errors ----

@@ -7,16 +7,10 @@ import pytest
 import torch
 
 from genmodels.data.digits import Digits
-from genmodels.metrics.authenticity import (
-    Authenticity,
-    authentic,
-    distances,
-    memorised_share,
-    nearest,
-    nearest_counts,
-    nearest_other,
-)
+from genmodels.metrics import neighbours
+from genmodels.metrics.authenticity import Authenticity, authentic, memorised_share, nearest_counts, share_below
 from genmodels.metrics.metric import Subject
+from genmodels.metrics.neighbours import distances, nearest, radii
 from genmodels.rng import generator
 from genmodels.types import Samples
 from tests.evaluation_fakes import Levels, UniformLevels
@@ -26,26 +20,38 @@ def column(*values):
     return torch.tensor(values, dtype=torch.float64)[:, None]
 
 
-def test_nearest_neighbours_by_hand():
-    train = column(0, 1, 3, 10)
-    assert nearest_other(train).tolist() == [1, 1, 2, 7]
-    d, index = nearest(column(0.25, 2.5, 7), train)
-    assert d.tolist() == [0.25, 0.5, 3] and index.tolist() == [0, 2, 3]
-
-
 def test_authentic_by_hand():
     train = column(0, 1, 10)  # gaps 1, 1, 9
     x = column(-2, 0.5, 14, 30)  # farther than the gap, nearer, nearer than the wide gap, farther
-    assert authentic(x, train, nearest_other(train)).tolist() == [True, False, False, True]
+    assert authentic(*nearest(x, train), radii(train, 1)).tolist() == [True, False, False, True]
 
 
-def test_copies_are_at_distance_zero_however_far_out():
-    x = torch.randn(50, 8, dtype=torch.float64, generator=generator(0)) + 1e6
-    assert (distances(x, x).diagonal() == 0).all()
-
-
-def test_ties_share_their_vote():
+@pytest.mark.parametrize("budget", [2**23, 100])
+def test_ties_share_their_vote(budget, monkeypatch):
+    monkeypatch.setattr(neighbours, "BUDGET", budget)
+    monkeypatch.setattr(neighbours, "COLUMNS", 2)
     assert nearest_counts(column(0.5, 0.0), column(0, 1, 5)).tolist() == [1.5, 0.5, 0]
+    x, pool = (torch.randn(n, 2, generator=generator("votes", n)).round() for n in (70, 60))
+    tied = distances(x, pool) == distances(x, pool).min(1, keepdim=True).values
+    assert torch.allclose(nearest_counts(x, pool), (tied / tied.sum(1, keepdim=True)).double().sum(0), rtol=1e-6)
+
+
+def test_share_below_by_hand_and_pair_by_pair():
+    assert share_below(column(1, 2)[:, 0], column(2, 3, 0)[:, 0]).value == 3.5 / 6
+    x, y = (torch.randn(n, generator=generator("share", n), dtype=torch.float64) for n in (40, 70))
+    assert share_below(x, y).value == pytest.approx((x[:, None] < y).double().mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_the_standard_error_of_share_below_is_its_spread(shift):
+    """400 draws know an sd to 3.5 %."""
+    g = generator("spread of share", int(shift))
+    draw = lambda n: torch.randn(n, generator=g, dtype=torch.float64)  # noqa: E731
+    found = [share_below(draw(40) - shift, draw(70)) for _ in range(400)]
+    value, stderr = torch.tensor(found, dtype=torch.float64).T
+    assert stderr.square().mean().sqrt() / value.std() == pytest.approx(1, abs=0.14)
+    if shift == 0:
+        assert stderr.mean() == pytest.approx(math.sqrt((1 / 40 + 1 / 70) / 12), rel=0.05)
 
 
 def test_memorised_share_has_the_exact_mean_and_variance_of_relabelling():
@@ -68,11 +74,15 @@ def digits():
     return Digits()
 
 
+def samples(metric, x):
+    return Samples(torch.arange(len(x)), x=x, features={metric.features.identity: metric.features(x)})
+
+
 def scored(digits, x):
     metric = Authenticity()
     metric.start(Subject(UniformLevels((1, 8, 8)), digits, torch.device("cpu"), 256))
     for part in x.split(200):
-        metric.update(Samples(torch.arange(len(part)), x=part), None)
+        metric.update(samples(metric, part), None)
     return metric.compute()
 
 
@@ -81,6 +91,7 @@ def test_fresh_data_are_not_accused(digits):
     assert not any(e.flags for e in fresh.values())
     assert abs(fresh["memorised"].value) < 3 * fresh["memorised"].stderr
     assert fresh["copies"].value == 0
+    assert abs(fresh["nearer"].value - 0.5) < 3 * fresh["nearer"].stderr
     e = fresh["authenticity"]
     assert abs(e.value - e.references["test set"]) < 4 * e.stderr
 
@@ -92,14 +103,16 @@ def test_copies_with_and_without_noise_are_flagged(digits, noise):
     found = scored(digits, x)
     assert found["memorised"].flags == ("overlap_suspected",) and found["memorised"].value > 0.9
     assert found["authenticity"].value < 0.5 * found["authenticity"].references["test set"]
+    assert found["nearer"].value > 0.95
     assert (found["copies"].value == 1) == (noise == 0) == bool(found["copies"].flags)
 
 
 def test_averaging_is_not_copying(digits):
     """Means of neighbours lie nearer to the data than the data to each other, to training and test items alike."""
     pool = torch.cat([digits.all("train").x, digits.all("test").x])
-    neighbours = distances(digits.all("val").x.flatten(1), pool.flatten(1)).topk(4, largest=False).indices
-    found = scored(digits, pool[neighbours].mean(1))
+    near = distances(digits.all("val").x.flatten(1), pool.flatten(1)).topk(4, largest=False).indices
+    found = scored(digits, pool[near].mean(1))
+    assert found["nearer"].value > 0.7
     assert found["authenticity"].value < 0.5 * found["authenticity"].references["test set"]
     assert abs(found["memorised"].value) < 3 * found["memorised"].stderr
     assert not any(e.flags for e in found.values())
@@ -109,12 +122,6 @@ def test_duplicates_that_the_data_have_anyway_are_no_copies():
     data = Levels()  # 5³ possible items: the test set repeats the training set all the time
     metric = Authenticity()
     metric.start(Subject(UniformLevels(), data, torch.device("cpu"), 256))
-    metric.update(Samples(torch.arange(20), x=data.all("val").x), None)
+    metric.update(samples(metric, data.all("val").x), None)
     e = metric.compute()["copies"]
     assert e.value > 0.5 and e.references["test set"] > 0.5 and not e.flags
-
-
-def test_one_broken_sample_fails_the_estimates(digits):
-    x = digits.all("val").x.clone()
-    x[3, 0, 0, 0] = math.nan
-    assert all(math.isnan(e.value) and not e.flags for e in scored(digits, x).values())

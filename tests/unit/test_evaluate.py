@@ -297,6 +297,12 @@ def test_other_shapes_are_refused(run):
         evaluate(run, protocol(["t_either"], Points()), device="cpu")
 
 
+def test_other_levels_are_refused(run, monkeypatch):
+    monkeypatch.setattr(run, "facts", lambda: {"shape": [3], "levels": 32}, raising=False)
+    with pytest.raises(ConfigError, match=r"its data have 5 levels, .* was trained on 32 levels"):
+        evaluate(run, protocol(["t_either"]), device="cpu")
+
+
 class Short(UniformLevels):
     def sample(self, seeds, *, condition=None):
         return torch.zeros(len(seeds) - 1, 3)
@@ -407,7 +413,10 @@ def test_pictures_of_drawn_items_lie_beside_the_result(tmp_path):
 # ---- protocols ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
+AT_HAND = [path for path in sorted(FOLDER.glob("*.yaml")) if "???" not in path.read_text()]  # no files of the user's
+
+
+@pytest.mark.parametrize("path", AT_HAND, ids=lambda p: p.stem)
 def test_protocols_of_the_repository_are_sound(path):
     p = Protocol.load(path.stem)
     assert p.name == path.stem and len(p.hash) == 12 and p.tree["description"]

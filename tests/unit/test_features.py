@@ -7,9 +7,10 @@ import torch
 
 from genmodels.data.digits import Digits
 from genmodels.metrics import digits_features, train_digits_features
+from genmodels.metrics.bures import bias_constant, factor, frechet_distance
 from genmodels.metrics.digits_features import WEIGHTS, DigitsNetwork, accuracy, load_network
 from genmodels.metrics.features import DigitsFeatures, Pixels, RandomProjection, features_of, to_levels
-from genmodels.metrics.frechet import bias_constant, factor, frechet_distance, uniform_noise
+from genmodels.metrics.frechet import uniform_noise
 from genmodels.metrics.statistics import gaussian
 from genmodels.rng import generator
 from tests.evaluation_fakes import Levels, Points
@@ -73,7 +74,7 @@ def test_distance_orders_sets_as_people_do(digits):
     halves = fd(x[order[:898]], gaussian(extract(x[order[898:]])))
     floor = bias_constant(reference.covariance) * (1 / 898 + 1 / 899)
     fitted = gaussian(x.flatten(1))
-    root, _ = factor(fitted.covariance)
+    root = factor(fitted.covariance)
     normal = torch.randn(len(x), 64, generator=g, dtype=torch.float64) @ root.T + fitted.mean
     sets = [x + 16 * sd * torch.randn(x.shape, generator=g) for sd in (0.1, 0.25)]
     sets += [normal.reshape(x.shape), uniform_noise(digits, len(x))]
@@ -89,7 +90,7 @@ def test_pixel_moments_are_blind_to_what_the_extractor_sees(digits):
     """Figures for the raw vector in [0, 1], which do not depend on any trained weights."""
     x, extract, g = everything(digits), Pixels(16.0), generator("test features")
     fitted = gaussian(extract(x))
-    root, _ = factor(fitted.covariance)
+    root = factor(fitted.covariance)
     normal = (torch.randn(len(x), 64, generator=g, dtype=torch.float64) @ root.T + fitted.mean) * 16
     assert frechet_distance(gaussian(extract(to_levels(normal, digits).float())), fitted) == pytest.approx(
         0.19, abs=0.02

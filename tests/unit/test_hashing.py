@@ -41,6 +41,13 @@ def test_names_sizes_and_contents_of_files_count_and_nothing_else(tmp_path):
         fingerprint_files(same, tmp_path / "copy")
 
 
+def test_without_a_root_the_order_counts_instead_of_names(tmp_path):
+    one, two = write(tmp_path / "one", a=b"12", b=b"3"), write(tmp_path / "two", x=b"3", y=b"12")
+    assert fingerprint_files(one, None) == fingerprint_files(reversed(two), None)
+    assert fingerprint_files(one, None) != fingerprint_files(two, None)
+    assert fingerprint_files(one, None) != fingerprint_files(one, tmp_path / "one")
+
+
 @pytest.fixture
 def budget(monkeypatch):
     monkeypatch.setattr(hashing, "BUDGET", 4 * BLOCK)

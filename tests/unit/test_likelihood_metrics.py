@@ -1,4 +1,4 @@
-"""Bits per dimension and nats: units, bin widths, kinds, references."""
+"""Bits per dimension and nats: units, bin widths, kinds, references, draws."""
 
 import math
 
@@ -7,8 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genmodels.metrics.likelihood import BitsPerDim, NegativeLogLikelihood, bits_per_dim
+from genmodels.metrics.likelihood import (
+    BitsPerDim,
+    NegativeLogLikelihood,
+    bits_per_dim,
+    code_length,
+    combine_draws,
+    how_made,
+)
 from genmodels.metrics.metric import Subject
+from genmodels.rng import generator
 from genmodels.transforms import Affine, Compose, Dequantize, Logit
 from genmodels.types import Likelihood, NotApplicable, Samples
 from tests.evaluation_fakes import Levels, Points, UniformLevels
@@ -49,6 +57,7 @@ def test_published_example_of_the_logit_transform():
     expected = {1e-6: [28.373937, 22.033260, 7.325800, 99.494585], 0.05: [11.229193, 11.078703, 7.477791, 11.335486]}
     for alpha, bits in expected.items():
         assert through(Logit(0.0, 256.0, alpha), v).tolist() == pytest.approx(bits, abs=2e-6)
+    assert through(Logit(0.0, 256.0, 0.05), v).mean().item() == pytest.approx(10.280293, abs=1e-6)
 
 
 def test_dequantisation_bounds_the_exact_code_length():
@@ -60,6 +69,105 @@ def test_dequantisation_bounds_the_exact_code_length():
     assert -math.log2(log_p.exp().mean().item()) == pytest.approx(0.811498, abs=1e-6)
 
 
+# ---- draws -------------------------------------------------------------------------------------------------------
+
+EXACT = 0.811498  # bits of the cell [1, 2) under N(1.3, 0.6²)
+
+
+def log_density(u):
+    """log p(1 + u) of N(1.3, 0.6²)."""
+    return -(((u - 0.3) / 0.6) ** 2) / 2 - math.log(0.6 * math.sqrt(2 * math.pi))
+
+
+def combined(u, how):
+    """Bits of items with the draws u [K, N], combined."""
+    return -combine_draws([Likelihood(log_density(row), "exact") for row in u], how).value / math.log(2)
+
+
+def test_two_importance_draws_by_quadrature():
+    grid = (torch.arange(1000, dtype=F64) + 0.5) / 1000
+    pairs = torch.cartesian_prod(grid, grid).T
+    # the midpoint rule errs by about h²/24 times the second derivative: 1e-7
+    assert combined(pairs, "importance").mean().item() == pytest.approx(0.822887, abs=1e-6)
+    assert combined(pairs, "mean").mean().item() == pytest.approx(0.835911, abs=1e-6)
+
+
+@pytest.mark.parametrize(("draws", "expected"), [(1, 0.835911), (10, 0.813643), (100, 0.811710), (1000, 0.811519)])
+def test_importance_tightens_the_bound(draws, expected):
+    u = torch.rand(draws, 2_000_000 // draws if draws > 1 else 500_000, dtype=F64, generator=generator("iw", draws))
+    bits = combined(u, "importance")
+    # (p̄/P - 1)/ln 2 has mean zero and takes the first order of -log2 p̄ away: what is left is about its square
+    mass = 2**-EXACT
+    steadied = bits + (log_density(u).exp().mean(0) / mass - 1) / math.log(2)
+    error = steadied.std().item() / math.sqrt(len(bits))
+    assert error < 1e-4 / draws**0.5
+    assert steadied.mean().item() == pytest.approx(expected, abs=4 * error + 1e-6)
+
+
+def test_dequantised_uniform_data_leave_nothing_to_tighten():
+    flat = [Likelihood(torch.full((3,), -2.0), "exact")] * 4
+    for how in ("mean", "importance"):
+        found = combine_draws(flat, how)
+        assert torch.allclose(found.value, torch.full((3,), -2.0, dtype=F64)) and (found.stderr == 0).all()
+
+
+def test_importance_is_between_the_mean_and_the_largest_draw():
+    values = torch.randn(7, 50, dtype=F64, generator=generator("between")) * 300  # far beyond the range of exp
+    draws = [Likelihood(row, "bound") for row in values]
+    mean, importance = (combine_draws(draws, how).value for how in ("mean", "importance"))
+    assert torch.allclose(mean, values.mean(0), rtol=1e-14)
+    assert (mean < importance).all() and (importance <= values.max(0).values).all()
+    assert (importance >= values.max(0).values - math.log(7)).all()
+
+
+@pytest.mark.parametrize("how", ["mean", "importance"])
+def test_error_of_an_item_is_the_spread_of_its_combined_value(how):
+    """Of many repetitions with 50 draws; the first order in the noise of exp(ℓ) is right to a few per cent here."""
+    u = torch.rand(50, 4000, dtype=F64, generator=generator("spread"))
+    found = combine_draws([Likelihood(log_density(row), "exact") for row in u], how)
+    # sd of 4000 values: 1.1 % of itself; the bias of the importance weights' first order is 1/K
+    assert found.stderr.square().mean().sqrt().item() == pytest.approx(found.value.std().item(), rel=0.06)
+
+
+def test_a_single_draw_keeps_its_error_and_kinds_weaken():
+    one = Likelihood(torch.zeros(2), "stochastic", torch.tensor([3.0, 1.0]))
+    assert combine_draws([one]).stderr.tolist() == [3, 1] and combine_draws([one]).value.dtype == F64
+    assert combine_draws([Likelihood(torch.zeros(2), "exact")]).stderr is None
+    two = combine_draws([Likelihood(torch.tensor([1.0, 5.0]), "exact"), one])
+    assert two.kind == "stochastic" and two.value.tolist() == [0.5, 2.5]
+    assert two.stderr.tolist() == pytest.approx([0.5, 2.5])  # sd with divisor 1 over √2
+
+
+@pytest.mark.parametrize(("kind", "why"), [("stochastic", "estimate of log p"), ("numerical", "the solver's errors")])
+def test_importance_needs_the_density_itself(kind, why):
+    good, bad = Likelihood(torch.zeros(2), "exact"), Likelihood(torch.zeros(2), kind)
+    with pytest.raises(ValueError, match=rf"this one is {kind}: .*{why}.*Use combine: mean"):
+        combine_draws([good, bad], "importance")
+    assert combine_draws([good, bad], "mean").kind == kind
+    with pytest.raises(ValueError, match="at least one draw"):
+        combine_draws([])
+
+
+def test_probe_noise_would_be_taken_for_likelihood():
+    """Why: unbiased noise of variance 1 in log p raises the average of p by e^½, however many draws there are."""
+    noise = torch.randn(2000, 300, dtype=F64, generator=generator("probes"))
+    fooled = combine_draws([Likelihood(row, "bound") for row in noise], "importance").value  # true log p: 0
+    assert fooled.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_words_for_how_a_likelihood_was_made():
+    assert how_made(1, "mean", {}) == how_made(1, "importance", {"divergence": "exact", "probes": 1}) == ""
+    assert how_made(5, "mean", {"draws": 2}) == "10 draws"
+    assert how_made(5, "importance", {"draws": 1}) == "iw-5" and how_made(5, "importance", {"draws": 2}) == (
+        "iw-5, 2 draws"
+    )
+    assert how_made(5, "mean", {"divergence": "hutchinson", "probes": 2}) == "5 draws, 2 probes"
+    assert how_made(1, "mean", {"divergence": "hutchinson"}) == "1 probe"
+
+
+# ---- metrics -----------------------------------------------------------------------------------------------------
+
+
 @given(st.floats(0.01, 100), st.integers(1, 50))
 def test_rescaling_the_unit_of_the_data_changes_nothing(scale, d):
     log_p = torch.tensor([-3.0 * d], dtype=F64)
@@ -67,11 +175,15 @@ def test_rescaling_the_unit_of_the_data_changes_nothing(scale, d):
     assert bits_per_dim(moved, d, scale).item() == pytest.approx(bits_per_dim(log_p, d, 1.0).item(), abs=1e-9)
 
 
-def fed(metric, dataset, values, kind):
+def all_of(metric, dataset, values, kind, stderr=None):
     metric.start(subject(dataset))
     batch = dataset.all("test")[: len(values)]
-    metric.update(Samples(torch.arange(len(values)), likelihood=Likelihood(values, kind)), batch)
-    return next(iter(metric.compute().values()))
+    metric.update(Samples(torch.arange(len(values)), likelihood=Likelihood(values, kind, stderr)), batch)
+    return metric.compute()
+
+
+def fed(metric, dataset, values, kind, stderr=None):
+    return next(iter(all_of(metric, dataset, values, kind, stderr).values()))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +192,7 @@ def fed(metric, dataset, values, kind):
 )
 def test_kind_of_a_code_length(kind, reported):
     e = fed(BitsPerDim(), Levels(), torch.tensor([-3.0, -4.0], dtype=F64), kind)
-    assert e.kind == reported
+    assert e.kind == reported == fed(NegativeLogLikelihood(), Levels(), torch.zeros(2), kind).kind
     assert e.value == pytest.approx(3.5 / (3 * math.log(2)))
     assert e.references == {"uniform": math.log2(5)}
 
@@ -112,11 +224,65 @@ def test_true_law_is_the_reference_of_nll():
     assert torch.equal(e.items, -truth)
 
 
-def test_each_applies_to_its_own_data():
+def test_nats_of_discrete_data_are_the_code_length():
+    """A density and a mass of the same model: uniform on 5 levels of width ½ in 3 dimensions costs 3 log 5 nats."""
+
+    class Halves(Levels):
+        bin_width = 0.5
+
+    density = torch.full((4,), -3 * math.log(5 * 0.5), dtype=F64)
+    mass = torch.full((4,), -3 * math.log(5), dtype=F64)
+    for values, kind in ((density, "exact"), (mass, "pmf")):
+        found = all_of(NegativeLogLikelihood(), Halves(), values, kind)
+        bits = fed(BitsPerDim(), Halves(), values, kind)
+        assert found["nll"].value == pytest.approx(3 * math.log(5), rel=1e-14) and found["nll"].unit == "nats"
+        assert found["nats_per_dim"].value == pytest.approx(math.log(5), rel=1e-14)
+        assert found["nats_per_dim"].value == pytest.approx(bits.value * math.log(2), rel=1e-14)
+        assert found["nats_per_dim"].unit == "nats/dim"
+        assert found["nll"].references == {"uniform": pytest.approx(3 * math.log(5))}
+        assert found["nats_per_dim"].references == {"uniform": pytest.approx(math.log(5))}
+
+
+def test_nats_per_dimension_of_continuous_data():
+    data = Points()
+    found = all_of(NegativeLogLikelihood(), data, data.log_prob(data.all("test").x), "exact")
+    whole, each = found["nll"], found["nats_per_dim"]
+    assert (each.value, each.stderr) == pytest.approx((whole.value / 2, whole.stderr / 2))
+    assert each.references["true law"] == pytest.approx(whole.references["true law"] / 2) and each.kind == "exact"
+    assert torch.allclose(each.items, whole.items / 2)
+    assert code_length(torch.tensor([-2.0]), 5, None).tolist() == [2.0]
+
+
+def test_noise_of_the_probes_is_counted_once():
+    """sd/√n over items covers both the items' spread (sd 1) and the noise of their estimates (sd 0.75)."""
+    g, n, repeats = generator("noise"), 400, 1500
+    lengths = 3 + torch.randn(repeats, n, dtype=F64, generator=g)
+    noisy = lengths + 0.75 * torch.randn(repeats, n, dtype=F64, generator=g)
+    truth = noisy.mean(1).std().item()  # of the whole experiment, items and probes drawn anew
+    assert truth == pytest.approx(1.25 / math.sqrt(n), rel=0.08)  # 1.8 % is one standard error of 1500 repetitions
+    data, stderr = Points((300, 20, n)), torch.full((n,), 0.75)
+    e = fed(NegativeLogLikelihood(), data, -noisy[0], "stochastic", stderr)
+    assert e.stderr == pytest.approx(truth, rel=0.15)  # sd of 400 values: 3.5 % of itself
+    both = math.hypot(e.stderr, 0.75 / math.sqrt(n))
+    assert both > 1.1 * truth  # what adding the items' errors again would claim
+    covered = (noisy.mean(1) - 3).abs() < 1.96 * noisy.std(1) / math.sqrt(n)
+    assert covered.double().mean().item() == pytest.approx(0.95, abs=0.025)  # 4 binomial standard errors
+    assert e.detail == f"noise of the draws {0.75 / math.sqrt(n):.2g}"
+
+
+def test_noise_is_told_in_the_unit_of_the_estimate():
+    stderr = torch.tensor([3.0, 4.0])  # rms √12.5, over √2
+    found = all_of(NegativeLogLikelihood(), Levels(), torch.tensor([-3.0, -4.0], dtype=F64), "bound", stderr)
+    assert found["nll"].detail == "noise of the draws 2.5" and found["nats_per_dim"].detail.endswith(" 0.83")
+    bits = fed(BitsPerDim(), Levels(), torch.tensor([-3.0, -4.0], dtype=F64), "bound", stderr)
+    assert bits.detail == f"noise of the draws {2.5 / (3 * math.log(2)):.2g}"
+    for silent in (None, torch.zeros(2)):
+        assert fed(BitsPerDim(), Levels(), torch.zeros(2), "bound", silent).detail == ""
+
+
+def test_code_lengths_need_levels():
     with pytest.raises(NotApplicable, match="nll"):
         BitsPerDim().start(subject(Points()))
-    with pytest.raises(NotApplicable, match="bits_per_dim"):
-        NegativeLogLikelihood().start(subject(Levels()))
 
 
 def test_infinite_cost_is_not_hidden():

@@ -1,0 +1,201 @@
+"""Leaderboards from results: which results share a table, which a row, and what the row is called."""
+
+import dataclasses
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..hashing import digest
+from .board import AllItems, Bill, Board, Cell, Column, Quoted, Row
+from .ranking import frontier, ranked
+from .results import Result, combine
+from .tables import MISSING, SYMBOLS
+
+AXES = ("nfe", "parameters", "training")  # costs that quality is drawn against
+
+
+def leaderboard(
+    results: Sequence[Result], items: AllItems | None = None, quoted: Mapping[str, Sequence[Quoted]] | None = None
+) -> list[Board]:
+    """One board per protocol hash, sorted by name; a pure function of its arguments, whatever their order.
+
+    Args:
+        items: per-item values of estimates by the id of their result, for paired comparisons.
+        quoted: rows that somebody else reports, by the name of the protocol; shown beside measured rows only.
+    """
+    groups: dict[tuple, list[Result]] = {}
+    for result in sorted(results, key=lambda r: (r["created_utc"], r["id"])):
+        protocol = result["protocol"]
+        groups.setdefault((protocol["name"], protocol["version"], protocol["hash"]), []).append(result)
+    return [_board(groups[key], items or {}, (quoted or {}).get(key[0], ())) for key in sorted(groups)]
+
+
+def _board(results: list[Result], items: AllItems, quoted: Sequence[Quoted]) -> Board:
+    protocol = results[-1]["protocol"]
+    columns = _columns(results)
+    rows = _told_apart([_row(same) for same in _same_row(results)])
+    first = {m["name"] for result in results for m in result["metrics"] if m["entry"] == 0}
+    if columns and columns[0].name in first:
+        rows = ranked(rows, columns[0], items)
+    else:
+        reason = "its first metric was not measured"
+        rows = [dataclasses.replace(row, unranked=row.barred or reason) for row in sorted(rows, key=lambda r: r.label)]
+    names = {column.name for column in columns}
+    return Board(
+        protocol["name"],
+        protocol["version"],
+        protocol["hash"],
+        protocol["tree"].get("description", ""),
+        tuple(columns),
+        tuple(rows),
+        _references(results, columns),
+        tuple(row for row in quoted if names & set(row.cells)),
+        tuple(frontier(rows, column, axis, items) for column in _drawn(columns, rows) for axis in AXES),
+    )
+
+
+def _drawn(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """The column that ranks, and the first likelihood."""
+
+    def likelihood(column: Column) -> bool:
+        return any(row.cells[column.name].kind in SYMBOLS for row in rows if column.name in row.cells)
+
+    able = [column for column in columns if column.better != "none"]
+    return list(dict.fromkeys([*able[:1], *[column for column in able if likelihood(column)][:1]]))
+
+
+def _references(results: list[Result], columns: list[Column]) -> dict[str, dict[str, float]]:
+    """The middle of what results say; references of the first column first, in alphabetical order within it."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for metric in (m for result in results for m in result["metrics"]):
+        for name, value in metric["references"].items():
+            found.setdefault(name, {}).setdefault(metric["name"], []).append(value)
+    places = {column.name: k for k, column in enumerate(columns)}
+
+    def place(name: str) -> tuple[int, str]:
+        return min(places.get(metric, len(places)) for metric in found[name]), name
+
+    return {n: {m: statistics.median_low(v) for m, v in found[n].items()} for n in sorted(found, key=place)}
+
+
+def _columns(results: list[Result]) -> list[Column]:
+    """Every estimate that some model has, in the order of the protocol."""
+    found: dict[tuple[int, int, str], Column] = {}
+    for result in results:
+        for place, m in enumerate(result["metrics"]):
+            if not any(c.name == m["name"] for c in found.values()):
+                found[m["entry"], place, m["name"]] = Column(m["name"], m["unit"], m["better"], m["question"])
+    return [found[key] for key in sorted(found)]
+
+
+def _same_row(results: list[Result]) -> list[list[Result]]:
+    """Results of one configuration (but its name and seed), step, weights and options; of each seed the newest."""
+    groups: dict[str, dict[int, Result]] = {}
+    for result in results:  # oldest first, so that a newer one takes the place of an older one
+        model = result["model"]
+        config = {key: value for key, value in model["config"].items() if key not in ("name", "seed")}
+        identity = [config, model["step"], model["weights"], result["answers"]]
+        groups.setdefault(digest(identity), {})[model["seed"]] = result
+    return [[group[seed] for seed in sorted(group)] for group in groups.values()]
+
+
+def _row(same: list[Result]) -> Row:
+    first = same[0]
+    metrics = [{m["name"]: m for m in result["metrics"]} for result in same]
+    names = dict.fromkeys(name for by_name in metrics for name in by_name)
+    sources = [result[part] for result in same for part in ("training", "environment")]
+    commits = sorted({s["commit"] for s in sources[::2] if s["commit"]})
+    several = f"(mean of {len(same)} seeds)" if len(same) > 1 else ""
+    options = _options(first)
+    return Row(
+        label=" ".join(part for part in (first["run"], options, several) if part),
+        name=first["run"],
+        options=options,
+        runs=tuple(result["run"] for result in same),
+        seeds=tuple(result["model"]["seed"] for result in same),
+        model=first["model"]["name"],
+        config_hash=first["model"]["config_hash"],
+        weights=first["model"]["weights"],
+        step=first["model"]["step"],
+        samples_seen=first["model"]["samples_seen"],
+        parameters=first["model"]["parameters"],
+        training=_mean([_device_seconds(result["training"]) for result in same]),
+        hardware=", ".join(sorted({result["training"]["hardware"] or "unknown hardware" for result in same})),
+        cells={name: _cell([by_name.get(name) for by_name in metrics]) for name in names},
+        bills=_bills(same),
+        commit=commits[0] if len(commits) == 1 else None,
+        dirty=any(source["dirty"] for source in sources),
+        results=tuple(result["id"] for result in same),
+        barred=_barred(same),
+    )
+
+
+def _barred(same: list[Result]) -> str | None:
+    """Why a row takes part in no comparison; a failed estimate is only missing."""
+    flags = {f for result in same for m in result["metrics"] for f in m["flags"] if f != "failed"}
+    model = same[0]["model"]
+    unfinished = model["step"] < model["steps"] and model["weights"] != "best"
+    reasons = [flag.replace("_", " ") for flag in sorted(flags)]
+    reasons += [f"training unfinished ({model['step']:,} of {model['steps']:,} steps)"] if unfinished else []
+    return ", ".join(reasons) or None
+
+
+def _cell(metrics: list[dict | None]) -> Cell:
+    found = [m for m in metrics if m is not None]
+    if len(found) < len(metrics) or any(m["value"] is None for m in found):
+        return Cell(question=found[0]["question"])
+    value, stderr = combine([m["value"] for m in found], [m["stderr"] for m in found])
+    return Cell(value, stderr, found[0]["kind"], found[0]["question"])
+
+
+def _device_seconds(training: Mapping[str, Any]) -> float | None:
+    return None if training["seconds"] is None else training["seconds"] * (training["world_size"] or 1)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if any(v is None for v in values) else statistics.fmean(values)
+
+
+def _bills(same: list[Result]) -> dict[str, Bill]:
+    """By question that all seeds were asked, the means over seeds."""
+    costs = [result["cost"] for result in same]
+    asked = [question for question in costs[0] if all(question in cost for cost in costs)]
+    names = [field.name for field in dataclasses.fields(Bill)]
+    return {q: Bill(**{name: _mean([cost[q][name] for cost in costs]) for name in names}) for q in asked}
+
+
+def _options(result: Result) -> str:
+    """What was overridden: `sample.num_steps=10`."""
+    if not result["overridden"]:
+        return ""
+    config, answers = result["model"]["config"], result["answers"]
+    old = _flat({question: config.get(question, {}) for question in answers})
+    return " ".join(f"{key}={value}" for key, value in _flat(answers).items() if old.get(key, MISSING) != value)
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{path}.{key}".lstrip(".")).items()}
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """Rows with labels that differ, by as little as does it: configuration, then weights, step, and result."""
+    for mark in (
+        lambda row: row.config_hash[:6],
+        lambda row: row.weights,
+        lambda row: f"step {row.step:,}",
+        lambda row: row.results[0][:6],
+    ):
+        together: dict[str, set[str]] = {}
+        for row in rows:
+            together.setdefault(row.label, set()).add(mark(row))
+        twice = Counter(row.label for row in rows)
+        rows = [
+            dataclasses.replace(row, label=f"{row.label} ({mark(row)})")
+            if twice[row.label] > 1 and len(together[row.label]) > 1
+            else row
+            for row in rows
+        ]
+    return rows

@@ -1,0 +1,84 @@
+"""The cost columns of a leaderboard: name, heading, unit, and where a row keeps them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .board import EMPTY, Bill, Board, Column, Quoted, Row
+from .tables import MISSING, short
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One cost; `text` writes a value of it."""
+
+    name: str
+    heading: str
+    unit: str
+    text: Callable[[float], str]
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def scaled(value: float) -> str:
+    """Three digits and a decimal prefix.
+
+    >>> scaled(1_234_000_000), scaled(950), scaled(45_000)
+    ('1.23 G', '950', '45.0 k')
+    """
+    for power, prefix in ((12, " T"), (9, " G"), (6, " M"), (3, " k")):
+        if value >= 10**power:
+            digits = value / 10**power
+            return f"{digits:.{2 if digits < 10 else 1 if digits < 100 else 0}f}{prefix}"
+    return f"{value:.0f}"
+
+
+def mebibytes(value: float) -> str:
+    """
+    >>> mebibytes(300 * 2**20)
+    '300 MiB'
+    """
+    return f"{value / 2**20:,.0f} MiB"
+
+
+COSTS = (
+    Cost("nfe", "NFE", "evaluations per item", short),
+    Cost("seconds_per_item", "s/item", "seconds per item", _two_digits),
+    Cost("flops_per_item", "FLOPs/item", "operations per item", scaled),
+    Cost("parameters", "parameters", "parameters", short),
+    Cost("samples_seen", "samples seen", "items", short),
+    Cost("training", "training s × devices", "device seconds", _whole),
+    Cost("peak_memory", "peak memory", "bytes", mebibytes),
+)
+BY_NAME = {cost.name: cost for cost in COSTS}
+
+
+def bill(row: Row, column: Column) -> Bill:
+    """What the answers cost that a column's estimate was made from."""
+    question = row.cells.get(column.name, EMPTY).question or column.question
+    return row.bills.get(question, Bill())
+
+
+def cost(row: Row | Quoted, column: Column | None, name: str) -> float | None:
+    """A cost of a row; those of answers are of the question that feeds the column."""
+    if hasattr(row, name):
+        return getattr(row, name)
+    if isinstance(row, Quoted) or column is None:
+        return None
+    return getattr(bill(row, column), name)
+
+
+def shown(board: Board) -> list[Cost]:
+    """Costs that some row of a board has."""
+    rows = (*board.rows, *board.quoted)
+    return [c for c in COSTS if any(cost(row, board.first, c.name) is not None for row in rows)]
+
+
+def write(value: float | None, of: Cost) -> str:
+    """A cost as text."""
+    return MISSING if value is None else of.text(value)
