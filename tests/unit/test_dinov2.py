@@ -129,6 +129,17 @@ def test_features_belong_to_their_item_and_resizing_matters(folder):
     assert torch.equal(extract(grey), three)
 
 
+def test_other_weights_in_the_same_folder_are_read_again(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "changing"
+    shutil.copytree(folder, path)
+    x, file = noise(2), path / "model.safetensors"
+    before = started(path)(x)
+    save_file({k: v * 1.1 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert not torch.allclose(started(path)(x), before, atol=1e-3)
+
+
 def test_folders_that_transformers_cannot_load(folder, tmp_path):
     path = tmp_path / "cut"
     shutil.copytree(folder, path)

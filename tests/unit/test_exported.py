@@ -24,8 +24,15 @@ def network(size):
     return net.eval()
 
 
-def export(path, size=(8, 6), dynamic=True):
-    net = network(size[0])
+class BatchMean(nn.Module):
+    """No extractor: it mixes the items."""
+
+    def forward(self, x):
+        return x.mean(0, keepdim=True)
+
+
+def export(path, size=(8, 6), dynamic=True, net=None):
+    net = net or network(size[0])
     axes = ({0: torch.export.Dim("batch")},) if dynamic else None
     torch.export.save(torch.export.export(net, (torch.zeros(4, 3, *size),), dynamic_shapes=axes), path)
     return net
@@ -55,10 +62,10 @@ def test_a_program_gives_what_its_network_gives(program):
 
 @torch.no_grad()
 def test_images_are_resized_first(tmp_path):
-    net = export(tmp_path / "square.pt2", (12, 12))
+    net = export(tmp_path / "square.pt2", (5, 5))
     x = noise(5)
-    sized = nn.functional.interpolate(x / 255, size=(12, 12), mode="bilinear", antialias=True)
-    found = started(tmp_path / "square.pt2", size=12, range=(0, 1))(x)
+    sized = nn.functional.interpolate(x / 255, size=(5, 5), mode="bilinear", antialias=True)
+    found = started(tmp_path / "square.pt2", size=5, range=(0, 1))(x)
     assert torch.allclose(found, net(sized).flatten(1), atol=1e-5)
 
 
@@ -86,6 +93,9 @@ def test_programs_that_do_not_fit(program, tmp_path):
         started(path, Points(), size=8)
     with pytest.raises(ValueError, match="no levels to map to `range`"):
         started(path, Points(), range=(0, 1))
+    export(tmp_path / "mean.pt2", net=BatchMean())
+    with pytest.raises(ValueError, match=r"mean.pt2 gives 1 rows for 3 items"):
+        started(tmp_path / "mean.pt2")
     export(tmp_path / "static.pt2", dynamic=False)
     with pytest.raises(ValueError, match=r"static.pt2 fails on items \[1, 3, 8, 6\].*dynamic batch axis"):
         started(tmp_path / "static.pt2")

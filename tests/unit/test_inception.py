@@ -104,6 +104,8 @@ def test_weights_are_found_where_they_are_named_first(weights, tmp_path, monkeyp
     assert Inception(str(weights)).path == weights
     monkeypatch.setenv(VARIABLE, str(tmp_path / "nothing"))
     assert Inception().path == cache / PUBLISHED
+    with pytest.raises(ValueError, match="there is no file"):  # a wrong path is never replaced by another file
+        Inception(str(tmp_path / "gone.pth")).path  # noqa: B018
 
 
 def test_missing_weights_are_described(tmp_path, monkeypatch):
