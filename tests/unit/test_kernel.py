@@ -146,6 +146,19 @@ def test_standard_errors_are_the_spread(kernel, mean, scale, fixed):
     assert 0.8 < ratio < 1.4, ratio
 
 
+def test_standard_errors_are_not_too_large_where_both_laws_are_one():
+    """250 draws. In many dimensions little noise is cut, and the projections' noise must be taken off: else √2.
+
+    Once both samples are drawn; once the reference is so large and fixed that next to nothing but the rest is left.
+    """
+    found = draws(250, 60, 90, 64, cubic)
+    assert 0.86 < found[:, 2].square().mean().sqrt() / found[:, 0].std() < 1.15
+    x = normal(1500, 16)
+    own = kernel_sums(cubic, x, x, own=True)
+    found = torch.tensor([tuple(mmd(x, normal(40, 16, seed=i), cubic, own)) for i in range(250)], dtype=torch.float64)
+    assert 0.86 < found[:, 1].square().mean().sqrt() / found[:, 0].std() < 1.25
+
+
 def test_fresh_samples_are_not_flagged():
     """200 draws from one law: 0.3 flags are due."""
     for kernel, dim in ((cubic, 4), (cubic, 64), (gaussian(2.0), 4)):
