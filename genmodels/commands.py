@@ -331,7 +331,12 @@ Each answers --help.
 def main(argv: Sequence[str] | None = None) -> int:
     """`genmodels train|sample|evaluate|leaderboard|compare|reference|plots …`, also as `python -m genmodels …`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    verbs = {"train": train, "sample": sample, **{verb: _of(module) for verb, module in ELSEWHERE.items()}, "plots": plots}
+    verbs = {
+        "train": train,
+        "sample": sample,
+        **{verb: _of(module) for verb, module in ELSEWHERE.items()},
+        "plots": plots,
+    }
     if words and words[0] in verbs:
         return verbs[words[0]](words[1:])
     if words and words[0] in ("-h", "--help"):

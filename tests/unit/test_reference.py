@@ -14,6 +14,8 @@ from genmodels.data.digits import Digits
 from genmodels.metrics import reference
 from genmodels.metrics.features import DigitsFeatures, Pixels, features_of
 from genmodels.metrics.reference import (
+    keep_features,
+    kept_features,
     ReferenceWarning,
     cache_folder,
     read_statistics,
@@ -23,6 +25,12 @@ from genmodels.metrics.reference_command import main, statistics_of
 from genmodels.metrics.statistics import gaussian
 from genmodels.registry import ConfigError
 from tests.evaluation_fakes import Levels
+
+
+def cached(extractor, data, split, compute):
+    """What the evaluator does with a costly extractor."""
+    found = kept_features(extractor, data, split)
+    return keep_features(extractor, data, split, compute()) if found is None else found
 
 
 def vectors(n=200, d=5, seed=0):
