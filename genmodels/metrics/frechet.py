@@ -52,8 +52,7 @@ class Frechet(FeatureMetric):
         extrapolate: bool = False,
     ) -> None:
         self.features, self.reference, self.allow_few, self.extrapolate = features, reference, allow_few, extrapolate
-        name = getattr(features, "frechet_name", None) or f"FD-{features.label}"
-        self.label = name if reference == "train" else f"{name}-{reference}"
+        self.label = features.frechet_name + ("" if reference == "train" else f"-{reference}")
         self.file = None if statistics is None else Path(statistics).expanduser()
         self.other: Literal["train", "test"] = "train" if reference == "test" else "test"
         self.splits = (reference, self.other) if self.file is None else ()

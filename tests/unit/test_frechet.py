@@ -74,11 +74,11 @@ def test_split_and_other_reference_are_named():
 
 
 def test_the_well_known_name_is_for_whom_it_belongs_to():
-    official = Pixels()
-    official.frechet_name = "FID"
-    assert Frechet(official).label == "FID" and Frechet(official, reference="val").label == "FID-val"
-    official.frechet_name = None
-    assert Frechet(official).label == "FD-pixels"
+    class Official(Pixels):
+        frechet_name = "FID"
+
+    assert Frechet(Official()).label == "FID" and Frechet(Official(), reference="val").label == "FID-val"
+    assert Frechet(Pixels()).label == "FD-pixels"
 
 
 def test_too_few_samples_are_refused_unless_asked_for():
