@@ -220,7 +220,6 @@ def _circumstances(result: Result) -> str:
     if result["overridden"]:
         own = _flat({question: model["config"].get(question) or {} for question in result["answers"]})
         words += [f"{k}={v}" for k, v in _flat(result["answers"]).items() if k not in own or own[k] != v]
-    words += ["reported, not measured"] if result["provenance"] == "reported" else []
     return _escaped(", ".join(words))
 
 

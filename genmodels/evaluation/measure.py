@@ -87,7 +87,7 @@ def _able(metric: Metric, interview: Interview) -> list[str]:
 
 
 def _extractors(metrics: Sequence[Metric], dataset: Dataset, device: torch.device) -> dict[str, FeatureExtractor]:
-    """The extractors of metrics by identity, each once; all of them ready for the data, for metrics of their own use."""
+    """The extractors of metrics by identity; all are ready for the data, since metrics may call their own."""
     extractors = [metric.features for metric in metrics if metric.features is not None]
     for extractor in extractors:
         extractor.start(dataset, device)

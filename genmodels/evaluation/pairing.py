@@ -76,13 +76,8 @@ def _read_all(place: str | Path) -> tuple[list[Side], list[str]]:
         except ResultError as error:
             refused.append(str(error))
         else:
-            sides.append(Side(path, result, _items(companions)))
+            sides.append(Side(path, result, companions.items))
     return sides, refused
-
-
-def _items(companions: Any) -> Mapping[str, Items]:
-    """The per-item values among what lies beside a result."""
-    return companions if isinstance(companions, dict) else companions.items
 
 
 def _fits(result: Result, wanted: Mapping[str, Any]) -> bool:

@@ -14,10 +14,10 @@ from genmodels.data.digits import Digits
 from genmodels.metrics import reference
 from genmodels.metrics.features import DigitsFeatures, Pixels, features_of
 from genmodels.metrics.reference import (
-    keep_features,
-    kept_features,
     ReferenceWarning,
     cache_folder,
+    keep_features,
+    kept_features,
     read_statistics,
     write_statistics,
 )
