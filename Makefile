@@ -9,7 +9,7 @@ READY := $(VENV)/installed
 endif
 DEMO := runs/demo
 
-.PHONY: demo test slow lint board benchmarks clean
+.PHONY: demo controls test slow lint board benchmarks clean
 
 demo: $(READY)
 	$(PY) train.py configs/digits/flow_matching.yaml --root $(DEMO)
@@ -19,12 +19,20 @@ demo: $(READY)
 	$(PY) -m evals.evaluate $(DEMO)/digits-flow_matching --protocol digits_demo
 	$(PY) -m evals.evaluate $(DEMO)/digits-nsf --protocol digits_demo
 	$(PY) -m evals.leaderboard $(DEMO)/digits-flow_matching $(DEMO)/digits-nsf --out $(DEMO)
+	$(PY) -m evals.compare $(DEMO)/digits-flow_matching $(DEMO)/digits-nsf
 	@echo
 	@echo "Look at:"
 	@echo "  $(DEMO)/flow_matching.png            flow matching, one class a row"
 	@echo "  $(DEMO)/nsf.png                      neural spline flow"
-	@echo "  $(DEMO)/LEADERBOARD.md               both beside each other"
+	@echo "  $(DEMO)/leaderboard.html             both beside each other, a page for the browser (LEADERBOARD.md as text)"
 	@echo "  $(DEMO)/digits-flow_matching/        configuration, log, checkpoints and results of a run"
+
+# Rows of a board whose faults are known: what metrics make of copies, blur, noise, missing and invented digits.
+CONTROLS := memorise duplicated noisy blurred gaussian
+
+controls: $(READY)
+	for name in $(CONTROLS); do $(PY) train.py configs/digits/$$name.yaml || exit 1; done
+	$(PY) -m evals.evaluate $(CONTROLS:%=runs/digits-%) --protocol digits
 
 test: $(READY)
 	$(PY) -m pytest -n auto
@@ -44,6 +52,9 @@ benchmarks: $(READY)
 	$(PY) -m evals.benchmarks.solvers
 	$(PY) -m evals.benchmarks.image_flows
 	$(PY) -m evals.benchmarks.networks
+	$(PY) -m evals.benchmarks.frechet
+	$(PY) -m evals.benchmarks.prdc
+	$(PY) -m evals.benchmarks.agreement
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
