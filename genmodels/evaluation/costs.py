@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .board import EMPTY, Bill, Board, Column, Quoted, Row
-from .tables import MISSING, short
+from .tables import MISSING, mebibytes, scaled, short
 
 
 @dataclass(frozen=True)
@@ -23,27 +23,6 @@ def _two_digits(value: float) -> str:
 
 def _whole(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def scaled(value: float) -> str:
-    """Three digits and a decimal prefix.
-
-    >>> scaled(1_234_000_000), scaled(950), scaled(45_000)
-    ('1.23 G', '950', '45.0 k')
-    """
-    for power, prefix in ((12, " T"), (9, " G"), (6, " M"), (3, " k")):
-        if value >= 10**power:
-            digits = value / 10**power
-            return f"{digits:.{2 if digits < 10 else 1 if digits < 100 else 0}f}{prefix}"
-    return f"{value:.0f}"
-
-
-def mebibytes(value: float) -> str:
-    """
-    >>> mebibytes(300 * 2**20)
-    '300 MiB'
-    """
-    return f"{value / 2**20:,.0f} MiB"
 
 
 COSTS = (

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .board import EMPTY, Board, Cell, Column, Quoted, Row
 from .costs import Cost, cost, shown, write
@@ -15,6 +15,9 @@ from .markdown import commit, places
 from .provenance import provenance
 from .results import Result
 from .tables import MISSING, SYMBOLS, arrow, show
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent / "templates"
 LARGEST = 200_000  # bytes of a picture that is put into the page
@@ -43,6 +46,7 @@ def page(boards: Sequence[Board], results: Mapping[str, Result], grids: Mapping[
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["code"] = _code
     views = [_view(board, results, grids) for board in boards]
     files = {"leaderboard.csv": as_csv(boards)} | {
         view["file"]: wide_csv(b) for view, b in zip(views, boards, strict=True)
@@ -54,6 +58,13 @@ def page(boards: Sequence[Board], results: Mapping[str, Result], grids: Mapping[
         js=_text("page.js"),
         data=_safe({"files": files}),
     )
+
+
+def _code(words: str) -> "Markup":
+    """Text whose `marked` parts are code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(words))))
 
 
 def _text(name: str) -> str:

@@ -6,9 +6,8 @@ from typing import Any
 import yaml
 
 from .board import Row
-from .costs import mebibytes, scaled
 from .results import Result
-from .tables import MISSING, short
+from .tables import MISSING, mebibytes, scaled, short
 
 
 def provenance(row: Row, results: Sequence[Result]) -> dict[str, Any]:

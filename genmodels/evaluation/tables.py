@@ -86,19 +86,28 @@ def failure(question: str, failed: Mapping[str, Any]) -> str:
 
 def _price(cost: Mapping[str, Any]) -> str:
     """What an answer costs, in words."""
-    parts = [f"{short(cost['nfe'])} evaluations", f"{cost['seconds_per_item']:.2g} s"]
-    parts += [f"{amount(cost['flops_per_item'])}FLOP"] if cost["flops_per_item"] else []
-    peak = f"; peak memory {amount(cost['peak_memory'])}B" if cost["peak_memory"] else ""
+    parts = [f"{short(cost['nfe'])} evaluation{'s' * (cost['nfe'] != 1)}", f"{cost['seconds_per_item']:.2g} s"]
+    parts += [f"{scaled(cost['flops_per_item'])}FLOP"] if cost["flops_per_item"] else []
+    peak = f"; peak memory {mebibytes(cost['peak_memory'])}" if cost["peak_memory"] else ""
     return f"{' and '.join([', '.join(parts[:-1]), parts[-1]])} an item, in batches of {cost['batch_size']:,}{peak}"
 
 
-def amount(value: float) -> str:
-    """Three digits and a prefix: 12.1 G.
+def scaled(value: float) -> str:
+    """Three digits and a decimal prefix.
 
-    >>> amount(12_100_000_000), amount(950)
-    ('12.1 G', '950 ')
+    >>> scaled(1_234_000_000), scaled(950), scaled(45_000)
+    ('1.23 G', '950', '45.0 k')
     """
-    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    for power, prefix in ((12, " T"), (9, " G"), (6, " M"), (3, " k")):
         if value >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}"
-    return f"{value:.3g} "
+            digits = value / 10**power
+            return f"{digits:.{2 if digits < 10 else 1 if digits < 100 else 0}f}{prefix}"
+    return f"{value:.0f}"
+
+
+def mebibytes(value: float) -> str:
+    """
+    >>> mebibytes(300 * 2**20)
+    '300 MiB'
+    """
+    return f"{value / 2**20:,.0f} MiB"

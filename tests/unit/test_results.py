@@ -257,7 +257,7 @@ def test_summary_says_everything_that_was_measured():
     text = describe_result(example(metrics=[metric(references={"floor": 0.9}, flags=["overlap_suspected"])]))
     assert "FD-digits" in text and "4.20 ± 0.10" in text and "floor 0.9" in text and "overlap suspected" in text
     assert "bits_per_dim  not applicable: needs likelihood" in text
-    assert "sample        50 evaluations, 0.024 s and 12 MFLOP an item, in batches of 50" in text
+    assert "sample        50 evaluations, 0.024 s and 12.0 MFLOP an item, in batches of 50" in text
     broken = {"sample": {"items": 6, "of": 5000, "first": [1, 2, 3, 4, 5, 8]}}
     text = describe_result(example(failures=broken))
     assert "sample        6 of 5,000 samples are not finite (seeds 1, 2, 3, 4, 5, …)" in text
