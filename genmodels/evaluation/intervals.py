@@ -108,9 +108,10 @@ def unpaired(a: float, stderr_a: float, b: float, stderr_b: float) -> Difference
 
 
 def _student(mean: float, stderr: float, df: int, words: str) -> Difference:
-    return _pivotal(
-        mean, mean, stderr, lambda t: student_cdf(t, df), lambda q: student_quantile(q, df), f"{words}, Student's t"
-    )
+    from scipy.special import stdtr, stdtrit
+
+    words = f"{words}, Student's t"
+    return _pivotal(mean, mean, stderr, lambda t: float(stdtr(df, t)), lambda q: float(stdtrit(df, q)), words)
 
 
 def _pivotal(
@@ -123,35 +124,6 @@ def _pivotal(
 ) -> Difference:
     p = 2 * cdf(-abs(centre) / stderr) if stderr > 0 else float(centre == 0)
     return Difference(value, centre, stderr, quantile, p, words)
-
-
-def student_cdf(t: float, df: int) -> float:
-    """P(T <= t) of Student's t with an integer number of degrees of freedom, by its finite series.
-
-    Source: Abramowitz & Stegun 1964 (Handbook of mathematical functions), equations 26.7.3 and 26.7.4.
-    """
-    angle = math.atan2(t, math.sqrt(df))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    odd = df % 2
-    term, total = (math.cos(angle) if odd else 1.0) * (df > 1), 0.0
-    for k in range(1 + odd, df, 2):
-        total += term
-        term *= square * k / (k + 1)
-    within = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    return 0.5 + within / 2
-
-
-def student_quantile(q: float, df: int) -> float:
-    """The t at which `student_cdf` is q, 0 < q < 1, by bisection."""
-    if q < 0.5:
-        return -student_quantile(1 - q, df)
-    low, high = 0.0, 1.0
-    while student_cdf(high, df) < q and high < 1e300:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, df) < q else (low, middle)
-    return (low + high) / 2
 
 
 def levels(differences: Sequence[Difference], level: float, family: Family) -> list[float]:
