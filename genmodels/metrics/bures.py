@@ -18,7 +18,7 @@ SIZES = 8  # of subsets that the distance of unlimited samples is extrapolated f
 
 
 def factor(covariance: Tensor) -> Tensor:
-    """F [D, D] with F Fᵀ = S; eigenvalues below D·eps of the largest count as 0.
+    """F [D, r] with F Fᵀ = S and r its rank; eigenvalues below D·eps of the largest count as 0.
 
     Raises:
         ValueError: if negative eigenvalues add up to more than 1e-6 of the trace: S is no covariance.
@@ -31,23 +31,26 @@ def factor(covariance: Tensor) -> Tensor:
             "is no covariance. Accumulate it in float64 about a shift (`Moments`)."
         )
     kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return vectors * torch.where(kept, values, 0.0).clamp(min=0).sqrt()
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def trace_root(first: Tensor, second: Tensor) -> Tensor:
     """tr((S₁ S₂)^½) for covariances [D, D].
 
     Σ √λ(Lᵀ S₂ L) with the Cholesky factor L of S₁. Where S₁ has none, or where rounding errors of the eigenvalues
-    could show in their roots, the singular values of F₁ᵀ F₂, to which null directions add errors of the order of eps
-    and not of √eps.
+    could show in their roots, by its factor of full rank.
     """
     lower, failed = torch.linalg.cholesky_ex(first)
     fast = None if failed else _sum_of_roots(lower.T @ second @ lower)
-    return torch.linalg.svdvals(factor(first).T @ factor(second)).sum() if fast is None else fast
+    return thin_trace_root(factor(first), second) if fast is None else fast
 
 
 def thin_trace_root(thin: Tensor, covariance: Tensor) -> Tensor:
-    """tr((F Fᵀ S)^½) for F [D, r] with r < D and a covariance S [D, D]."""
+    """tr((F Fᵀ S)^½) for F [D, r] and a covariance S [D, D]: Σ √λ(Fᵀ S F).
+
+    Where rounding could show, the singular values of Fᵀ F_S, to which null directions add errors of the order of eps
+    and not of √eps.
+    """
     fast = _sum_of_roots(thin.T @ covariance @ thin)
     return torch.linalg.svdvals(thin.T @ factor(covariance)).sum() if fast is None else fast
 
@@ -57,6 +60,8 @@ def _sum_of_roots(matrix: Tensor) -> Tensor | None:
 
     An eigenvalue has an error of about eps·λ_max, its root one of eps·λ_max/(2√λ).
     """
+    if not len(matrix):
+        return matrix.new_zeros(())
     values = torch.linalg.eigvalsh(matrix)
     roots = values.sqrt()  # NaN of a negative one, which passes no comparison
     rounding = torch.finfo(values.dtype).eps * values[-1] * roots.reciprocal().sum() / 2

@@ -75,7 +75,7 @@ def test_distance_orders_sets_as_people_do(digits):
     floor = bias_constant(reference.covariance) * (1 / 898 + 1 / 899)
     fitted = gaussian(x.flatten(1))
     root = factor(fitted.covariance)
-    normal = torch.randn(len(x), 64, generator=g, dtype=torch.float64) @ root.T + fitted.mean
+    normal = torch.randn(len(x), root.shape[1], generator=g, dtype=torch.float64) @ root.T + fitted.mean
     sets = [x + 16 * sd * torch.randn(x.shape, generator=g) for sd in (0.1, 0.25)]
     sets += [normal.reshape(x.shape), uniform_noise(digits, len(x))]
     values = [fd(y) for y in sets]
@@ -91,7 +91,7 @@ def test_pixel_moments_are_blind_to_what_the_extractor_sees(digits):
     x, extract, g = everything(digits), Pixels(16.0), generator("test features")
     fitted = gaussian(extract(x))
     root = factor(fitted.covariance)
-    normal = (torch.randn(len(x), 64, generator=g, dtype=torch.float64) @ root.T + fitted.mean) * 16
+    normal = (torch.randn(len(x), root.shape[1], generator=g, dtype=torch.float64) @ root.T + fitted.mean) * 16
     assert frechet_distance(gaussian(extract(to_levels(normal, digits).float())), fitted) == pytest.approx(
         0.19, abs=0.02
     )
