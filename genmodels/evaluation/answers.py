@@ -145,18 +145,18 @@ class Interview:
             bill.peak_memory = max(filter(None, (bill.peak_memory, peak_memory(self.model.device))), default=None)
 
     def price(self, question: str) -> None:
-        """Complete the bill of an answered question: time the first batch again until the median rests on `TIMED`
-        batches, or `PATIENCE` runs out, and count the operations of a few items."""
+        """Complete the bill of an answered question: count the operations of a few items, and time the first batch again
+        until the median rests on `TIMED` batches, as often as `PATIENCE` allows."""
         bill, rows = self.bills[question], self._batches(question, 0)[0]
         answer = dataclasses.replace(self, extractors={})._answer(question)
         with count_operations() as counted:
             few = len(answer(rows[:COUNTED])[0].seeds)
         bill.flops_per_item = counted.total // few
-        spent = 0.0
-        while len(bill.timings) < TIMED and spent < PATIENCE:
+        left = PATIENCE
+        while len(bill.timings) < TIMED and bill.seconds_per_item * len(rows) <= left:
             again = answer(rows)[0].seconds
             bill.timings.append(again / len(rows))
-            spent += again
+            left -= again
 
     def _answer(self, question: str) -> Callable[[Tensor], Answer]:
         return {"sample": self._sample, "likelihood": self._score, "predict": self._predict}[question]
