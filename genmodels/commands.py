@@ -30,6 +30,7 @@ def guarded(command: Callable[[Sequence[str]], int | None]) -> Callable[[Sequenc
 
     @functools.wraps(command)
     def run(argv: Sequence[str] | None = None) -> int:
+        from .evaluation.results import ResultError
         from .registry import ConfigError
         from .solvers.base import SolverError
         from .training import processes
@@ -37,7 +38,7 @@ def guarded(command: Callable[[Sequence[str]], int | None]) -> Callable[[Sequenc
         from .training.guard import TrainingFailed
         from .types import NotApplicable
 
-        deliberate = (ConfigError, CheckpointError, TrainingFailed, SolverError, NotApplicable)
+        deliberate = (ConfigError, ResultError, CheckpointError, TrainingFailed, SolverError, NotApplicable)
         status = None
         try:
             with warnings.catch_warnings():

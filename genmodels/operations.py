@@ -22,9 +22,13 @@ class Operations(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, count = kwargs or {}, flop_registry.get(func._overloadpacket)
+        if count is None and func is not torch.ops.prim.device.default:  # in inference mode operations come composed
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.total += count(*args, **kwargs, out_val=out)
         return out

@@ -143,6 +143,7 @@ class Samples:
         features: [n, D] features of drawn items by the identity of their extractor.
         seconds: wall-clock time of the whole answer.
         nfe: evaluations of the model's network on the path of one item (mean over items).
+        failure: why there is no answer (a solver gave up); x or the likelihood is NaN then.
     """
 
     seeds: Tensor
@@ -153,6 +154,7 @@ class Samples:
     features: Mapping[str, Tensor] | None = None
     seconds: float = 0.0
     nfe: float = 0.0
+    failure: str = ""
 
 
 Seeds = int | Iterable[int] | Tensor

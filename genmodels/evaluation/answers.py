@@ -7,6 +7,7 @@ sees all answers in order: what metrics make of them does not depend on how many
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ from ..model import Model
 from ..operations import count_operations
 from ..rng import generator
 from ..sampling import to_device
+from ..solvers.base import SolverError
 from ..training import processes
 from ..types import (
     Batch,
     Condition,
+    Likelihood,
     NotApplicable,
     Samples,
     SupportsLogProb,
@@ -85,13 +88,16 @@ class Bill:
 
 @dataclass
 class Failures:
-    """Answers that are not finite: how many of how many, and the seeds or item numbers of the first."""
+    """Answers that are not finite: how many of how many, the seeds or item numbers of the first, and what a solver said
+    that gave up."""
 
     items: int = 0
     of: int = 0
     first: list[int] = field(default_factory=list)
+    reason: str = ""
 
-    def add(self, samples: Samples, bad: Tensor) -> None:
+    def add(self, samples: Samples, bad: Tensor, reason: str = "") -> None:
+        self.reason = self.reason or reason
         self.items += int(bad.sum())
         self.of += len(bad)
         self.first += samples.seeds[bad].tolist()[: NAMED - len(self.first)]
@@ -136,7 +142,7 @@ class Interview:
         for samples, batch in processes.in_order(self._batches(question, block), self._answer(question)):
             bill.add(samples)
             bad = ~_finite(samples)
-            failures.add(samples, bad)
+            failures.add(samples, bad, samples.failure)
             done += len(samples.seeds)
             yield (_without(samples, bad) if question == "sample" else samples), batch
             if self.progress is not None:
@@ -145,13 +151,22 @@ class Interview:
             bill.peak_memory = max(filter(None, (bill.peak_memory, peak_memory(self.model.device))), default=None)
 
     def price(self, question: str) -> None:
-        """Complete the bill of an answered question: count the operations of a few items, and time the first batch again
-        until the median rests on `TIMED` batches, as often as `PATIENCE` allows."""
+        """Complete the bill of an answered question.
+
+        The operations of a few items are counted, and the first batch is timed again until the median rests on `TIMED`
+        batches, as often as `PATIENCE` allows.
+        """
         bill, rows = self.bills[question], self._batches(question, 0)[0]
         answer = dataclasses.replace(self, extractors={})._answer(question)
-        with count_operations() as counted:
-            few = len(answer(rows[:COUNTED])[0].seeds)
-        bill.flops_per_item = counted.total // few
+        try:
+            with count_operations() as counted:
+                few = len(answer(rows[:COUNTED])[0].seeds)
+            bill.flops_per_item = counted.total // few
+        except Exception as error:  # what was answered is worth more than its price
+            warnings.warn(
+                f"operations of `{question}` could not be counted: {type(error).__name__}: {error}", stacklevel=2
+            )
+            return
         left = PATIENCE
         while len(bill.timings) < TIMED and bill.seconds_per_item * len(rows) <= left:
             again = answer(rows)[0].seconds
@@ -178,19 +193,23 @@ class Interview:
 
     def _sample(self, seeds: Tensor) -> Answer:
         condition = conditions(self.model, self.dataset, seeds, self.protocol.sample.labels)
+        failure = ""
         with self._measured(len(seeds)) as cost, torch.no_grad():
             given = to_device(condition, self.model.device)
-            x = self.model.sample(seeds, condition=given, **self.options["sample"]).detach()
+            try:
+                x = self.model.sample(seeds, condition=given, **self.options["sample"]).detach()
+            except SolverError as error:
+                x, failure = torch.full((len(seeds), *self.dataset.shape), torch.nan), str(error)
         if tuple(x.shape) != (len(seeds), *self.dataset.shape):
             raise ValueError(
                 f"sample: the model answered {len(seeds)} seeds with shape {list(x.shape)}; "
                 f"[{len(seeds)}, {', '.join(map(str, self.dataset.shape))}] is needed."
             )
-        x = x.cpu()
+        x = x.cpu() if x.dtype in (torch.float32, torch.float64) else x.cpu().float()
         finite = x.flatten(1).isfinite().all(1)
         x = torch.where(expand_like(finite, x), to_levels(x, self.dataset), torch.nan)  # infinity is no level
         features = {name: _features(extract, x, finite) for name, extract in self.extractors.items()}
-        return Samples(seeds, x=x, condition=condition, features=features, **cost), None
+        return Samples(seeds, x=x, condition=condition, features=features, failure=failure, **cost), None
 
     def _score(self, rows: Tensor) -> Answer:
         asked = self.protocol.likelihood
@@ -198,18 +217,25 @@ class Interview:
         batch = self.dataset.take(asked.split, rows)
         moved = batch.to(self.model.device)
         condition = moved.condition if self.model.conditional else None
-        draws = []
+        draws, failure = [], ""
         with self._measured(len(rows)) as cost, torch.no_grad():
-            for k in range(asked.draws):  # draw k of item i has the seed i + k·size
-                seeds, options = rows + k * size, self.options["likelihood"]
-                draws.append(self.model.likelihood(moved.x, condition=condition, seeds=seeds, **options))
+            try:
+                for k in range(asked.draws):  # draw k of item i has the seed i + k·size
+                    seeds, options = rows + k * size, self.options["likelihood"]
+                    draws.append(self.model.likelihood(moved.x, condition=condition, seeds=seeds, **options))
+            except SolverError as error:
+                draws, failure = [Likelihood(torch.full((len(rows),), torch.nan), "numerical")], str(error)
         for draw in draws:
             _check_length("likelihood", draw.value, len(rows))
+            if draw.value.ndim != 1:
+                raise ValueError(
+                    f"likelihood: the model answered with a tensor of shape {list(draw.value.shape)}, not [B]."
+                )
         try:
-            likelihood = combine_draws(draws, asked.combine)
+            likelihood = combine_draws(draws, "mean" if failure else asked.combine)
         except ValueError as reason:
             raise NotApplicable(str(reason)) from reason
-        return Samples(rows, condition=batch.condition, likelihood=likelihood, **cost), batch
+        return Samples(rows, condition=batch.condition, likelihood=likelihood, failure=failure, **cost), batch
 
     def _predict(self, rows: Tensor) -> Answer:
         batch = self.dataset.take(self.protocol.predict.split, rows)
@@ -234,10 +260,11 @@ class Interview:
 
 
 def _finite(samples: Samples) -> Tensor:
-    """[n] bool: which answers hold neither NaN nor infinity."""
+    """[n] bool: which answers, with their features, hold neither NaN nor infinity."""
     likelihood = None if samples.likelihood is None else samples.likelihood.value
-    given = next(v for v in (samples.x, likelihood, samples.prediction) if v is not None)
-    return given.flatten(1).isfinite().all(1) if given.ndim > 1 else given.isfinite()
+    answer = next(v for v in (samples.x, likelihood, samples.prediction) if v is not None)
+    parts = [answer, *(samples.features or {}).values()]
+    return torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in parts]).all(0)
 
 
 def _without(samples: Samples, bad: Tensor) -> Samples:

@@ -5,7 +5,6 @@ Several processes share the batches of every question; metrics live on the first
 
 import argparse
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from ..training.run import Run
 from .answers import QUESTIONS, Bill, Interview, Progress
 from .measure import Findings, measure
 from .protocol import FOLDER, Protocol, tree_of
-from .results import COMPANIONS, SCHEMA, Companions, Items, Result, ResultError, describe_estimate, read, write
+from .results import SCHEMA, Companions, Items, Result, ResultError, companions, describe_estimate, install, read, write
 from .tables import describe_result
 
 PUBLISHED = FOLDER.parent / "results"
@@ -232,10 +231,8 @@ def publish(path: Path, result: Result, folder: Path = PUBLISHED) -> Path:
                 f"too, and this one is {result['model']['config_hash']}. Train it under another name (name=…), or "
                 "remove that folder."
             )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (*COMPANIONS.values(), ".json"):
-        if path.with_suffix(suffix).is_file():
-            shutil.copyfile(path.with_suffix(suffix), target.with_suffix(suffix))
+    beside = {target.with_name(file.name): data for file, data in companions(path, result).items()}
+    install(target, path.read_text(encoding="utf-8"), beside)
     return target
 
 
@@ -278,8 +275,7 @@ def _evaluate_all(given: argparse.Namespace, device: torch.device) -> None:
     folders, overrides = [w for w in given.runs if w not in words], dotlist(words)
     if not folders:
         raise ConfigError("no run was given. Try: python -m evals.evaluate runs/try")
-    for folder in folders:
-        run = Run.open(folder)
+    for folder, run in [(folder, Run.open(folder)) for folder in folders]:
         names = given.protocol or run.config.protocols
         if not names:
             known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,7 +68,7 @@ def measure(interview: Interview, metrics: Sequence[Metric], device: torch.devic
                 if processes.main():
                     metric.restart()
                 if not waiting[entry]:
-                    found.refused[metric.registered_name] = str(reason)
+                    found.refused[_title(metric, entry, dict(enumerate(metrics)))] = str(reason)
                     waiting.pop(entry)
             continue
         waiting = {entry: questions for entry, questions in waiting.items() if entry not in asked}
@@ -124,6 +124,12 @@ def _features_of(interview: Interview, identity: str, split: Split) -> Tensor | 
     parts = list(processes.in_order(torch.arange(size).split(batch_size), work))
     if not parts:
         return None
+    bad = ~torch.cat(parts).isfinite().all(1)
+    if bad.any():
+        raise ValueError(
+            f"features '{extract.registered_name}': {int(bad.sum())} of {size} items of the split '{split}' give NaN "
+            f"or infinity (the first is item {int(bad.nonzero()[0])}). Mend the extractor, or choose another one."
+        )
     return keep_features(extract, dataset, split, torch.cat(parts)) if extract.costly else torch.cat(parts)
 
 
@@ -141,15 +147,18 @@ def _begin(
 ) -> tuple[dict[int, list[str]], dict[str, str]]:
     """Start every metric that applies; the questions that may feed it, and why others do not apply."""
     waiting, refused = {}, {}
-    subject = Subject(interview.model, interview.dataset, device, _batch_size(interview), held)
+    drawn = interview.protocol.sample.num_items
+    subject = Subject(interview.model, interview.dataset, device, _batch_size(interview), held, drawn)
     name_of = {capability: question for question, capability in QUESTIONS.items()}
     for entry, metric in enumerate(metrics):
         try:
             if not able[entry]:
                 raise NotApplicable(f"needs {' or '.join(name_of[c] for c in metric.requires)}")
+            if metric.features is not None and metric.splits and not interview.dataset.size(metric.splits[0]):
+                raise NotApplicable(f"the split '{metric.splits[0]}' of the protocol's data is empty")
             metric.start(subject)
         except NotApplicable as reason:
-            refused[metric.registered_name] = str(reason)
+            refused[_title(metric, entry, dict(enumerate(metrics)))] = str(reason)
         else:
             waiting[entry] = list(able[entry])
     return waiting, refused
@@ -157,47 +166,74 @@ def _begin(
 
 def _ask(interview: Interview, question: str, metrics: dict[int, Metric], found: Findings) -> None:
     """Hand the answers to a question to all metrics, block by block; nothing on processes that see no answers."""
-    blocks: list[Estimates] = []
+    blocks: dict[int, list[dict[str, Estimate]]] = {entry: [] for entry in metrics}
     ids: list[Tensor] = []
     shown: list[Tensor] = []
-    active = dict(metrics)
+    refused: dict[int, str] = {}
     for block in range(interview.protocol.sample.blocks if question == "sample" else 1):
-        for metric in active.values() if block and processes.main() else ():
+        for metric in metrics.values() if block and processes.main() else ():
             metric.restart()
         for samples, batch in interview.ask(question, block):
             ids.append(samples.seeds)
-            if samples.x is not None and sum(map(len, shown)) < SHOWN:
+            if samples.x is not None and len(samples.x) and sum(map(len, shown)) < SHOWN:
                 shown.append(samples.x[:SHOWN])
-            for entry, metric in list(active.items()) if len(samples.seeds) else ():
-                try:
-                    metric.update(samples, batch)
-                except NotApplicable as reason:
-                    found.refused[metric.registered_name] = str(reason)
-                    active.pop(entry)
-        if processes.main():
-            failed = interview.failures[question] if question == "sample" else None
-            blocks.append({(e, name): got for e, m in active.items() for name, got in _compute(m, failed).items()})
+            for entry, metric in metrics.items() if len(samples.seeds) else ():
+                if entry not in refused:
+                    _try(refused, entry, lambda m=metric, s=samples, b=batch: m.update(s, b))
+        failed = interview.failures[question] if question == "sample" else None
+        for entry, metric in metrics.items() if processes.main() else ():
+            if entry not in refused:
+                _try(refused, entry, lambda e=entry, m=metric, f=failed: blocks[e].append(_compute(m, f)))
     if not processes.main():
         return
     interview.price(question)
-    found.estimates |= {key: mean_over_blocks([block[key] for block in blocks]) for key in blocks[0]}
-    found.questions |= dict.fromkeys(active, question)
-    found.ids |= dict.fromkeys(active, torch.cat(ids))
+    for entry, metric in metrics.items():
+        estimates = {} if entry in refused else _over_blocks(blocks[entry], failed is not None and failed.items > 0)
+        if not estimates:
+            reason = refused.get(entry, "the answers are not finite")
+            found.refused[_title(metric, entry, metrics)] = reason
+        found.estimates |= {(entry, name): estimate for name, estimate in estimates.items()}
+    found.questions |= dict.fromkeys(metrics, question)
+    found.ids |= dict.fromkeys(metrics, torch.cat(ids))
     if shown:
         found.shown = torch.cat(shown)[:SHOWN]
 
 
-def _compute(metric: Metric, failed: Failures | None) -> dict[str, Estimate]:
-    """The metric's estimates; if drawn items were left out because they are not finite, none of them has a value."""
-    if failed is None or not failed.items:
-        return metric.compute()
+def _try(refused: dict[int, str], entry: int, step: Callable[[], None]) -> None:
+    """A step of one metric; if it declines, the others go on."""
     try:
-        found = metric.compute()
-    except ValueError:  # too few are left
-        found = {metric.registered_name: Estimate(math.nan, None, failed.of, "1", "none", "plug-in")}
-    return {
-        name: dataclasses.replace(e, value=math.nan, stderr=None, items=None, flags=()) for name, e in found.items()
-    }
+        step()
+    except NotApplicable as reason:
+        refused[entry] = str(reason)
+
+
+def _title(metric: Metric, entry: int, metrics: dict[int, Metric]) -> str:
+    """The name of a metric, with its place in the protocol if another one has the name."""
+    name = metric.registered_name
+    twice = sum(other.registered_name == name for other in metrics.values()) > 1
+    return f"{name} (metrics[{entry}])" if twice else name
+
+
+def _compute(metric: Metric, failed: Failures | None) -> dict[str, Estimate]:
+    """The metric's estimates; none if drawn items were left out and the rest is too little for it."""
+    try:
+        return metric.compute()
+    except ValueError:
+        if failed is None or not failed.items:
+            raise
+        return {}
+
+
+def _over_blocks(blocks: Sequence[dict[str, Estimate]], failed: bool) -> dict[str, Estimate]:
+    """Means over blocks by name; without a value if drawn items were left out of any of them."""
+    names = dict.fromkeys(name for block in blocks for name in block)
+    found = {name: [block[name] for block in blocks if name in block] for name in names}
+    return {name: _failed(e[0]) if failed else mean_over_blocks(e) for name, e in found.items()}
+
+
+def _failed(estimate: Estimate) -> Estimate:
+    nothing = {"value": math.nan, "stderr": None, "items": None, "flags": (), "detail": ""}
+    return dataclasses.replace(estimate, **nothing)
 
 
 def mean_over_blocks(estimates: Sequence[Estimate]) -> Estimate:

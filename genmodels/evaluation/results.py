@@ -1,6 +1,7 @@
 """Result files: one immutable JSON per checkpoint, protocol and options, with per-item values and a picture beside it.
 
-The JSON holds the checksums of its companions and is written last: files of different evaluations never pass for one.
+The names of the companions hold their checksums, and the JSON is written last: whenever a write ends, there is the old
+result with its companions or the new one with its own.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from ..types import Estimate
 SCHEMA = "genmodels.result/2"
 BOARD_FILE = "leaderboard.json"
 COMPANIONS = {"items": ".npz", "grid": ".png"}
+DIGITS = 8  # of a checksum, in the name of a companion
 Result = dict[str, Any]
 
 
@@ -56,6 +58,12 @@ METRIC = {
     "per_item": FLAG,  # whether the .npz holds the values of the items
     "blocks": [NUMBER],  # values of independent blocks of seeds, where the value is their mean
 }
+FAILURES = {
+    "items": COUNT,
+    "of": COUNT,
+    "first": [COUNT],  # seeds or item numbers
+    "reason": TEXT,  # what a solver said that gave up; empty if none did
+}
 COST = {
     "items": COUNT,
     "nfe": NUMBER,  # evaluations of the network per item
@@ -88,7 +96,7 @@ SPECIFICATION = {
     "overridden": FLAG,  # whether they differ from those of the run's configuration
     "metrics": [METRIC],
     "not_applicable": Map(TEXT),
-    "failures": Map({"items": COUNT, "of": COUNT, "first": [COUNT]}),  # answers that were not finite, by question
+    "failures": Map(FAILURES),  # answers that were not finite, by question
     "cost": Map(COST),
     "training": {
         "commit": (*TEXT, OPTIONAL),
@@ -217,8 +225,8 @@ def combine(values: Sequence[float], stderrs: Sequence[float | None]) -> tuple[f
     The larger of sd/√k and the root mean square of the single errors over √k; None if neither can be had.
     """
     k, mean = len(values), sum(values) / len(values)
-    between = math.sqrt(sum((v - mean) ** 2 for v in values) / (k - 1) / k) if k > 1 else None
-    within = None if any(e is None for e in stderrs) else math.sqrt(sum(e**2 for e in stderrs)) / k
+    between = math.hypot(*(v - mean for v in values)) / math.sqrt((k - 1) * k) if k > 1 else None
+    within = None if any(e is None for e in stderrs) else math.hypot(*stderrs) / k
     found = [e for e in (between, within) if e is not None]
     return mean, max(found) if found else None
 
@@ -243,7 +251,7 @@ class Companions(NamedTuple):
 
 
 def write(path: Path, facts: Mapping[str, Any], beside: Companions) -> Result:
-    """Write a result and its companions, each in one step, the result last; the complete result.
+    """Write a result and its companions; the complete result.
 
     Args:
         facts: all of a result but its artifacts and its id.
@@ -256,16 +264,49 @@ def write(path: Path, facts: Mapping[str, Any], beside: Companions) -> Result:
     result = {**facts, "artifacts": sums}
     result["id"] = identify(result)
     text = json.dumps(check(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, data in contents.items():
-        if data is not None:
-            with new_file(path.with_suffix(COMPANIONS[name])) as file:
-                file.write(data)
-    write_text(path, text)
-    for name, data in contents.items():
-        if data is None:
-            path.with_suffix(COMPANIONS[name]).unlink(missing_ok=True)
+    install(
+        path, text, {companion(path, name, sums[name]): data for name, data in contents.items() if data is not None}
+    )
     return result
+
+
+def install(path: Path, text: str, companions: Mapping[Path, bytes]) -> None:
+    """Put a result and its companions into a folder, the result last; then remove companions of an earlier result.
+
+    Raises:
+        OSError: if that fails; an earlier result at that path is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file, data in companions.items():
+        with new_file(file) as target:
+            target.write(data)
+    write_text(path, text)
+    for name in COMPANIONS:
+        for file in path.parent.glob(companion(path, name, "?" * DIGITS).name.replace("[", "[[]")):
+            if file not in companions:
+                file.unlink(missing_ok=True)
+
+
+def companion(path: Path, name: str, checksum: str) -> Path:
+    """Where what lies beside a result is: `<stem>-<first digits of its SHA-256>.npz` or `.png`."""
+    return path.with_name(f"{path.stem}-{checksum[:DIGITS]}{COMPANIONS[name]}")
+
+
+def companions(path: Path, result: Result) -> dict[Path, bytes]:
+    """The contents of the companions of a result that are there.
+
+    Raises:
+        ResultError: if one was altered.
+    """
+    found = {}
+    for name, expected in result["artifacts"].items():
+        file = None if expected is None else companion(path, name, expected)
+        if file is None or not file.is_file():
+            continue
+        found[file] = file.read_bytes()
+        if hashlib.sha256(found[file]).hexdigest() != expected:
+            raise ResultError(f"{file} was altered after it was written. Evaluate the run again.")
+    return found
 
 
 def _arrays(items: Mapping[str, Items]) -> bytes | None:
@@ -282,31 +323,19 @@ def read(path: Path) -> tuple[Result, Companions]:
     """A result and what lies beside it; companions that are missing are left out.
 
     Raises:
-        ResultError: naming the file, if it is no result, or if a companion belongs to another one.
+        ResultError: naming the file, if it is no result, or if a companion was altered.
     """
     try:
         result = check(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ResultError(f"{path}: {error}") from None
-    found = {name: _companion(path, name, expected) for name, expected in result["artifacts"].items()}
-    if found["items"] is None:
-        return result, Companions({}, found["grid"])
-    with np.load(io.BytesIO(found["items"]), allow_pickle=False) as arrays:
+    found = {file.suffix: data for file, data in companions(path, result).items()}
+    grid = found.get(COMPANIONS["grid"])
+    if COMPANIONS["items"] not in found:
+        return result, Companions({}, grid)
+    with np.load(io.BytesIO(found[COMPANIONS["items"]]), allow_pickle=False) as arrays:
         names = [m["name"] for m in result["metrics"] if m["per_item"] and f"{m['name']}.ids" in arrays]
-        return result, Companions({n: Items(arrays[f"{n}.ids"], arrays[f"{n}.values"]) for n in names}, found["grid"])
-
-
-def _companion(path: Path, name: str, expected: str | None) -> bytes | None:
-    file = path.with_suffix(COMPANIONS[name])
-    if expected is None or not file.is_file():
-        return None
-    data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise ResultError(
-            f"{file} belongs to another evaluation than {path.name}: one was interrupted, or a file was replaced. "
-            "Evaluate the run again."
-        )
-    return data
+        return result, Companions({n: Items(arrays[f"{n}.ids"], arrays[f"{n}.values"]) for n in names}, grid)
 
 
 def find(places: Iterable[str | Path]) -> list[Path]:

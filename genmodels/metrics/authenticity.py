@@ -1,6 +1,7 @@
 """Does a model copy its training data? Nearest neighbours tell."""
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,9 @@ class Authenticity(Metric):
             raise ValueError(f"authenticity: at least 2 training items are needed, found {len(self.train)}.")
         self.test = subject.features(self.features, "test").to(self.device) if data.size("test") else None
         self.gaps = radii(self.train, 1)
-        self.keys = {key for batch in data.batches("train", subject.batch_size) for key in _keys(batch.x)}
+        items = [key for batch in data.batches("train", subject.batch_size) for key in _keys(batch.x)]
+        self.keys = set(items)
+        self.own_copies = sum(count for count in Counter(items).values() if count > 1) / len(items)
         self.fresh = self.fresh_copies = None
         if self.test is not None:
             self.pool = torch.cat([self.train, self.test])
@@ -162,9 +165,9 @@ class Authenticity(Metric):
         return out
 
     def _too_many(self, share: float, n: int) -> bool:
-        """Two-proportion test of the copies among samples against those among test items."""
-        if self.test is None:
-            return False
-        pooled = (share * n + self.fresh_copies * len(self.test)) / (n + len(self.test))
-        stderr = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / len(self.test)))
-        return share - self.fresh_copies > SIGNIFICANT * stderr > 0
+        """Two-proportion test of the copies among samples against those among test items; without those, against the
+        training items that have a twin."""
+        fresh, m = (self.own_copies, len(self.train)) if self.test is None else (self.fresh_copies, len(self.test))
+        pooled = (share * n + fresh * m) / (n + m)
+        stderr = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
+        return share - fresh > SIGNIFICANT * stderr > 0

@@ -9,10 +9,11 @@ from torch import Tensor
 from ..data.dataset import Dataset
 from ..registry import register
 from ..rng import generator
-from ..types import Batch, Estimate, NotApplicable, Samples
+from ..types import Batch, Estimate, Samples
 from .bures import SIZES, bias_constant, extrapolated_distance, frechet_distance, influence, standard_error
 from .features import FeatureExtractor, Pixels
 from .metric import FeatureMetric, Metric, Subject
+from .neighbours import float64_device
 from .reference import checksum, read_statistics
 from .statistics import Gaussian, gaussian
 
@@ -62,19 +63,19 @@ class Frechet(FeatureMetric):
         return super().fingerprint if self.file is None else f"{super().fingerprint} {checksum(self.file)}"
 
     def start(self, subject: Subject) -> None:
-        self.device = subject.device
+        self.device = float64_device(subject.device)
         self.known = {}
         if self.file is None:
             self._read_splits(subject)
         else:
             self.target = self._from_file()
         self.constant = bias_constant(self.target.covariance)
+        if subject.drawn is not None:  # told before they are drawn
+            self._check_enough(subject.drawn, len(self.target.mean), "the sample")
         self.restart()
 
     def _read_splits(self, subject: Subject) -> None:
         data = subject.dataset
-        if not data.size(self.reference):
-            raise NotApplicable(f"the split '{self.reference}' of the protocol's data is empty")
         real = subject.features(self.features, self.reference)
         self._check_enough(len(real), real.shape[1], f"the split '{self.reference}'")
         self.target = gaussian(real, self.device)

@@ -24,6 +24,7 @@ class Subject:
         device: where feature extractors run.
         batch_size: items per batch for passes over reference data.
         held: features of splits that are known already, by the extractor's identity and the split.
+        drawn: how many items will be drawn in a block, if that is known.
     """
 
     model: Model
@@ -31,6 +32,7 @@ class Subject:
     device: torch.device
     batch_size: int
     held: dict[tuple[str, Split], Tensor] = field(default_factory=dict)
+    drawn: int | None = None
 
     def features(self, extractor: FeatureExtractor, split: Split) -> Tensor:
         """[N, D] features of a split on the CPU, found once for all metrics."""

@@ -12,6 +12,7 @@ import yaml
 from ..commands import guarded
 from ..data.dataset import SPLITS, Dataset, Split
 from ..registry import ConfigError, build, names, resolve
+from ..training import processes
 from .features import FeatureExtractor
 from .reference import write_statistics
 from .statistics import Gaussian, Moments
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     _check_output(given.out, given.force)
     if given.batch_size < 1:
         raise ConfigError(f"--batch-size: must be at least 1, found {given.batch_size}.")
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = processes.place(given.device)
     extractor = build(FeatureExtractor, resolve(FeatureExtractor, _node(given.features), "--features"))
     dataset = build(Dataset, resolve(Dataset, _data(given.dataset, given.split), "dataset"))
     found = statistics_of(extractor, dataset, given.split, device, given.batch_size)

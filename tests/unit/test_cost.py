@@ -74,6 +74,13 @@ def test_linear_and_convolution():
     assert operations(lambda: convolution(torch.zeros(2, 3, 16, 16))) == 2 * 2 * 16 * 16 * 8 * 3 * 9 == 221_184
 
 
+def test_inference_mode_hides_nothing():
+    linear, q = nn.Linear(10, 20), torch.zeros(1, 4, 32, 16)
+    with torch.inference_mode():
+        assert operations(lambda: linear(torch.zeros(3, 10))) == 1200
+        assert operations(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 262_144
+
+
 def test_attention_is_counted_though_its_kernels_are_not_in_the_table():
     q = torch.zeros(1, 4, 32, 16)
     attend = nn.functional.scaled_dot_product_attention
@@ -122,6 +129,7 @@ def test_a_bill_is_complete(monkeypatch):
     assert (drawn.items, drawn.nfe) == (40, 3 + 4) and (scored.items, scored.nfe) == (200, 3)
     assert drawn.flops_per_item == 4 * 2 * 9 and scored.flops_per_item == 3 * 2 * 9
     assert len(drawn.timings) == module.TIMED and drawn.items == 40  # timed again, not counted again
+    assert max(drawn.timings) < 0.01  # seconds of an item, not of a batch of 20 (which takes some 100 microseconds)
     assert drawn.peak_memory > 1e8  # torch alone is larger
 
 
@@ -169,9 +177,9 @@ def test_broken_answers_are_counted_and_named():
     asked = interview(SometimesBroken(), sample={"num_items": 100, "batch_size": 33})
     seeds = torch.cat([samples.seeds for samples, _ in asked.ask("sample")])
     assert len(seeds) == 85 and not (seeds % 7 == 0).any()  # left out
-    assert vars(asked.failures["sample"]) == {"items": 15, "of": 100, "first": list(range(0, 99, 7))}
+    assert vars(asked.failures["sample"]) == {"items": 15, "of": 100, "first": list(range(0, 99, 7)), "reason": ""}
     assert sum(len(samples.seeds) for samples, _ in asked.ask("likelihood")) == 200  # kept: they have an item each
-    assert vars(asked.failures["likelihood"]) == {"items": 2, "of": 200, "first": [3, 4]}
+    assert vars(asked.failures["likelihood"]) == {"items": 2, "of": 200, "first": [3, 4], "reason": ""}
 
 
 def test_only_the_first_failures_are_named():

@@ -19,6 +19,8 @@ from genmodels.evaluation.results import check, read
 from genmodels.metrics.features import FeatureExtractor
 from genmodels.metrics.metric import Metric
 from genmodels.registry import ConfigError, register
+from genmodels.solvers.base import integrate
+from genmodels.solvers.runge_kutta import Euler
 from genmodels.types import Estimate, Likelihood, NotApplicable, SupportsLogProb, SupportsSample
 from tests.evaluation_fakes import (
     LEVELS,
@@ -136,6 +138,8 @@ class Either(Metric):
         self.n += len(samples.seeds)
 
     def compute(self):
+        if not self.n:
+            raise ValueError("either: no answers were taken in.")
         return {"either": Estimate(float(self.n), None, self.n, "1", "none", "count")}
 
 
@@ -335,14 +339,127 @@ def test_samples_that_are_not_finite_fail_in_the_open(tmp_path, model, broken):
     p = protocol(["frechet", "authenticity", "bits_per_dim"])
     result = evaluate(FakeRun(tmp_path / "broken", model), p, device="cpu")
     drawn = [m for m in result["metrics"] if m["question"] == "sample"]
-    assert len(drawn) >= 2 and all(m["value"] is None and m["flags"] == ["failed"] for m in drawn)
-    assert not any(m["per_item"] for m in drawn)
+    assert all(m["value"] is None and m["flags"] == ["failed"] and not m["per_item"] for m in drawn)
+    if broken == 400:  # nothing is left that a metric could name its estimates for
+        assert not drawn and result["not_applicable"]["frechet"] == "the answers are not finite"
+    else:
+        assert len(drawn) >= 4
     failed = result["failures"]["sample"]
     assert (failed["items"], failed["of"]) == (broken, 400)
     assert failed["first"] == (list(range(20)) if broken == 400 else [42, 142, 242, 342])
     if hasattr(model, "likelihood") and broken == 4:
         assert by_name(result)["bits_per_dim"]["value"] == pytest.approx(math.log2(LEVELS), rel=1e-14)
     assert "likelihood" not in result["failures"]
+
+
+class BrokenLater(UniformLevels):
+    """Finite in the first block, NaN in the second."""
+
+    def sample(self, seeds, *, condition=None):
+        return torch.where((seeds >= 400)[:, None], torch.nan, super().sample(seeds))
+
+
+def test_a_block_that_fails_fails_the_estimate(tmp_path):
+    two = ["frechet", {"name": "frechet", "reference": "test"}]
+    p = protocol(two, sample={"blocks": 2})
+    result = evaluate(FakeRun(tmp_path / "later", BrokenLater()), p, device="cpu")
+    assert {n: (m["value"], m["flags"]) for n, m in by_name(result).items()} == {
+        "FD-pixels": (None, ["failed"]),
+        "FD-pixels-test": (None, ["failed"]),
+    }
+    assert result["failures"]["sample"]["items"] == 400 and result["failures"]["sample"]["of"] == 800
+    all_bad = evaluate(FakeRun(tmp_path / "all", Broken()), p, device="cpu")
+    assert set(all_bad["not_applicable"]) == {"frechet (metrics[0])", "frechet (metrics[1])"}
+
+
+class GivesUp(UniformLevels):
+    """Its solver does not reach the end, for samples of the second batch and for all likelihoods."""
+
+    def sample(self, seeds, *, condition=None):
+        if seeds[0] >= 150:
+            integrate(lambda t, x: x * torch.inf, torch.ones(1, 1), torch.tensor([1.0, 0.0]), solver=Euler())
+        return super().sample(seeds)
+
+    def likelihood(self, x, *, condition=None, seeds=None):
+        integrate(lambda t, x: x * torch.inf, torch.ones(1, 1), torch.tensor([1.0, 0.0]), solver=Euler())
+
+
+def test_a_solver_that_gives_up_is_a_failure_and_no_end(tmp_path):
+    result = evaluate(FakeRun(tmp_path / "gives-up", GivesUp()), protocol(["frechet", "bits_per_dim"]), device="cpu")
+    assert all(m["value"] is None for m in result["metrics"]) and len(result["metrics"]) == 2
+    failed = result["failures"]
+    assert failed["sample"]["items"] == 250 and failed["sample"]["first"][0] == 150
+    assert failed["likelihood"]["items"] == 200 and "integrate" in failed["sample"]["reason"]
+
+
+@register(FeatureExtractor, "t_overflows")
+class Overflows(FeatureExtractor):
+    """Infinite where the first component is 4, as it is for no training item of this seed's choosing."""
+
+    label, identity = "overflows", "overflows-v1"
+
+    def __init__(self, at: float = 4.0) -> None:
+        self.at = at
+
+    def __call__(self, x):
+        return torch.where((x.flatten(1) == self.at).all(1)[:, None], torch.inf, x.flatten(1)).double()
+
+
+def test_features_that_are_not_finite_are_failures_or_errors(run):
+    features = {"name": "t_overflows", "at": 0.0}  # all components 0
+    dark = Levels()
+    for split in ("train", "test"):
+        dark.hold(split, dark.all(split).replace(x=dark.all(split).x.clamp(max=3)))
+    p = protocol([{"name": "prdc", "features": {"name": "t_overflows", "at": 4.0}}], dark)
+    result = evaluate(run, p, device="cpu")
+    assert result["failures"]["sample"]["items"] > 0 and all(m["value"] is None for m in result["metrics"])
+    data = Levels()
+    data.hold("train", data.all("train").replace(x=torch.zeros(300, 3)))
+    with pytest.raises(ValueError, match="300 of 300 items of the split 'train' give NaN or infinity"):
+        evaluate(run, protocol([{"name": "frechet", "features": features}], data), device="cpu")
+
+
+def test_too_few_samples_are_told_before_they_are_drawn(run, monkeypatch):
+    monkeypatch.setattr(UniformLevels, "sample", lambda *_, **__: pytest.fail("it was drawn"))
+    with pytest.raises(ValueError, match="the sample has 5 items for 3 features; at least 6"):
+        evaluate(run, protocol(["frechet"], sample={"num_items": 5}), device="cpu")
+
+
+def test_an_empty_reference_split_does_not_apply(run):
+    p = protocol(
+        [{"name": "prdc", "reference": "test"}, "bits_per_dim"], Levels((300, 20, 0)), likelihood={"split": "val"}
+    )
+    assert (
+        evaluate(run, p, device="cpu")["not_applicable"]["prdc"] == "the split 'test' of the protocol's data is empty"
+    )
+
+
+def test_what_cannot_be_priced_is_kept(tmp_path):
+    class Dear(UniformLevels):
+        def sample(self, seeds, *, condition=None):
+            if len(seeds) < 3:
+                raise RuntimeError("not for so few")
+            return super().sample(seeds)
+
+    with pytest.warns(UserWarning, match="operations of `sample` could not be counted: RuntimeError: not for so few"):
+        result = evaluate(FakeRun(tmp_path / "dear", Dear()), protocol(["frechet"]), device="cpu")
+    assert result["cost"]["sample"]["flops_per_item"] is None and by_name(result)["FD-pixels"]["value"] > 0
+
+
+def test_half_precision_and_wrong_shapes(tmp_path):
+    class Half(UniformLevels):
+        def sample(self, seeds, *, condition=None):
+            return super().sample(seeds).bfloat16()
+
+        def likelihood(self, x, *, condition=None, seeds=None):
+            return Likelihood(torch.zeros(len(x), 3), "exact")
+
+    result = evaluate(FakeRun(tmp_path / "half", Half()), protocol(["frechet"]), device="cpu")
+    assert by_name(result)["FD-pixels"]["value"] > 0
+    with pytest.raises(
+        ValueError, match=r"likelihood: the model answered with a tensor of shape \[\d+, 3\], not \[B\]"
+    ):
+        evaluate(FakeRun(tmp_path / "half", Half()), protocol(["bits_per_dim"]), device="cpu")
 
 
 def test_two_metrics_of_one_name_are_refused(run):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from genmodels.evaluation import results as module
 from genmodels.evaluation.results import (
     Companions,
     Items,
     ResultError,
     check,
     combine,
+    companion,
     describe_estimate,
     find,
     identify,
@@ -123,22 +125,60 @@ def test_example_is_valid_and_survives_a_round_trip(tmp_path):
     back, (found, grid) = read(tmp_path / "eval" / "x.json")
     assert back == result and grid == b"picture"
     assert all(np.array_equal(getattr(found["FD-digits"], f), getattr(items["FD-digits"], f)) for f in Items._fields)
-    assert sorted(p.name for p in (tmp_path / "eval").iterdir()) == ["x.json", "x.npz", "x.png"]
+    marks = [result["artifacts"][name][:8] for name in ("items", "grid")]
+    names = {"x.json", f"x-{marks[0]}.npz", f"x-{marks[1]}.png"}
+    assert {p.name for p in (tmp_path / "eval").iterdir()} == names
 
 
-@pytest.mark.parametrize("name", ["x.npz", "x.png"])
-def test_companions_of_another_evaluation_are_refused(tmp_path, name):
-    """An evaluation that is killed after its companions and before its result leaves them beside the older result."""
-    items = {"FD-digits": Items(np.arange(3), np.array([0.1, 0.2, 0.3]))}
-    for folder, grid in (("old", b"old"), ("new", b"new")):
-        items = {"FD-digits": Items(np.arange(3), items["FD-digits"].values + 1)}
-        write(tmp_path / folder / "x.json", facts(metrics=[metric(per_item=True)]), Companions(items, grid))
-    (tmp_path / "old" / name).write_bytes((tmp_path / "new" / name).read_bytes())
-    with pytest.raises(ResultError, match=rf"{name} belongs to another evaluation.*Evaluate the run again"):
-        read(tmp_path / "old" / "x.json")
-    (tmp_path / "old" / name).unlink()
-    missing = read(tmp_path / "old" / "x.json")[1]
-    assert missing.grid is None if name == "x.png" else missing.items == {}
+def items_and_grid(k):
+    """Companions that differ with k."""
+    return Companions({"FD-digits": Items(np.arange(3), np.array([0.1, 0.2, 0.3]) + k)}, b"picture %d" % k)
+
+
+@pytest.mark.parametrize("name", ["items", "grid"])
+def test_an_altered_companion_is_refused_and_a_missing_one_left_out(tmp_path, name):
+    path = tmp_path / "x.json"
+    result = write(path, facts(metrics=[metric(per_item=True)]), items_and_grid(1))
+    file = companion(path, name, result["artifacts"][name])
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(ResultError, match=rf"{file.name} was altered.*Evaluate the run again"):
+        read(path)
+    file.unlink()
+    missing = read(path)[1]
+    assert missing.grid is None if name == "grid" else missing.items == {}
+
+
+def test_whenever_a_write_ends_there_is_the_old_result_or_the_new_one(tmp_path, monkeypatch):
+    """Each write of a file is the last one that a process lives to see, or finds the disk full."""
+    path, original = tmp_path / "x.json", module.new_file
+    old = write(path, facts(metrics=[metric(per_item=True)]), items_and_grid(1))
+    for survives in range(4):
+        calls = iter(range(10))
+
+        def stop(file, calls=calls, survives=survives):
+            if next(calls) >= survives:
+                raise OSError("disk full")
+            return original(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "new_file", stop)
+            patch.setattr("genmodels.files.new_file", stop)
+            try:
+                new = write(path, facts(run="new", metrics=[metric(per_item=True)]), items_and_grid(2))
+            except OSError:
+                assert survives < 3
+                new = None
+        found, (items, grid) = read(path)
+        k = 1 if new is None else 2
+        assert found == (old if new is None else new) and grid == b"picture %d" % k
+        assert items["FD-digits"].values[0] == 0.1 + k
+    assert len(list(tmp_path.iterdir())) == 3  # and nothing of the old one is left
+
+
+def test_deeply_nested_files_are_no_results(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ResultError, match=r"deep\.json"):
+        read(tmp_path / "deep.json")
 
 
 def test_a_result_without_companions_removes_those_of_the_one_before(tmp_path):
@@ -239,6 +279,7 @@ def test_mean_over_seeds_and_blocks():
     assert combine([2.0, 2.0], [0.3, 0.4]) == (2.0, pytest.approx(0.25))  # errors within: √(0.09 + 0.16)/2
     assert combine([1.0, 3.0], [None, 0.1]) == (2.0, pytest.approx(1.0))
     assert combine([1.0], [None]) == (1.0, None)
+    assert combine([0.0, 0.0], [3e299, 4e299]) == (0.0, pytest.approx(2.5e299))  # squares would overflow
 
 
 def test_numbers_show_what_is_known():
@@ -258,7 +299,7 @@ def test_summary_says_everything_that_was_measured():
     assert "FD-digits" in text and "4.20 ± 0.10" in text and "floor 0.9" in text and "overlap suspected" in text
     assert "bits_per_dim  not applicable: needs likelihood" in text
     assert "sample        50 evaluations, 0.024 s and 12.0 MFLOP an item, in batches of 50" in text
-    broken = {"sample": {"items": 6, "of": 5000, "first": [1, 2, 3, 4, 5, 8]}}
+    broken = {"sample": {"items": 6, "of": 5000, "first": [1, 2, 3, 4, 5, 8], "reason": ""}}
     text = describe_result(example(failures=broken))
     assert "sample        6 of 5,000 samples are not finite (seeds 1, 2, 3, 4, 5, …)" in text
     assert json.dumps(example())
