@@ -132,7 +132,7 @@ class Replay(Model):
 def blur_matrix(size: int, std: float) -> Tensor:
     """[size, size] float64 Gaussian blur of a line of pixels, cut at 4 std, reflected at the ends: a b c | c b a."""
     offsets = torch.arange(-int(4 * std + 0.5), int(4 * std + 0.5) + 1)
-    weights = (-0.5 * (offsets / std).double().square()).exp()
+    weights = (-0.5 * (offsets.double() / std).square()).exp()
     place = (torch.arange(size)[:, None] + offsets) % (2 * size)
     place = torch.minimum(place, 2 * size - 1 - place)
     weights = (weights / weights.sum()).expand(place.shape)

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -71,9 +71,9 @@ class Dataset(ABC):
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change with the contents or the splits; kept in every run and protocol.
 
-        Made from the sizes of the splits and evenly spaced items of each: levels of discrete data enter exactly; of
-        continuous data only mean and root mean square to four digits, because the last bits of simulated data differ
-        between machines. Data sets that are read from files answer with a checksum of their contents instead, which is
+        Made from the sizes of the splits and evenly spaced items of each, with their conditions and targets: integers
+        and levels enter exactly; of other numbers only mean and root mean square of each component, to some digits,
+        because the last bits of simulated data differ between machines. Data sets that are read from files answer with a checksum of their contents instead, which is
         the same wherever the files lie.
         """
         facts: dict[str, Any] = {"shape": list(self.shape), "levels": self.levels, "bin_width": self.bin_width}
@@ -84,10 +84,25 @@ class Dataset(ABC):
         return digest(facts)
 
     def _contents(self, batch: Batch) -> str:
-        x = batch.x.double()
-        if self.levels is not None and self.bin_width is not None:
-            return hashlib.sha256((x / self.bin_width).round().short().numpy().tobytes()).hexdigest()
-        return canonical([f"{value:.3e}" for value in (x.mean().item(), x.square().mean().sqrt().item())])
+        parts = {name: getattr(batch, name) for name in ("x", "condition", "target", "target_mask", "mask")}
+        condition = parts.pop("condition")
+        named = condition if isinstance(condition, Mapping) else {"": condition}
+        parts |= {f"condition {name}": value for name, value in named.items()}
+        return digest({name: self._summary(name, v) for name, v in sorted(parts.items()) if v is not None})
+
+    def _summary(self, name: str, values: Tensor) -> str:
+        """What changes with values [N, *]: integers and levels enter exactly, others by each component's moments."""
+        if name == "x" and self.levels is not None and self.bin_width is not None:
+            values = (values.double() / self.bin_width).round().short()
+        if not values.is_floating_point():
+            return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+        flat = values.double().flatten(1).nan_to_num() if values.ndim > 1 else values.double()[:, None].nan_to_num()
+        size = flat.square().mean(0).sqrt()
+        ratio = flat.mean(0) / size.clamp(min=torch.finfo(size.dtype).tiny)
+        # adding 0 turns -0 into 0, which has another text
+        return canonical(
+            [[f"{s:.3e}", f"{round(r, 3) + 0.0}"] for s, r in zip(size.tolist(), ratio.tolist(), strict=True)]
+        )
 
     def log_prob(self, x: Tensor) -> Tensor | None:
         """[B] exact log density of the law the data were drawn from, where it is known; None otherwise."""

@@ -11,6 +11,7 @@ from ..rng import generator
 from ..types import Estimate
 from .features import FeatureExtractor, Pixels
 from .metric import FeatureMetric, Metric, Subject
+from .neighbours import float64_device
 
 CHUNK = 2**23  # projected numbers held at once
 
@@ -118,7 +119,7 @@ class SlicedWasserstein(FeatureMetric):
         if not data.size(self.reference):
             raise ValueError(f"{self.label}: the split '{self.reference}' is empty. Choose another reference.")
         self.target = subject.features(self.features, self.reference)
-        self.directions = unit_vectors(self.projections, self.target.shape[1]).to(subject.device)
+        self.directions = unit_vectors(self.projections, self.target.shape[1]).to(float64_device(subject.device))
         self.known = self.fresh = None
         if data.size(self.other):
             fresh = subject.features(self.features, self.other)

@@ -13,7 +13,7 @@ from genmodels.metrics.metric import Subject
 from genmodels.metrics.reference import write_statistics
 from genmodels.metrics.statistics import Gaussian, gaussian
 from genmodels.registry import ConfigError
-from genmodels.types import NotApplicable, Samples
+from genmodels.types import Samples
 from tests.evaluation_fakes import Levels, Points, UniformLevels
 
 
@@ -92,8 +92,6 @@ def test_too_few_samples_are_refused_unless_asked_for():
     assert few.compute()["FD-pixels"].value > 0
     with pytest.raises(ValueError, match="split 'train' has 5 items"):
         started(Levels(sizes=(5, 5, 5)))
-    with pytest.raises(NotApplicable, match=r"'val'.*empty"):
-        started(Levels(sizes=(300, 0, 20)), reference="val")
 
 
 def test_the_reference_noise_is_always_the_same():

@@ -8,7 +8,7 @@ import yaml
 from genmodels.evaluation import evaluate as module
 from genmodels.evaluation.protocol import FOLDER, Protocol
 from genmodels.registry import ConfigError
-from tests.evaluation_fakes import FakeProtocol, FakeRun, Levels, Points, UniformLevels
+from tests.evaluation_fakes import Classes, FakeProtocol, FakeRun, Levels, Points, Series, UniformLevels
 
 
 @pytest.fixture
@@ -91,6 +91,21 @@ def test_data_fingerprint_sees_contents_and_splits():
     assert points.fingerprint() == shaken.fingerprint()  # the last bits of simulated data differ between machines
     shaken.hold("test", shaken.all("test").replace(x=shaken.all("test").x * 1.1))
     assert points.fingerprint() != shaken.fingerprint()
+    swapped = Points()
+    swapped.hold("test", swapped.all("test").replace(x=swapped.all("test").x.flip(1)))
+    assert points.fingerprint() != swapped.fingerprint()
+
+
+def test_data_fingerprint_sees_conditions_targets_and_masks():
+    def changed(data, **changes):
+        items = data.all("test")
+        data.hold("test", items.replace(**{name: change(getattr(items, name)) for name, change in changes.items()}))
+        return data.fingerprint()
+
+    assert changed(Levels(), condition=lambda c: 1 - c) != Levels().fingerprint() == changed(Levels())
+    assert changed(Classes(), target=lambda t: 1 - t) != Classes().fingerprint() == changed(Classes())
+    assert changed(Series(), target=lambda t: 2 * t) != Series().fingerprint() == changed(Series())
+    assert changed(Series(), target_mask=lambda m: ~m) != Series().fingerprint()
 
 
 # ---- places of data ----------------------------------------------------------------------------------------------
