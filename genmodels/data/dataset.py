@@ -73,8 +73,8 @@ class Dataset(ABC):
 
         Made from the sizes of the splits and evenly spaced items of each, with their conditions and targets: integers
         and levels enter exactly; of other numbers only mean and root mean square of each component, to some digits,
-        because the last bits of simulated data differ between machines. Data sets that are read from files answer with a checksum of their contents instead, which is
-        the same wherever the files lie.
+        because the last bits of simulated data differ between machines. Data sets that are read from files answer with
+        a checksum of their contents instead, which is the same wherever the files lie.
         """
         facts: dict[str, Any] = {"shape": list(self.shape), "levels": self.levels, "bin_width": self.bin_width}
         for split in SPLITS:
