@@ -12,8 +12,8 @@ from genmodels.metrics.authenticity import Authenticity, authentic, memorised_sh
 from genmodels.metrics.metric import Subject
 from genmodels.metrics.neighbours import distances, nearest, radii
 from genmodels.rng import generator
-from genmodels.types import Samples
-from tests.evaluation_fakes import Levels, UniformLevels
+from genmodels.types import Batch, Samples
+from tests.evaluation_fakes import Levels, Points, UniformLevels
 
 
 def column(*values):
@@ -24,6 +24,7 @@ def test_authentic_by_hand():
     train = column(0, 1, 10)  # gaps 1, 1, 9
     x = column(-2, 0.5, 14, 30)  # farther than the gap, nearer, nearer than the wide gap, farther
     assert authentic(*nearest(x, train), radii(train, 1)).tolist() == [True, False, False, True]
+    assert authentic(*nearest(column(2.0), train), radii(train, 1)).tolist() == [False]  # as near as the gap is wide
 
 
 @pytest.mark.parametrize("budget", [2**23, 100])
@@ -125,3 +126,45 @@ def test_duplicates_that_the_data_have_anyway_are_no_copies():
     metric.update(samples(metric, data.all("val").x), None)
     e = metric.compute()["copies"]
     assert e.value > 0.5 and e.references["test set"] > 0.5 and not e.flags
+
+
+def plane(sizes, twins=0):
+    """Points of the plane; the first `twins` training items occur twice."""
+    data = Points(sizes)
+    x = data.all("train").x
+    data.hold("train", Batch(torch.cat([x[:twins], x[: len(x) - twins]])))
+    return data
+
+
+def fed(data, x):
+    metric = Authenticity()
+    metric.start(Subject(UniformLevels((2,)), data, torch.device("cpu"), 64))
+    metric.update(Samples(torch.arange(len(x)), x=x, features={metric.features.identity: metric.features(x)}), None)
+    return metric.compute()
+
+
+def test_without_test_items_copies_are_judged_by_the_twins_of_the_training_set():
+    fresh = torch.randn(100, 2, generator=generator("no test items"))
+    data = plane((200, 0, 0))
+    assert fed(data, data.all("train").x[:100])["copies"].flags == ("overlap_suspected",)
+    assert fed(data, fresh)["copies"].flags == () and "memorised" not in fed(data, fresh)
+    twins = plane((200, 0, 0), twins=100)  # each item occurs twice, so that half copies are no sign of anything
+    half = torch.cat([twins.all("train").x[:50], fresh[:50]])
+    assert fed(twins, half)["copies"].value == 0.5 and fed(twins, half)["copies"].flags == ()
+
+
+def test_few_honest_samples_are_not_accused():
+    """12 samples may well lie nearer to training items: their share is uncertain by about 0.4."""
+    flags = [
+        fed(plane((200, 0, 100)), torch.randn(12, 2, generator=generator("few", k)))["memorised"].flags
+        for k in range(40)
+    ]
+    assert flags == [()] * 40
+
+
+def test_negative_zero_is_zero():
+    data = plane((200, 0, 0))
+    x = data.all("train").x.clone()
+    x[0] = 0.0
+    data.hold("train", Batch(x))
+    assert fed(data, torch.tensor([[-0.0, 0.0], [7.0, 7.0]]))["copies"].value == 0.5

@@ -13,15 +13,16 @@ from genmodels.data.digits import Digits
 from genmodels.evaluation import evaluate as module
 from genmodels.evaluation.answers import Interview, conditions
 from genmodels.evaluation.evaluate import evaluate, publish, result_path
-from genmodels.evaluation.measure import mean_over_blocks
+from genmodels.evaluation.measure import mean_over_blocks, measure
 from genmodels.evaluation.protocol import Protocol
 from genmodels.evaluation.results import check, read
 from genmodels.metrics.features import FeatureExtractor
 from genmodels.metrics.metric import Metric
 from genmodels.registry import ConfigError, register
+from genmodels.rng import generator
 from genmodels.solvers.base import integrate
 from genmodels.solvers.runge_kutta import Euler
-from genmodels.types import Estimate, Likelihood, NotApplicable, SupportsLogProb, SupportsSample
+from genmodels.types import Batch, Estimate, Likelihood, NotApplicable, SupportsLogProb, SupportsSample
 from tests.evaluation_fakes import (
     LEVELS,
     Broken,
@@ -417,6 +418,61 @@ def test_features_that_are_not_finite_are_failures_or_errors(run):
     data.hold("train", data.all("train").replace(x=torch.zeros(300, 3)))
     with pytest.raises(ValueError, match="300 of 300 items of the split 'train' give NaN or infinity"):
         evaluate(run, protocol([{"name": "frechet", "features": features}], data), device="cpu")
+
+
+class OffLevel(UniformLevels):
+    """Levels and a quarter, and the class that was asked for in the first component; class 1 gives NaN."""
+
+    conditional = True
+
+    def sample(self, seeds, *, condition=None):
+        x = super().sample(seeds) + 0.25
+        x[:, 0] = condition + 0.25
+        return torch.where((condition == 1)[:, None], torch.nan, x)
+
+
+def test_metrics_see_levels_and_the_conditions_of_what_is_left():
+    asked = Interview(OffLevel(), protocol(["frechet"], sample={"num_items": 40}), {"sample": {}})
+    kept = [samples for samples, _ in asked.ask("sample")]
+    x, condition = torch.cat([s.x for s in kept]), torch.cat([s.condition for s in kept])
+    assert torch.equal(x, x.round()) and 0 < len(x) < 40
+    assert torch.equal(x[:, 0], condition.float()) and (condition == 0).all()
+
+
+def test_the_picture_shows_the_first_samples_in_order(tmp_path):
+    class Ordered(UniformLevels):
+        def sample(self, seeds, *, condition=None):
+            return seeds[:, None].float().expand(-1, 3)
+
+    asked = Interview(
+        Ordered(), protocol(["t_either"], Points3(), sample={"num_items": 200, "batch_size": 30}), {"sample": {}}
+    )
+    found = measure(asked, asked.protocol.metrics(), torch.device("cpu"))
+    assert torch.equal(found.shown[:, 0], torch.arange(64.0))
+
+
+class Points3(Points):
+    """Continuous items of three components."""
+
+    shape = (3,)
+
+    def __init__(self):
+        super().__init__()
+        for split in ("train", "val", "test"):
+            self.hold(split, Batch(torch.randn(50, 3, generator=generator("points3", split))))
+
+
+def test_predictions_get_the_numbers_of_their_items_as_seeds(tmp_path):
+    class Remembers(Threshold):
+        seeds = []  # noqa: RUF012
+
+        def predict(self, batch, *, seeds=None):
+            self.seeds.append(seeds)
+            return super().predict(batch)
+
+    p = protocol(["accuracy"], Classes(), predict={"batch_size": 70})
+    evaluate(FakeRun(tmp_path / "remembers", Remembers()), p, device="cpu")
+    assert torch.equal(torch.cat(Remembers.seeds)[:200], torch.arange(200))
 
 
 def test_too_few_samples_are_told_before_they_are_drawn(run, monkeypatch):
