@@ -176,8 +176,8 @@ class ClassifierTwoSampleTest(FeatureMetric):
 
     def _estimate(self, answers: Answers, flags: tuple[str, ...]) -> Estimate:
         stderr, n = accuracy_stderr(answers, self.folds), answers.fake[0]
-        references = {"indistinguishable": 0.5, "area under the ROC curve": answers.auc}
-        detail = f"{self.folds} folds, {n} against {answers.real[0]}"
+        references = {"indistinguishable": 0.5}
+        detail = f"AUC {answers.auc:.3f}, {self.folds} folds, {n} against {answers.real[0]}"
         return Estimate(answers.accuracy, stderr, n, "1", "lower", "plug-in", references, flags=flags, detail=detail)
 
     def _name(self, classifier: Classifier) -> str:
