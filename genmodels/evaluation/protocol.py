@@ -129,10 +129,14 @@ class Protocol:
         """The protocol of that name in evals/protocols, or of that file; `places` as in the constructor.
 
         Raises:
-            ConfigError: if there is none, naming those that there are.
+            ConfigError: if there is none, naming those that there are, or if a key does not fit, naming both.
         """
-        found = cls(tree_of(name), places)
-        if Path(name).suffix not in SUFFIXES and found.name != name:
+        tree, file = tree_of(name), Path(name).suffix in SUFFIXES
+        try:
+            found = cls(tree, places)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in the protocol {name})") from error.__cause__
+        if not file and found.name != name:
             raise ConfigError(f"{FOLDER / name}.yaml: calls itself '{found.name}'; file name and `name:` must agree.")
         return found
 

@@ -74,9 +74,11 @@ def read_statistics(path: Path | str) -> Statistics:
             f"statistics: {path} has no '{missing[0]}'; a .npz file with the arrays 'mu' and 'sigma' is needed, "
             f"found {', '.join(sorted(arrays)) or 'nothing'}."
         )
-    facts = {key: value.item() for key, value in arrays.items() if value.ndim == 0 and value.dtype.kind in "iuU"}
+    facts = {key: value.item() for key, value in arrays.items() if value.ndim == 0 and value.dtype.kind in "iufU"}
     n = facts.get("n")
-    return Statistics(_checked(path, arrays["mu"], arrays["sigma"], n if isinstance(n, int) else None), facts)
+    if isinstance(n, str) or (n is not None and n != int(n)):
+        raise ValueError(f"statistics: {path}: n must be a whole number, found {n!r}. Make the file again.")
+    return Statistics(_checked(path, arrays["mu"], arrays["sigma"], None if n is None else int(n)), facts)
 
 
 def _arrays(path: Path, but: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -92,7 +94,7 @@ def _checked(path: Path, mean: np.ndarray, covariance: np.ndarray, n: int | None
     def refuse(what: str) -> ValueError:
         return ValueError(f"statistics: {path}: {what}. Make the file again.")
 
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise refuse(f"mu must be [D] and sigma [D, D], found {list(mean.shape)} and {list(covariance.shape)}")
     if {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
         raise refuse(f"mu and sigma must be floating-point numbers, found {mean.dtype} and {covariance.dtype}")

@@ -53,6 +53,13 @@ def test_malformed_protocols_say_what_is_wrong(change, message):
         Protocol(tree)
 
 
+def test_a_malformed_file_is_named(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"name": "p", "version": 1, "dataset": "digits", "metrics": ["frechett"]}))
+    with pytest.raises(ConfigError, match=r"Did you mean 'frechet'.*\(in the protocol .*mine\.yaml\)"):
+        Protocol.load(file)
+
+
 def test_protocols_that_do_not_exist(tmp_path):
     with pytest.raises(ConfigError, match="Did you mean 'digits'"):
         Protocol.load("digit")

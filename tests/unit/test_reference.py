@@ -354,3 +354,17 @@ def test_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, words, messag
     assert main(words) == 2
     assert re.search(message, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_vectors_are_whole(tmp_path):
+    mean, covariance = vectors().mean(0).numpy(), np.eye(5)
+    for n, expected in ((200.0, 200), (np.int32(7), 7)):
+        np.savez(tmp_path / "s.npz", mu=mean, sigma=covariance, n=n)
+        assert read_statistics(tmp_path / "s.npz").gaussian.n == expected
+    for n in (3.5, "many"):
+        np.savez(tmp_path / "s.npz", mu=mean, sigma=covariance, n=n)
+        with pytest.raises(ValueError, match="n must be a whole number"):
+            read_statistics(tmp_path / "s.npz")
+    np.savez(tmp_path / "s.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
+    with pytest.raises(ValueError, match=r"mu must be \[D\]"):
+        read_statistics(tmp_path / "s.npz")
