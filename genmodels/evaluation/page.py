@@ -14,7 +14,7 @@ from .exports import as_csv, wide_csv
 from .markdown import commit, places
 from .provenance import provenance
 from .results import Result
-from .tables import MISSING, SYMBOLS, arrow, show
+from .tables import FAILED, MISSING, SYMBOLS, arrow, show
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -161,7 +161,7 @@ def _cell(key: str, text: str, value: float | str | None, kind: str = "", spread
 
 
 def _value(column: Column, cell: Cell) -> dict[str, Any]:
-    text, _, spread = show(cell.value, cell.stderr).partition(" ± ")
+    text, _, spread = (FAILED if cell.failed else show(cell.value, cell.stderr)).partition(" ± ")
     symbol = SYMBOLS.get(cell.kind, "= " if cell.kind == "exact" else "").strip()
     return _cell(column.name, text, cell.value, symbol if cell.value is not None else "", spread)
 

@@ -301,7 +301,7 @@ def test_the_first_is_compared_with_each_other(made, capsys):
 
 def test_markup_in_names_is_shown_and_not_obeyed(made, capsys):
     _, out, _ = ran(capsys, made("a|b*<i>`"), made("c"))
-    assert r"## a\|b\*\<i>\` against c" in out
+    assert r"## a|b\*\<i>\` against c" in out
     head = next(line for line in out.splitlines() if line.startswith("| metric"))
     assert r" a\|b\*\<i>\` |" in head
 

@@ -150,7 +150,7 @@ def test_uncommitted_changes_and_failures_are_told():
     result = example("a", training={"dirty": True}, failures=failed)
     words = page(leaderboard([result]), {result["id"]: result}, {})
     assert "commit abcdef123, with uncommitted changes" in words and "abcdef1+" in words
-    assert "sample: 2 of 100 answers were not finite (seeds 3, 14)" in words
+    assert "2 of 100 samples are not finite (seeds 3, 14)" in words
 
 
 def test_pictures_have_words_and_large_ones_are_left_out(parsed):
