@@ -309,7 +309,18 @@ def test_items_in_common_sharpen_the_front():
 def test_unranked_rows_stand_apart_from_the_front():
     results = [priced("cut", 0.1, 1.0, model={"step": 1}), priced("no error", 0.1, 1.0, None), priced("a", 2.0, 9.0)]
     results += [priced("free", 1.0, 0.0)]
-    assert standing(results) == {"cut": "apart", "no error": "apart", "a": "front", "free": None}
+    assert standing(results) == {"cut": "apart", "no error": "apart", "a": "dominated", "free": "front"}
+
+
+def test_what_costs_nothing_is_the_cheapest():
+    free = [priced("replay", 1.0, 0.0), priced("gaussian", 9.0, 0.0)]
+    results = [*free, priced("good", 0.5, 10.0), priced("poor", 2.0, 1.0)]
+    expected = {"good": "front", "replay": "front", "poor": "dominated", "gaussian": "dominated"}
+    assert standing(results) == expected
+    for name in ("parameters", "training"):
+        free = {"model": {"parameters": 0}, "training": {"seconds": 0.0}}
+        results = [run("replay", 1.0, **free), run("poor", 2.0), run("good", 0.5)]
+        assert standing(results, name) == {"good": "front", "replay": "front", "poor": "dominated"}
 
 
 def test_seconds_of_different_machines_have_no_front():
