@@ -23,13 +23,28 @@ def leaderboard(
 
     Args:
         items: per-item values of estimates by the id of their result, for paired comparisons.
-        quoted: rows that somebody else reports, by the name of the protocol; shown beside measured rows only.
+        quoted: rows that somebody else reports, by the hash of the protocol; shown beside measured rows only.
     """
-    groups: dict[tuple, list[Result]] = {}
+    groups = _by_protocol(results)
+    return [_board(groups[key], items or {}, (quoted or {}).get(key[2], ())) for key in sorted(groups)]
+
+
+def superseded(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """The results that no leaderboard shows, since a newer one is of the same row and seed: each with that one."""
+    pairs = []
+    for group in _by_protocol(results).values():
+        newest = {_seed_of_row(result): result for result in group}
+        pairs += [(result, newest[_seed_of_row(result)]) for result in group]
+    return [(old, new) for old, new in pairs if old["id"] != new["id"]]
+
+
+def _by_protocol(results: Sequence[Result]) -> dict[tuple[str, int, str], list[Result]]:
+    """Results by name, version and hash of their protocol, oldest first."""
+    groups: dict[tuple[str, int, str], list[Result]] = {}
     for result in sorted(results, key=lambda r: (r["created_utc"], r["id"])):
         protocol = result["protocol"]
         groups.setdefault((protocol["name"], protocol["version"], protocol["hash"]), []).append(result)
-    return [_board(groups[key], items or {}, (quoted or {}).get(key[0], ())) for key in sorted(groups)]
+    return groups
 
 
 def _board(results: list[Result], items: AllItems, quoted: Sequence[Quoted]) -> Board:
@@ -96,11 +111,16 @@ def _same_row(results: list[Result]) -> list[list[Result]]:
     """Results of one configuration (but its name and seed), step, weights and options; of each seed the newest."""
     groups: dict[str, dict[int, Result]] = {}
     for result in results:  # oldest first, so that a newer one takes the place of an older one
-        model = result["model"]
-        config = {key: value for key, value in model["config"].items() if key not in ("name", "seed")}
-        identity = [config, model["step"], model["weights"], result["answers"]]
-        groups.setdefault(digest(identity), {})[model["seed"]] = result
+        row, seed = _seed_of_row(result)
+        groups.setdefault(row, {})[seed] = result
     return [[group[seed] for seed in sorted(group)] for group in groups.values()]
+
+
+def _seed_of_row(result: Result) -> tuple[str, int]:
+    """Which row a result belongs to, and its training seed."""
+    model = result["model"]
+    config = {key: value for key, value in model["config"].items() if key not in ("name", "seed")}
+    return digest([config, model["step"], model["weights"], result["answers"]]), model["seed"]
 
 
 def _row(same: list[Result]) -> Row:

@@ -8,10 +8,11 @@ import pytest
 
 from genmodels.evaluation.assemble import leaderboard
 from genmodels.evaluation.exports import as_csv, as_json, wide_csv
+from genmodels.evaluation.leaderboard import collect
 from genmodels.evaluation.markdown import markdown
 from genmodels.evaluation.page import page
 from genmodels.evaluation.tables import escaped, short, show
-from tests.board_results import example, likelihood, metric
+from tests.board_results import example, likelihood, metric, store
 
 NAN = float("nan")
 FAILED = {"sample": {"items": 40, "of": 4000, "first": [3, 103, 203, 303, 403, 503]}}
@@ -105,6 +106,20 @@ def test_the_newest_result_counts_whatever_its_checksum():
     for result in old:
         (row,) = leaderboard([new, result])[0].rows
         assert row.cells["FD-digits"].value == 1.0
+
+
+def test_results_that_newer_ones_replace_are_named(tmp_path, capsys):
+    dates = ("2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z", "2026-03-01T00:00:00Z")
+    for k, created in enumerate(dates):
+        store(tmp_path / f"{k}.json", example("a", created=created))
+    store(tmp_path / "copy.json", example("a", created=dates[2]))
+    for name, more in {"seed": {"seed": 1}, "hash": {"protocol_hash": "b"}, "step": {"model": {"step": 7}}}.items():
+        store(tmp_path / f"{name}.json", example("a", created=dates[0], **more))
+    assert len(collect([tmp_path], strict=False).results) == 6
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in told] == [
+        f"left out: {tmp_path / f'{k}.json'} is older than {tmp_path / 'copy.json'}" for k in range(2)
+    ]
 
 
 def test_references_are_the_middle_of_what_results_say():
