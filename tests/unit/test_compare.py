@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from genmodels.evaluation.compare import compare, main, sentence, settle, text
+from genmodels.evaluation.compare import Comparison, compare, main, sentence, settle, text
+from genmodels.evaluation.intervals import Difference
 from genmodels.evaluation.pairing import Side, default_weights, gather, labelled, matched
 from genmodels.evaluation.results import Companions, Items, write
 from genmodels.registry import ConfigError
@@ -122,6 +123,12 @@ def test_counts_and_missing_errors():
     assert (
         compare(side("a", [metric()]), side("b", [metric(flags=["failed"])])).notes == ()
     )  # a note on the metric will do
+
+
+@pytest.mark.parametrize(("centre", "decided"), [(1.0, False), (-1.0, False), (1.01, True), (-1.01, True)])
+def test_an_interval_that_ends_at_zero_leaves_it_open(centre, decided):
+    difference = Difference(centre, centre, 1.0, lambda q: math.copysign(1.0, q - 0.5), 0.05, "unpaired")
+    assert Comparison("FD", metric(), metric(), difference).decided is decided
 
 
 def test_identical_models():

@@ -459,7 +459,7 @@ def test_from_model_to_table(tmp_path):
     text = markdown([board])
     assert "= 2.322" in text and "uniform" in text
     page = write_all(collection, tmp_path)[tmp_path / "leaderboard.html"]
-    assert all(f"<summary>{name}</summary>" in page for name in ("one", "two")) and "ema-0.999 after step 12" in page
+    assert all(f"<summary><bdi>{name}</bdi>" in page for name in ("one", "two")) and "ema-0.999 after step 12" in page
 
 
 def test_pictures_beside_results_are_on_the_page(published):

@@ -14,7 +14,7 @@ from genmodels.evaluation.axis import Axis, fit, labels
 from genmodels.evaluation.drawing import scatter
 from genmodels.evaluation.exports import as_csv
 from genmodels.evaluation.page import TEMPLATES, _headers, page
-from tests.board_results import example, metric
+from tests.board_results import example, metric, picture
 from tests.page_fakes import HOSTILE, boards, html, priced, results
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -32,6 +32,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         element = {"tag": tag, "attributes": dict(attributes), "text": "", "parents": [e["tag"] for e in self.open]}
+        element["classes"] = [e["attributes"].get("class", "") for e in (*self.open, element)]
         self.elements.append(element)
         if tag not in VOID:
             self.open.append(element)
@@ -189,6 +190,28 @@ def test_it_can_be_read_aloud_and_by_keyboard(parsed):
     assert all(e["attributes"].get("scope") in ("col", "row") for e in parsed.all("th"))
     regions = [e for e in parsed.all("div") if e["attributes"].get("class") == "scroll"]
     assert regions and all(e["attributes"].get("tabindex") == "0" and e["attributes"]["aria-label"] for e in regions)
+
+
+def test_what_needs_a_script_waits_for_it(parsed):
+    """Without one, buttons are hidden by a class, or where they hold what is read (heads, pictures) do nothing."""
+    for element in parsed.all("button"):
+        within = " ".join(element["classes"])
+        waits = "scripted" in within or "disabled" in element["attributes"]
+        assert waits or "dialog" in element["parents"], element
+    assert ".scripted { display: none" in (TEMPLATES / "page.css").read_text()
+    assert all("scripted" in " ".join(e["classes"]) for name in ("input", "fieldset") for e in parsed.all(name))
+
+
+def test_letters_of_the_other_direction_reorder_nothing_else():
+    name = "\u202ea\u05d0\u05d1"
+    result = example(name, [metric()], protocol=name)
+    found = Page(page(leaderboard([result]), {result["id"]: result}, {result["id"]: picture()}))
+    holds = [e for e in found.elements if e["text"].startswith(name) and e["tag"] not in ("title", "pre", "text")]
+    assert len([e for e in holds if e["tag"] == "bdi"]) == 5  # heading, caption of the table, row, picture, provenance
+    for element in holds:
+        if element["tag"] in ("h2", "caption", "th", "figcaption", "summary"):
+            inner = found.elements[found.elements.index(element) + 1]
+            assert inner["tag"] == "bdi" and inner["text"] == name
 
 
 def test_no_results_make_a_page():
