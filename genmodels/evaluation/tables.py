@@ -27,7 +27,7 @@ def show(value: float | None, stderr: float | None = None, kind: str = "") -> st
         return symbol + short(value)
     decimals = max(0, 1 - math.floor(math.log10(stderr)))
     size = max(abs(value), stderr)
-    if size >= LARGE or decimals + math.floor(math.log10(max(size, 1))) >= DIGITS:
+    if decimals + math.floor(math.log10(max(size, 1))) >= DIGITS:
         digits = 2 + math.floor(math.log10(size)) - math.floor(math.log10(stderr))
         return f"{symbol}{value:.{min(digits, DIGITS)}g} ± {stderr:.2g}"
     return f"{symbol}{value:.{decimals}f} ± {stderr:.{decimals}f}"

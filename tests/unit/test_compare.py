@@ -144,6 +144,14 @@ def test_a_flagged_model_is_not_called_better():
     assert pair.notes == ("a is not called better or worse: overlap suspected.",)
 
 
+def test_a_model_whose_answers_are_not_finite_is_not_called_better():
+    failed = {"sample": {"items": 2, "of": 100, "first": [3, 14]}}
+    a, b = side("a", [bits(1.0)], failures=failed), side("b", [bits(3.0)])
+    (pair,) = settle([compare(a, b)], 0.95, "none")
+    assert pair.notes == ("a is not called better or worse: 2 of 100 samples are not finite (seeds 3, 14).",)
+    assert sentence(pair.comparisons[0], "a", "b").startswith("bits_per_dim: b is higher by 2.00")
+
+
 def test_metrics_that_only_one_has():
     lacking = side("b", [metric("nfe", 1.0, None)], not_applicable={"frechet": "needs sample"})
     pair = compare(side("a", [metric(), metric("nfe", 2.0, None)]), lacking)
