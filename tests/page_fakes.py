@@ -6,7 +6,7 @@ from genmodels.evaluation.page import page
 from tests.board_results import BILL, example, likelihood, metric, picture
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'>"
-QUOTED = {"digits": [Quoted("Paper", "Somebody 2020, table 3", {"FD-digits": Cell(0.5)}, nfe=35.0, note="other data")]}
+QUOTED = {"aaaa": [Quoted("Paper", "Somebody 2020, table 3", {"FD-digits": Cell(0.5)}, nfe=35.0, note="other data")]}
 
 
 def priced(name, nfe, metrics, **more):

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..hashing import digest
 from .board import AllItems, Bill, Board, Cell, Column, Quoted, Row
+from .provenance import overrides
 from .ranking import frontier, ranked
 from .results import Result, combine
-from .tables import MISSING, SYMBOLS
+from .tables import SYMBOLS, failure
 
 AXES = ("nfe", "parameters", "training")  # costs that quality is drawn against
 
@@ -22,13 +23,28 @@ def leaderboard(
 
     Args:
         items: per-item values of estimates by the id of their result, for paired comparisons.
-        quoted: rows that somebody else reports, by the name of the protocol; shown beside measured rows only.
+        quoted: rows that somebody else reports, by the hash of the protocol; shown beside measured rows only.
     """
-    groups: dict[tuple, list[Result]] = {}
+    groups = _by_protocol(results)
+    return [_board(groups[key], items or {}, (quoted or {}).get(key[2], ())) for key in sorted(groups)]
+
+
+def superseded(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """The results that no leaderboard shows, since a newer one is of the same row and seed: each with that one."""
+    pairs = []
+    for group in _by_protocol(results).values():
+        newest = {_seed_of_row(result): result for result in group}
+        pairs += [(result, newest[_seed_of_row(result)]) for result in group]
+    return [(old, new) for old, new in pairs if old["id"] != new["id"]]
+
+
+def _by_protocol(results: Sequence[Result]) -> dict[tuple[str, int, str], list[Result]]:
+    """Results by name, version and hash of their protocol, oldest first."""
+    groups: dict[tuple[str, int, str], list[Result]] = {}
     for result in sorted(results, key=lambda r: (r["created_utc"], r["id"])):
         protocol = result["protocol"]
         groups.setdefault((protocol["name"], protocol["version"], protocol["hash"]), []).append(result)
-    return [_board(groups[key], items or {}, (quoted or {}).get(key[0], ())) for key in sorted(groups)]
+    return groups
 
 
 def _board(results: list[Result], items: AllItems, quoted: Sequence[Quoted]) -> Board:
@@ -80,12 +96,14 @@ def _references(results: list[Result], columns: list[Column]) -> dict[str, dict[
 
 
 def _columns(results: list[Result]) -> list[Column]:
-    """Every estimate that some model has, in the order of the protocol."""
-    found: dict[tuple[int, int, str], Column] = {}
+    """Every estimate that some model has, in the order of the protocol; of each metric those that only failed last."""
+    found: dict[tuple[int, bool, int, str], Column] = {}
+    valued = {m["name"] for result in results for m in result["metrics"] if m["value"] is not None}
     for result in results:
         for place, m in enumerate(result["metrics"]):
             if not any(c.name == m["name"] for c in found.values()):
-                found[m["entry"], place, m["name"]] = Column(m["name"], m["unit"], m["better"], m["question"])
+                key = m["entry"], m["name"] not in valued, place, m["name"]
+                found[key] = Column(m["name"], m["unit"], m["better"], m["question"])
     return [found[key] for key in sorted(found)]
 
 
@@ -93,11 +111,16 @@ def _same_row(results: list[Result]) -> list[list[Result]]:
     """Results of one configuration (but its name and seed), step, weights and options; of each seed the newest."""
     groups: dict[str, dict[int, Result]] = {}
     for result in results:  # oldest first, so that a newer one takes the place of an older one
-        model = result["model"]
-        config = {key: value for key, value in model["config"].items() if key not in ("name", "seed")}
-        identity = [config, model["step"], model["weights"], result["answers"]]
-        groups.setdefault(digest(identity), {})[model["seed"]] = result
+        row, seed = _seed_of_row(result)
+        groups.setdefault(row, {})[seed] = result
     return [[group[seed] for seed in sorted(group)] for group in groups.values()]
+
+
+def _seed_of_row(result: Result) -> tuple[str, int]:
+    """Which row a result belongs to, and its training seed."""
+    model = result["model"]
+    config = {key: value for key, value in model["config"].items() if key not in ("name", "seed")}
+    return digest([config, model["step"], model["weights"], result["answers"]]), model["seed"]
 
 
 def _row(same: list[Result]) -> Row:
@@ -107,7 +130,7 @@ def _row(same: list[Result]) -> Row:
     sources = [result[part] for result in same for part in ("training", "environment")]
     commits = sorted({s["commit"] for s in sources[::2] if s["commit"]})
     several = f"(mean of {len(same)} seeds)" if len(same) > 1 else ""
-    options = _options(first)
+    options = " ".join(overrides(first))
     return Row(
         label=" ".join(part for part in (first["run"], options, several) if part),
         name=first["run"],
@@ -132,17 +155,30 @@ def _row(same: list[Result]) -> Row:
 
 
 def _barred(same: list[Result]) -> str | None:
-    """Why a row takes part in no comparison; a failed estimate is only missing."""
+    """Why a row takes part in no comparison."""
     flags = {f for result in same for m in result["metrics"] for f in m["flags"] if f != "failed"}
     model = same[0]["model"]
     unfinished = model["step"] < model["steps"] and model["weights"] != "best"
     reasons = [flag.replace("_", " ") for flag in sorted(flags)]
+    for result in same:
+        where = f" in {result['run']} (training seed {result['model']['seed']})" if len(same) > 1 else ""
+        reasons += [f"{words}{where}" for words in _failures(result)]
     reasons += [f"training unfinished ({model['step']:,} of {model['steps']:,} steps)"] if unfinished else []
     return ", ".join(reasons) or None
 
 
+def _failures(result: Result) -> list[str]:
+    """What went wrong, in words: answers that are not finite, and estimates that failed although theirs are."""
+    failed = {question: of for question, of in result["failures"].items() if of["items"]}
+    others = [m["name"] for m in result["metrics"] if "failed" in m["flags"] and m["question"] not in failed]
+    words = [failure(question, of) for question, of in failed.items()]
+    return [*words, f"{', '.join(others)} failed"] if others else words
+
+
 def _cell(metrics: list[dict | None]) -> Cell:
     found = [m for m in metrics if m is not None]
+    if any("failed" in m["flags"] for m in found):
+        return Cell(question=found[0]["question"], failed=True)
     if len(found) < len(metrics) or any(m["value"] is None for m in found):
         return Cell(question=found[0]["question"])
     value, stderr = combine([m["value"] for m in found], [m["stderr"] for m in found])
@@ -163,21 +199,6 @@ def _bills(same: list[Result]) -> dict[str, Bill]:
     asked = [question for question in costs[0] if all(question in cost for cost in costs)]
     names = [field.name for field in dataclasses.fields(Bill)]
     return {q: Bill(**{name: _mean([cost[q][name] for cost in costs]) for name in names}) for q in asked}
-
-
-def _options(result: Result) -> str:
-    """What was overridden: `sample.num_steps=10`."""
-    if not result["overridden"]:
-        return ""
-    config, answers = result["model"]["config"], result["answers"]
-    old = _flat({question: config.get(question, {}) for question in answers})
-    return " ".join(f"{key}={value}" for key, value in _flat(answers).items() if old.get(key, MISSING) != value)
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{path}.{key}".lstrip(".")).items()}
 
 
 def _told_apart(rows: list[Row]) -> list[Row]:

@@ -14,12 +14,19 @@ class Cell:
 
     Attributes:
         question: whose answers it was made from.
+        failed: whether it was measured, but is not finite or was made from answers that are not.
     """
 
     value: float | None = None
     stderr: float | None = None
     kind: str = ""
     question: str = ""
+    failed: bool = False
+
+    @property
+    def told(self) -> bool:
+        """Whether there is something to show."""
+        return self.failed or self.value is not None
 
 
 EMPTY = Cell()
@@ -145,6 +152,6 @@ class Board:
         return self.columns[0] if self.columns else None
 
     def measured(self) -> list[Column]:
-        """Columns that have a value in some row."""
+        """Columns that have a value in some row, or failed there."""
         rows = (*self.rows, *self.quoted)
-        return [c for c in self.columns if any(row.cells.get(c.name, EMPTY).value is not None for row in rows)]
+        return [c for c in self.columns if any(row.cells.get(c.name, EMPTY).told for row in rows)]

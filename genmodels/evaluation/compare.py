@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +13,9 @@ from ..commands import guarded
 from ..registry import ConfigError
 from .intervals import Difference, Family, levels, paired_blocks, paired_items, unpaired
 from .pairing import Side, gather, labelled, matched
+from .provenance import overrides
 from .results import Items, Result
-from .tables import MISSING, short, show, table
+from .tables import DIGITS, LARGE, MISSING, escaped, short, show, table
 
 KINDS = {
     "pmf": "an exact value",
@@ -182,6 +182,8 @@ def _number(c: Comparison, value: float) -> str:
     if not high > low:
         return f"{value:.4g}"
     decimals = max(0, 1 - math.floor(math.log10((high - low) / 2)))
+    if abs(value) >= LARGE:
+        return f"{value:.{DIGITS}g}"
     return f"{value:.{decimals}f}" if decimals <= 6 else f"{value:.3g}"
 
 
@@ -195,14 +197,13 @@ def text(pairs: Sequence[Pair], family: Family) -> str:
 
 
 def _section(pair: Pair) -> list[str]:
-    a, b = _escaped(pair.a.label), _escaped(pair.b.label)
+    a, b = escaped(pair.a.label), escaped(pair.b.label)
     protocol = pair.a.result["protocol"]
     lines = [f"## {a} against {b}: {protocol['name']}, version {protocol['version']} ({protocol['hash']})", ""]
     lines += [f"- {label}: {_circumstances(side.result)}" for label, side in ((a, pair.a), (b, pair.b))]
     rows = [_row(c) for c in pair.comparisons]
-    heads = [label.replace(r"\|", "|") for label in (a, b)]  # a table escapes its own bars
-    lines += ["", table(["metric", *heads, "difference", "interval"], rows, left=(0,)), ""] if rows else [""]
-    lines += [f"- {sentence(c, a, b)}." for c in pair.comparisons] + [f"- {_escaped(note)}" for note in pair.notes]
+    lines += ["", table(["metric", a, b, "difference", "interval"], rows, left=(0,)), ""] if rows else [""]
+    lines += [f"- {sentence(c, a, b)}." for c in pair.comparisons] + [f"- {escaped(note)}" for note in pair.notes]
     return [*lines, ""]
 
 
@@ -216,22 +217,8 @@ def _row(c: Comparison) -> list[str]:
 def _circumstances(result: Result) -> str:
     """Step, weights, and options that are not the run's own."""
     model = result["model"]
-    words = [f"{model['name']}, step {model['step']:,}, weights {model['weights']}, seed {model['seed']}"]
-    if result["overridden"]:
-        own = _flat({question: model["config"].get(question) or {} for question in result["answers"]})
-        words += [f"{k}={v}" for k, v in _flat(result["answers"]).items() if k not in own or own[k] != v]
-    return _escaped(", ".join(words))
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{path}.{key}".lstrip(".")).items()}
-
-
-def _escaped(words: str) -> str:
-    """Text that Markdown shows as it is; underscores inside words are safe."""
-    return re.sub(r"([\\`*<\[\]|])", r"\\\1", words)
+    words = f"{model['name']}, step {model['step']:,}, weights {model['weights']}, seed {model['seed']}"
+    return escaped(", ".join([words, *overrides(result)]))
 
 
 def _footer(pairs: Sequence[Pair], family: Family) -> list[str]:

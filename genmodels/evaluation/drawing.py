@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .axis import Axis, fit, tick
+from .axis import Axis, fit, labels
 from .board import EMPTY, Board, Column, Frontier
 from .costs import BY_NAME, cost, write
 from .ranking import SIGNIFICANT, sign
@@ -40,12 +40,15 @@ class Point:
 def scatter(board: Board, frontier: Frontier, identity: str) -> Markup | None:
     """Quality against the logarithm of a cost, with 95 % intervals; None if less than two rows can be drawn.
 
+    What is free stands before all others, behind a gap in the axis; if all is, there is nothing to draw.
+
+
     Args:
         identity: what the names of its parts begin with, unique on the page.
     """
     column = next(c for c in board.columns if c.name == frontier.metric)
     points = _points(board, frontier, column)
-    if sum(point.standing != QUOTED for point in points) < 2:
+    if sum(point.standing != QUOTED for point in points) < 2 or not any(point.price for point in points):
         return None
     x = fit([p.price for p in points], LEFT, RIGHT, log=True, margin=0.08)
     ends = [p.value + s * p.spread for p in points for s in (-1, 1)]
@@ -73,7 +76,7 @@ def _points(board: Board, frontier: Frontier, column: Column) -> list[Point]:
     rows += [(row, row.name, QUOTED) for row in board.quoted]
     for row, label, standing in rows:
         cell, price = row.cells.get(column.name, EMPTY), cost(row, column, frontier.cost)
-        if cell.value is None or not price:
+        if cell.value is None or price is None:
             continue
         told = f"{label}: {show(cell.value, cell.stderr, cell.kind)} at {write(price, BY_NAME[frontier.cost])}"
         number = board.rows.index(row) if standing != QUOTED else len(board.rows) + board.quoted.index(row)
@@ -91,15 +94,17 @@ def _told(front: Sequence[Point], points: Sequence[Point], comparable: bool) -> 
 
 def _grid(x: Axis, y: Axis, up: str, along: str) -> str:
     parts = ['<g class="axis" aria-hidden="true">']
-    for value in y.ticks():
+    for value, text in zip(y.ticks(), labels(y.ticks()), strict=True):
         at = f"{y(value):.1f}"
         parts.append(f'<line x1="{LEFT}" x2="{RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 3.5:.1f}" text-anchor="end">{tick(value)}</text>')
-    for value in x.ticks():
+        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 3.5:.1f}" text-anchor="end">{text}</text>')
+    for value, text in zip(x.ticks(), labels(x.ticks()), strict=True):
         at = f"{x(value):.1f}"
         parts.append(f'<line x1="{at}" x2="{at}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
-        parts.append(f'<text x="{at}" y="{BOTTOM + 16}" text-anchor="middle">{tick(value)}</text>')
-    parts.append(f'<line class="base" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
+        parts.append(f'<text x="{at}" y="{BOTTOM + 16}" text-anchor="middle">{text}</text>')
+    pieces = [(LEFT, RIGHT)] if x.zero is None else [(LEFT, 2 * x.zero - LEFT), (x.start, RIGHT)]  # a gap after 0
+    for left, right in pieces:
+        parts.append(f'<line class="base" x1="{left:.1f}" x2="{right:.1f}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     middle, centre = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
     parts.append(f'<text class="name" x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(along)}</text>')
     turn = f'transform="rotate(-90 12 {centre:.0f})"'
@@ -137,12 +142,13 @@ Box = tuple[float, float, float, float]
 
 
 def _labels(points: Sequence[Point], x: Axis, y: Axis) -> list[Markup]:
-    """Each point's name at the side where it covers least; where all are crowded, only those on the front have one."""
+    """Each point's name at the side where it covers least; where all are crowded, only those on the front have one,
+    and none that would lie on another."""
     taken: list[Box] = [_box(x(p.price) - 5, y(p.value) - 5, 10, 10) for p in points]
     for p in points:
         top, bottom = sorted((y(p.value - p.spread), y(p.value + p.spread)))
         taken.append(_box(x(p.price) - 1, top, 2, bottom - top))
-    found = []
+    found, names = [], []
     for point in sorted(points, key=lambda p: (ORDER.index(p.standing), p.price, p.row)):
         text, at, height = _short(point.label), x(point.price), y(point.value)
         long = LETTER * len(text)
@@ -150,9 +156,11 @@ def _labels(points: Sequence[Point], x: Axis, y: Axis) -> list[Markup]:
         boxes = [_box(left, middle - LINE / 2, long, LINE) for left, middle in sides]
         covered = [round(_covered(box, taken) / (long * LINE), 4) for box in boxes]
         best = min(range(len(boxes)), key=lambda k: (covered[k], k))
-        if covered[best] > CROWDED and point.standing != "front":
+        on_another = any(_common(boxes[best], name) > CROWDED * long * LINE for name in names)
+        if on_another or (covered[best] > CROWDED and point.standing != "front"):
             continue
         taken.append(boxes[best])
+        names.append(boxes[best])
         left, top = boxes[best][:2]
         form = Markup('<text class="label {}" data-row="{}" x="{}" y="{}">{}</text>')
         found.append(form.format(point.standing, point.row, f"{left:.1f}", f"{top + 9.5:.1f}", text))
@@ -186,16 +194,20 @@ def _common(a: Box, b: Box) -> float:
 
 def intervals(board: Board) -> list[Markup]:
     """For each measured row the 95 % interval of the metric that ranks, all on one scale; empty where it is missing."""
-    cells = [row.cells.get(board.columns[0].name, EMPTY) for row in board.rows]
-    spreads = [SIGNIFICANT * (cell.stderr or 0) for cell in cells]
-    ends = [c.value + s * d for c, d in zip(cells, spreads, strict=True) if c.value is not None for s in (-1, 1)]
-    if not ends:
-        return [Markup()] * len(cells)
-    axis = fit(ends, 4, INTERVAL - 4)
+    axis, cells = interval_axis(board), [row.cells.get(board.columns[0].name, EMPTY) for row in board.rows]
     return [
-        _interval(axis, cell.value, spread, "" if row.rank else " apart") if cell.value is not None else Markup()
-        for row, cell, spread in zip(board.rows, cells, spreads, strict=True)
+        Markup()
+        if axis is None or cell.value is None
+        else _interval(axis, cell.value, SIGNIFICANT * (cell.stderr or 0), "" if row.rank else " apart")
+        for row, cell in zip(board.rows, cells, strict=True)
     ]
+
+
+def interval_axis(board: Board) -> Axis | None:
+    """The scale of all intervals; None if there are none."""
+    cells = [row.cells.get(board.columns[0].name, EMPTY) for row in board.rows]
+    ends = [c.value + s * SIGNIFICANT * (c.stderr or 0) for c in cells if c.value is not None for s in (-1, 1)]
+    return fit(ends, 4, INTERVAL - 4) if ends else None
 
 
 def _interval(axis: Axis, value: float, spread: float, apart: str) -> Markup:

@@ -6,8 +6,9 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 
-from .board import EMPTY, Board, Quoted, Row
+from .board import EMPTY, Board, Cell, Quoted, Row
 from .costs import cost, shown
+from .tables import FAILED
 
 HEADERS = (
     *("protocol", "version", "protocol_hash", "row", "status", "metric", "value", "stderr", "kind", "unit", "better"),
@@ -39,10 +40,14 @@ def wide_csv(board: Board) -> str:
     rows = []
     for row in (*board.rows, *board.quoted):
         cells = [row.cells.get(c.name, EMPTY) for c in columns]
-        values = [part for cell in cells for part in (cell.value, cell.stderr, cell.kind)]
+        values = [part for cell in cells for part in (cell.value, cell.stderr, _kind(cell))]
         values += [cost(row, board.first, c.name) for c in costs]
         rows.append([*_who(row), *_place(row), *values])
     return _lines(["row", "status", "rank_low", "rank_high", *metrics, *(c.name for c in costs)], rows)
+
+
+def _kind(cell: Cell) -> str:
+    return FAILED if cell.failed else cell.kind
 
 
 def _lines(headers: Sequence[str], rows: Iterable[Sequence]) -> str:
@@ -68,8 +73,9 @@ def _long(board: Board, row: Row | Quoted) -> Iterable[list]:
     for k, column in enumerate(board.columns):
         cell = row.cells.get(column.name, EMPTY)
         ranks = [*_place(row), reason] if k == 0 else [None, None, ""]
-        if cell.value is not None or ranks[2]:
-            yield [*start, column.name, cell.value, cell.stderr, cell.kind, column.unit, column.better, *ranks, *facts]
+        if cell.told or ranks[2]:
+            kind = _kind(cell)
+            yield [*start, column.name, cell.value, cell.stderr, kind, column.unit, column.better, *ranks, *facts]
     for of in shown(board):
         value = cost(row, board.first, of.name)
         if value is not None:

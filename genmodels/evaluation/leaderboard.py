@@ -9,13 +9,13 @@ from pathlib import Path
 from ..commands import guarded
 from ..files import write_text
 from ..registry import ConfigError
-from .assemble import leaderboard
+from .assemble import leaderboard, superseded
 from .board import Board
 from .exports import as_csv, as_json
 from .markdown import markdown
 from .page import page
 from .protocol import FOLDER
-from .quoted import load_quoted
+from .quoted import quoted_for
 from .results import BOARD_FILE, Companions, Result, ResultError, find, read
 
 EVALS = FOLDER.parent
@@ -32,17 +32,17 @@ class Collection:
     def boards(self) -> list[Board]:
         """Their leaderboards, with the rows that papers report."""
         results = list(self.results.values())
-        quoted = load_quoted(EVALS / "quoted", (result["protocol"]["name"] for result in results))
+        quoted = quoted_for(results, EVALS / "quoted")
         return leaderboard(results, {key: found.items for key, found in self.beside.items()}, quoted)
 
 
 def collect(places: Sequence[str | Path], strict: bool) -> Collection:
-    """All results found in runs, folders and files.
+    """All results found in runs, folders and files; those that newer ones take the place of are named on stderr.
 
     Args:
         strict: a file that is no valid result is an error; otherwise it is named on stderr and left out.
     """
-    collection = Collection({}, {})
+    collection, paths = Collection({}, {}), {}
     for path in find(places):
         try:
             result, beside = read(path)
@@ -53,6 +53,10 @@ def collect(places: Sequence[str | Path], strict: bool) -> Collection:
             continue
         collection.results[result["id"]] = result
         collection.beside[result["id"]] = beside
+        paths[result["id"]] = path
+    for older, newer in superseded(list(collection.results.values())):
+        which = "of the same run, options, seed, step and weights"
+        print(f"left out: {paths[older['id']]} is older than {paths[newer['id']]}, {which}", file=sys.stderr)
     return collection
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from .board import EMPTY, Board, Column, Quoted, Row
 from .costs import cost, shown, write
-from .tables import MISSING, arrow, show, table
+from .tables import FAILED, MISSING, arrow, escaped, show, table
 
 HEAD = """# Leaderboard
 
@@ -30,7 +30,7 @@ def places(row: Row) -> str:
 
 def title(column: Column) -> str:
     """`bits per dim ↓`."""
-    return column.name.replace("_", " ") + arrow(column.better)
+    return escaped(column.name.replace("_", " ")) + arrow(column.better)
 
 
 def commit(row: Row) -> str:
@@ -41,18 +41,13 @@ def commit(row: Row) -> str:
 def _section(board: Board) -> str:
     columns, costs = board.measured(), shown(board)
     headers = ["rank", "run", *map(title, columns), *(c.heading for c in costs), "weights", "commit"]
-    lines = [f"## {board.protocol}, version {board.version} ({board.hash})", "", board.description, ""]
+    lines = [f"## {escaped(board.protocol)}, version {board.version} ({board.hash})", "", board.description, ""]
     rows = [_cells(board, row, columns) for row in (*board.rows, *board.quoted)]
     lines += [table(headers, rows, left=(1, len(headers) - 2)), ""]
-    notes = [f"- {_plain(row.label)} is not ranked: {row.unranked}." for row in board.rows if row.unranked]
-    notes += [f"- {_plain(_cited(row))}." for row in board.quoted]
+    notes = [f"- {escaped(row.label)} is not ranked: {escaped(row.unranked)}." for row in board.rows if row.unranked]
+    notes += [f"- {escaped(_cited(row))}." for row in board.quoted]
     lines += [*notes, ""] if notes else []
     return "\n".join(lines + _references(board, columns))
-
-
-def _plain(text: str) -> str:
-    """Text in which nothing is taken for HTML."""
-    return text.replace("<", "\\<")
 
 
 def _cited(row: Quoted) -> str:
@@ -61,11 +56,11 @@ def _cited(row: Quoted) -> str:
 
 def _cells(board: Board, row: Row | Quoted, columns: Sequence[Column]) -> list[str]:
     cells = [row.cells.get(c.name, EMPTY) for c in columns]
-    values = [show(cell.value, cell.stderr, cell.kind) for cell in cells]
+    values = [FAILED if cell.failed else show(cell.value, cell.stderr, cell.kind) for cell in cells]
     values += [write(cost(row, board.first, c.name), c) for c in shown(board)]
     if isinstance(row, Quoted):
-        return ["quoted", _plain(row.name), *values, MISSING, MISSING]
-    return [places(row), _plain(row.label), *values, row.weights, commit(row)]
+        return ["quoted", escaped(row.name), *values, MISSING, MISSING]
+    return [places(row), escaped(row.label), *values, escaped(row.weights), commit(row)]
 
 
 def _references(board: Board, columns: Sequence[Column]) -> list[str]:
@@ -74,5 +69,5 @@ def _references(board: Board, columns: Sequence[Column]) -> list[str]:
     if not names:
         return []
     spoken = [c for c in columns if any(c.name in board.references[name] for name in names)]
-    cells = [[name, *(show(board.references[name].get(c.name)) for c in spoken)] for name in names]
-    return [table(["to read them against", *(c.name.replace("_", " ") for c in spoken)], cells, left=(0,)), ""]
+    cells = [[escaped(name), *(show(board.references[name].get(c.name)) for c in spoken)] for name in names]
+    return [table(["to read them against", *(escaped(c.name.replace("_", " ")) for c in spoken)], cells, left=(0,)), ""]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from .board import EMPTY, Board, Cell, Column, Quoted, Row
 from .costs import Cost, cost, shown, write
-from .drawing import intervals, scatter
+from .drawing import interval_axis, intervals, scatter
 from .exports import as_csv, wide_csv
 from .markdown import commit, places
 from .provenance import provenance
 from .results import Result
-from .tables import MISSING, SYMBOLS, arrow, show
+from .tables import FAILED, MISSING, SYMBOLS, arrow, show
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -115,7 +115,10 @@ def _headers(board: Board) -> list[dict[str, Any]]:
         text = f"{column.name.replace('_', ' ')}{arrow(column.better)}"
         found.append(_header(column.name, text, "number", unit, column.better == "higher"))
         if k == 0 and column == board.first:
-            found.append(_header("interval", "95 % interval", "none", "1.96 standard errors to both sides"))
+            axis = interval_axis(board)
+            scale = " (log scale)" if axis and axis.log else ""
+            tip = f"1.96 standard errors to both sides{scale}"
+            found.append(_header("interval", f"95 % interval{scale}", "none", tip))
     found += [_header(c.name, c.heading, "number", c.unit) for c in shown(board)]
     return [*found, _header("weights", "weights", "text", ""), _header("commit", "commit", "text", "")]
 
@@ -161,7 +164,7 @@ def _cell(key: str, text: str, value: float | str | None, kind: str = "", spread
 
 
 def _value(column: Column, cell: Cell) -> dict[str, Any]:
-    text, _, spread = show(cell.value, cell.stderr).partition(" ± ")
+    text, _, spread = (FAILED if cell.failed else show(cell.value, cell.stderr)).partition(" ± ")
     symbol = SYMBOLS.get(cell.kind, "= " if cell.kind == "exact" else "").strip()
     return _cell(column.name, text, cell.value, symbol if cell.value is not None else "", spread)
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..registry import ConfigError, build
 from ..training.ema import Average
 from .results import Items, Result, ResultError, find, read
+from .tables import failure
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Side:
     def flags(self) -> list[str]:
         """What is wrong with the model, in words."""
         found = {flag for m in self.result["metrics"] for flag in m["flags"] if flag != "failed"}
-        return sorted(flag.replace("_", " ") for flag in found)
+        failed = [failure(question, of) for question, of in self.result["failures"].items() if of["items"]]
+        return [*sorted(flag.replace("_", " ") for flag in found), *failed]
 
 
 def gather(places: Sequence[str | Path], **wanted: Any) -> list[list[Side]]:

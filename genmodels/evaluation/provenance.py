@@ -7,7 +7,7 @@ import yaml
 
 from .board import Row
 from .results import Result
-from .tables import MISSING, mebibytes, scaled, short
+from .tables import FAILED, MISSING, failure, mebibytes, scaled, short
 
 
 def provenance(row: Row, results: Sequence[Result]) -> dict[str, Any]:
@@ -26,6 +26,20 @@ def provenance(row: Row, results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
+def overrides(result: Result) -> list[str]:
+    """Options of the answers that are not the configuration's own: `sample.num_steps=10`."""
+    if not result["overridden"]:
+        return []
+    own = _flat({question: result["model"]["config"].get(question) or {} for question in result["answers"]})
+    return [f"{k}={v}" for k, v in _flat(result["answers"]).items() if k not in own or own[k] != v]
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{path}.{key}".lstrip(".")).items()}
+
+
 def _yaml(tree: Any) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
@@ -36,7 +50,7 @@ def _described(result: Result) -> dict[str, Any]:
         "facts": [*_trained(result), *_scored(result)],
         "estimates": [_estimate(m) for m in result["metrics"]],
         "costs": [_cost(question, bill) for question, bill in result["cost"].items()],
-        "failures": [_failure(question, failed) for question, failed in result["failures"].items() if failed["items"]],
+        "failures": [failure(question, failed) for question, failed in result["failures"].items() if failed["items"]],
         "not_applicable": list(result["not_applicable"].items()),
     }
 
@@ -102,7 +116,7 @@ def _asked(tree: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
 def _estimate(m: Mapping[str, Any]) -> dict[str, str]:
     return {
         "name": m["name"],
-        "value": MISSING if m["value"] is None else repr(m["value"]),
+        "value": FAILED if "failed" in m["flags"] else MISSING if m["value"] is None else repr(m["value"]),
         "stderr": MISSING if m["stderr"] is None else f"{m['stderr']:.3g}",
         "n": f"{m['n']:,}",
         "kind": m["kind"],
@@ -129,9 +143,3 @@ def _cost(question: str, bill: Mapping[str, Any]) -> list[str]:
         MISSING if memory is None else mebibytes(memory),
         f"{bill['seconds']:,.1f}",
     ]
-
-
-def _failure(question: str, failed: Mapping[str, Any]) -> str:
-    what = "seeds" if question == "sample" else "items"
-    first = ", ".join(map(str, failed["first"]))
-    return f"{question}: {failed['items']:,} of {failed['of']:,} answers were not finite ({what} {first})"

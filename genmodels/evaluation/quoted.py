@@ -10,15 +10,20 @@ rows:
     note: what makes it differ from the protocol
 """
 
-import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from ..config import read
+from ..hashing import canonical
 from ..registry import ConfigError
 from ..schema import near
 from .board import Cell, Quoted
+from .protocol import FOLDER, Protocol, tree_of
+from .results import Result
 
 KEYS = ("name", "source", "values", "nfe", "parameters", "note")
 KINDS = ("pmf", "exact", "bound", "numerical", "stochastic")
@@ -32,6 +37,43 @@ def load_quoted(folder: Path, protocols: Iterable[str]) -> dict[str, tuple[Quote
     """
     paths = {name: folder / f"{name}.yaml" for name in sorted(set(protocols))}
     return {name: read_quoted(path) for name, path in paths.items() if path.is_file()}
+
+
+def quoted_for(results: Iterable[Result], folder: Path) -> dict[str, tuple[Quoted, ...]]:
+    """The quoted rows by protocol hash, for those results whose protocol is the one in evals/protocols of its name.
+
+    Figures are quoted for a frozen protocol; another one of that name, or another version, may measure something else.
+
+    Raises:
+        ConfigError: naming the file of quoted rows, the row and the key that does not fit.
+    """
+    protocols = {result["protocol"]["hash"]: result["protocol"]["tree"] for result in results}
+    names = {key: name for key, tree in protocols.items() if (name := _frozen_name(tree))}
+    rows = load_quoted(folder, names.values())
+    return {key: rows[name] for key, name in names.items() if name in rows}
+
+
+def _frozen_name(tree: Mapping[str, Any]) -> str | None:
+    """The name of the frozen protocol that says the same as a tree; None if there is none."""
+    name = tree.get("name") if isinstance(tree, dict) else None
+    if not isinstance(name, str) or name not in {path.stem for path in FOLDER.glob("*.yaml")}:
+        return None
+    frozen = Protocol(_filled(tree_of(name)))
+    return name if _facts(tree) == _facts(frozen.portable) else None
+
+
+def _facts(tree: Mapping[str, Any]) -> str:
+    """What decides numbers."""
+    return canonical({key: value for key, value in tree.items() if key not in ("description", "imports")})
+
+
+def _filled(node: Any) -> Any:
+    """A tree in which something stands where each machine says where its data lie; a portable one leaves that out."""
+    if isinstance(node, dict):
+        return {key: _filled(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_filled(item) for item in node]
+    return "somewhere" if node == MISSING else node
 
 
 def read_quoted(path: Path) -> tuple[Quoted, ...]:
@@ -77,6 +119,9 @@ def _quoted(row: Any, columns: list[str], where: str) -> Quoted:
         )
     cells = {name: _cell(value, f"{where}.values.{name}") for name, value in values.items()}
     costs = {key: _number(row[key], f"{where}.{key}") for key in ("nfe", "parameters") if row.get(key) is not None}
+    free = [key for key, value in costs.items() if value <= 0]
+    if free:
+        raise ConfigError(f"{where}.{free[0]}: a number above 0 is needed, found {costs[free[0]]!r}.")
     return Quoted(row["name"], row["source"], cells, note=row.get("note", ""), **costs)
 
 
@@ -90,10 +135,12 @@ def _cell(value: Any, where: str) -> Cell:
     if kind and kind not in KINDS:
         raise ConfigError(f"{where}.kind: one of {', '.join(KINDS)} is needed, found {kind!r}.")
     stderr = None if stderr is None else _number(stderr, f"{where}.stderr")
+    if stderr is not None and stderr < 0:
+        raise ConfigError(f"{where}.stderr: a number that is not negative is needed, found {stderr!r}.")
     return Cell(_number(value["value"], f"{where}.value"), stderr, kind)
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ConfigError(f"{where}: a finite number is needed, found {value!r}.")
     return value

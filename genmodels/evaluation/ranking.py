@@ -71,11 +71,12 @@ def frontier(rows: Sequence[Row], column: Column, name: str, items: AllItems) ->
     """The rows that no other row beats at the same price or less.
 
     Args:
-        name: of the cost, which is drawn on a logarithmic scale and must be positive.
+        name: of the cost; what costs nothing is the cheapest.
     """
     prices = [cost(row, column, name) for row in rows]
     drawn = [
-        row.cells.get(column.name, EMPTY).value is not None and bool(p) for row, p in zip(rows, prices, strict=True)
+        row.cells.get(column.name, EMPTY).value is not None and p is not None
+        for row, p in zip(rows, prices, strict=True)
     ]
     rivals = [k for k, row in enumerate(rows) if drawn[k] and not row.barred and _why_not(row, column) is None]
     machines = {rows[k].hardware for k in rivals}

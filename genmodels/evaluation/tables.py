@@ -1,11 +1,15 @@
 """Numbers and tables as text."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 SYMBOLS = {"pmf": "= ", "exact": "= ", "bound": "≤ ", "numerical": "≈ ", "stochastic": "~ "}
 MISSING = "–"
+FAILED = "failed"
+DIGITS = 8  # significant ones that a value is shown with at most
+LARGE = 10.0**DIGITS
 
 
 def show(value: float | None, stderr: float | None = None, kind: str = "") -> str:
@@ -13,6 +17,8 @@ def show(value: float | None, stderr: float | None = None, kind: str = "") -> st
 
     >>> show(4.2137, 0.1062), show(2.05, 0.0102, "bound"), show(None), show(0.25)
     ('4.21 ± 0.11', '≤ 2.050 ± 0.010', '–', '0.25')
+    >>> show(0.150848245455895702, 6.3e-18), show(1.00486332192469107e36, 2.5e34)
+    ('0.15084825 ± 6.3e-18', '1.005e+36 ± 2.5e+34')
     """
     if value is None:
         return MISSING
@@ -20,6 +26,10 @@ def show(value: float | None, stderr: float | None = None, kind: str = "") -> st
     if not stderr:
         return symbol + short(value)
     decimals = max(0, 1 - math.floor(math.log10(stderr)))
+    size = max(abs(value), stderr)
+    if decimals + math.floor(math.log10(max(size, 1))) >= DIGITS:
+        digits = 2 + math.floor(math.log10(size)) - math.floor(math.log10(stderr))
+        return f"{symbol}{value:.{min(digits, DIGITS)}g} ± {stderr:.2g}"
     return f"{symbol}{value:.{decimals}f} ± {stderr:.{decimals}f}"
 
 
@@ -28,13 +38,26 @@ def short(value: float) -> str:
 
     >>> short(72842.0), short(0.0012345), short(88.7218)
     ('72,842', '0.001234', '88.72')
+    >>> short(1e36)
+    '1e+36'
     """
-    return f"{value:,.0f}" if value == round(value) or abs(value) >= 1e4 else f"{value:.4g}"
+    whole = abs(value) < 1e12 and (value == round(value) or abs(value) >= 1e4)
+    return f"{value:,.0f}" if whole else f"{value:.4g}"
 
 
 def arrow(better: str) -> str:
     """Where a metric improves."""
     return {"lower": " ↓", "higher": " ↑"}.get(better, "")
+
+
+def escaped(words: str) -> str:
+    r"""One line that Markdown shows as it is; a bar is left to `table`, underscores inside words are safe.
+
+    >>> print(escaped("[a](b) *c* `d` <e> f_g _h_"), escaped("1. x"), escaped("# y"))
+    \[a\](b) \*c\* \`d\` \<e> f_g \_h\_ 1\. x \# y
+    """
+    words = re.sub(r"([\\`*<&\[\]~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(words.split()))
+    return re.sub(r"^(\d*)([#>+=.)-])", r"\1\\\2", words)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:

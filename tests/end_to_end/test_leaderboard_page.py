@@ -238,6 +238,8 @@ def test_on_paper_there_are_no_controls(opened):
     page.emulate_media(media="print")
     assert page.get_by_role("button", name="Download CSV").is_hidden() and page.locator(".controls").first.is_hidden()
     assert names(page) == RANKED
+    assert not page.get_by_role("heading", name="Provenance").first.is_visible()
+    assert page.get_by_role("heading", name="Samples").first.is_visible()
     assert len(re.findall(rb"/Type\s*/Page\b", page.pdf(prefer_css_page_size=True))) < 8
 
 
@@ -245,6 +247,8 @@ def test_without_a_script_everything_can_be_read(opened):
     page = opened(java_script_enabled=False)
     assert names(page) == RANKED and page.locator("#digits-aaaa .controls").is_hidden()
     assert page.locator("svg.plot").first.is_visible() and page.locator("noscript p").is_visible()
+    shown = [button for button in page.locator("button").all() if button.is_visible()]
+    assert shown and all(button.is_disabled() for button in shown)
     details = page.locator("#digits-aaaa details.provenance").first
     assert not details.locator("pre").first.is_visible()
     details.locator("summary").click()

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from genmodels.evaluation.compare import compare, main, sentence, settle, text
+from genmodels.evaluation.compare import Comparison, compare, main, sentence, settle, text
+from genmodels.evaluation.intervals import Difference
 from genmodels.evaluation.pairing import Side, default_weights, gather, labelled, matched
 from genmodels.evaluation.results import Companions, Items, write
 from genmodels.registry import ConfigError
@@ -124,6 +125,12 @@ def test_counts_and_missing_errors():
     )  # a note on the metric will do
 
 
+@pytest.mark.parametrize(("centre", "decided"), [(1.0, False), (-1.0, False), (1.01, True), (-1.01, True)])
+def test_an_interval_that_ends_at_zero_leaves_it_open(centre, decided):
+    difference = Difference(centre, centre, 1.0, lambda q: math.copysign(1.0, q - 0.5), 0.05, "unpaired")
+    assert Comparison("FD", metric(), metric(), difference).decided is decided
+
+
 def test_identical_models():
     same = per_item(np.arange(5.0))
     assert said(bits(2.0), bits(2.0), (same, same)) == "bits_per_dim: no difference (paired on 5 items)"
@@ -135,6 +142,14 @@ def test_a_flagged_model_is_not_called_better():
     pair = compare(a, side("b", [metric(value=3.0), metric("copies", 0.0, 0.1, better="none")]))
     assert sentence(pair.comparisons[0], "a", "b").startswith("FD-digits: b is higher by 2.00 (")
     assert pair.notes == ("a is not called better or worse: overlap suspected.",)
+
+
+def test_a_model_whose_answers_are_not_finite_is_not_called_better():
+    failed = {"sample": {"items": 2, "of": 100, "first": [3, 14]}}
+    a, b = side("a", [bits(1.0)], failures=failed), side("b", [bits(3.0)])
+    (pair,) = settle([compare(a, b)], 0.95, "none")
+    assert pair.notes == ("a is not called better or worse: 2 of 100 samples are not finite (seeds 3, 14).",)
+    assert sentence(pair.comparisons[0], "a", "b").startswith("bits_per_dim: b is higher by 2.00")
 
 
 def test_metrics_that_only_one_has():
@@ -301,7 +316,7 @@ def test_the_first_is_compared_with_each_other(made, capsys):
 
 def test_markup_in_names_is_shown_and_not_obeyed(made, capsys):
     _, out, _ = ran(capsys, made("a|b*<i>`"), made("c"))
-    assert r"## a\|b\*\<i>\` against c" in out
+    assert r"## a|b\*\<i>\` against c" in out
     head = next(line for line in out.splitlines() if line.startswith("| metric"))
     assert r" a\|b\*\<i>\` |" in head
 

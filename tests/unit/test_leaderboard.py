@@ -132,12 +132,6 @@ def test_flagged_models_are_shown_and_not_ranked():
     assert "cheat is not ranked: overlap suspected." in markdown(leaderboard(results))
 
 
-def test_a_failed_side_metric_does_not_cost_the_rank():
-    failed = metric("bits_per_dim", float("nan"), None, entry=1)
-    results = [run("a", 1.0, metrics=[metric(value=1.0), failed]), run("b", 2.0)]
-    assert ranks(results) == {"a": (1, 1), "b": (2, 2)}
-
-
 def test_unfinished_training_is_shown_and_not_ranked():
     cut = {"step": 400, "steps": 2000}
     results = [run("cut", 0.1, model=cut), run("best", 1.0, model={**cut, "weights": "best"}), run("whole", 2.0)]
@@ -146,9 +140,9 @@ def test_unfinished_training_is_shown_and_not_ranked():
 
 
 def test_all_reasons_are_told():
-    copied = metric("copies", 1.0, 0.0, entry=1, better="none", flags=["overlap_suspected"])
+    copied = metric("copies", 1.0, 0.0, entry=1, better="none", flags=["overlap_suspected", "another_thing"])
     (row,) = leaderboard([run("a", 1.0, metrics=[metric(), copied], model={"step": 4})])[0].rows
-    assert row.unranked == "overlap suspected, training unfinished (4 of 100 steps)"
+    assert row.unranked == "another thing, overlap suspected, training unfinished (4 of 100 steps)"
 
 
 def test_no_other_metric_ranks_in_place_of_the_first():
@@ -315,7 +309,18 @@ def test_items_in_common_sharpen_the_front():
 def test_unranked_rows_stand_apart_from_the_front():
     results = [priced("cut", 0.1, 1.0, model={"step": 1}), priced("no error", 0.1, 1.0, None), priced("a", 2.0, 9.0)]
     results += [priced("free", 1.0, 0.0)]
-    assert standing(results) == {"cut": "apart", "no error": "apart", "a": "front", "free": None}
+    assert standing(results) == {"cut": "apart", "no error": "apart", "a": "dominated", "free": "front"}
+
+
+def test_what_costs_nothing_is_the_cheapest():
+    free = [priced("replay", 1.0, 0.0), priced("gaussian", 9.0, 0.0)]
+    results = [*free, priced("good", 0.5, 10.0), priced("poor", 2.0, 1.0)]
+    expected = {"good": "front", "replay": "front", "poor": "dominated", "gaussian": "dominated"}
+    assert standing(results) == expected
+    for name in ("parameters", "training"):
+        free = {"model": {"parameters": 0}, "training": {"seconds": 0.0}}
+        results = [run("replay", 1.0, **free), run("poor", 2.0), run("good", 0.5)]
+        assert standing(results, name) == {"good": "front", "replay": "front", "poor": "dominated"}
 
 
 def test_seconds_of_different_machines_have_no_front():
@@ -454,7 +459,7 @@ def test_from_model_to_table(tmp_path):
     text = markdown([board])
     assert "= 2.322" in text and "uniform" in text
     page = write_all(collection, tmp_path)[tmp_path / "leaderboard.html"]
-    assert all(f"<summary>{name}</summary>" in page for name in ("one", "two")) and "ema-0.999 after step 12" in page
+    assert all(f"<summary><bdi>{name}</bdi>" in page for name in ("one", "two")) and "ema-0.999 after step 12" in page
 
 
 def test_pictures_beside_results_are_on_the_page(published):

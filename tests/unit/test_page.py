@@ -10,11 +10,12 @@ from html.parser import HTMLParser
 import pytest
 
 from genmodels.evaluation.assemble import leaderboard
-from genmodels.evaluation.axis import fit
+from genmodels.evaluation.axis import Axis, fit, labels
+from genmodels.evaluation.drawing import scatter
 from genmodels.evaluation.exports import as_csv
-from genmodels.evaluation.page import TEMPLATES, page
-from tests.board_results import example, metric
-from tests.page_fakes import HOSTILE, boards, html, results
+from genmodels.evaluation.page import TEMPLATES, _headers, page
+from tests.board_results import example, metric, picture
+from tests.page_fakes import HOSTILE, boards, html, priced, results
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 DRAWING = {"line", "path", "circle"}
@@ -31,6 +32,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         element = {"tag": tag, "attributes": dict(attributes), "text": "", "parents": [e["tag"] for e in self.open]}
+        element["classes"] = [e["attributes"].get("class", "") for e in (*self.open, element)]
         self.elements.append(element)
         if tag not in VOID:
             self.open.append(element)
@@ -150,7 +152,7 @@ def test_uncommitted_changes_and_failures_are_told():
     result = example("a", training={"dirty": True}, failures=failed)
     words = page(leaderboard([result]), {result["id"]: result}, {})
     assert "commit abcdef123, with uncommitted changes" in words and "abcdef1+" in words
-    assert "sample: 2 of 100 answers were not finite (seeds 3, 14)" in words
+    assert "2 of 100 samples are not finite (seeds 3, 14)" in words
 
 
 def test_pictures_have_words_and_large_ones_are_left_out(parsed):
@@ -188,6 +190,28 @@ def test_it_can_be_read_aloud_and_by_keyboard(parsed):
     assert all(e["attributes"].get("scope") in ("col", "row") for e in parsed.all("th"))
     regions = [e for e in parsed.all("div") if e["attributes"].get("class") == "scroll"]
     assert regions and all(e["attributes"].get("tabindex") == "0" and e["attributes"]["aria-label"] for e in regions)
+
+
+def test_what_needs_a_script_waits_for_it(parsed):
+    """Without one, buttons are hidden by a class, or where they hold what is read (heads, pictures) do nothing."""
+    for element in parsed.all("button"):
+        within = " ".join(element["classes"])
+        waits = "scripted" in within or "disabled" in element["attributes"]
+        assert waits or "dialog" in element["parents"], element
+    assert ".scripted { display: none" in (TEMPLATES / "page.css").read_text()
+    assert all("scripted" in " ".join(e["classes"]) for name in ("input", "fieldset") for e in parsed.all(name))
+
+
+def test_letters_of_the_other_direction_reorder_nothing_else():
+    name = "\u202ea\u05d0\u05d1"
+    result = example(name, [metric()], protocol=name)
+    found = Page(page(leaderboard([result]), {result["id"]: result}, {result["id"]: picture()}))
+    holds = [e for e in found.elements if e["text"].startswith(name) and e["tag"] not in ("title", "pre", "text")]
+    assert len([e for e in holds if e["tag"] == "bdi"]) == 5  # heading, caption of the table, row, picture, provenance
+    for element in holds:
+        if element["tag"] in ("h2", "caption", "th", "figcaption", "summary"):
+            inner = found.elements[found.elements.index(element) + 1]
+            assert inner["tag"] == "bdi" and inner["text"] == name
 
 
 def test_no_results_make_a_page():
@@ -244,6 +268,65 @@ def test_axes_hold_their_values_and_have_round_ticks():
     assert fit([0.0, 0.0], 0, 100)(0.0) == pytest.approx(50)
     assert len(fit([41.0, 42.0], 0, 100, log=True).ticks()) > 1
     assert fit([1.0, 2.0], 0, 100)(99.0) == 100
+
+
+def test_what_is_free_stands_at_the_left_end_behind_a_gap():
+    axis = fit([0.0, 1.0, 100.0], 50, 250, log=True)
+    assert axis.ticks()[:2] == [0.0, 1.0] and labels(axis.ticks())[0] == "0"
+    assert 50 < axis(0.0) < axis.start - 5 < axis.start < axis(1.0) < axis(100.0) < 250
+    without = fit([1.0, 100.0], axis.start, 250, log=True)
+    assert axis(7.0) == without(7.0)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((1234.51, 1234.58), ["1.23452k", "1.23454k", "1.23456k", "1.23458k"]),
+        ((2.0000001, 2.0000009), ["2.0000002", "2.0000004", "2.0000006", "2.0000008"]),
+        ((1e-15, 4e-15), ["1e-15", "2e-15", "3e-15", "4e-15"]),
+        ((1000.0, 1012.0), ["1k", "1.0025k", "1.005k", "1.0075k", "1.01k"]),
+        ((-1.0, 1.0), ["-1", "-0.5", "0", "0.5", "1"]),
+        ((1.0, 4e13), None),
+        ((1e6, 1e6 + 1), None),
+    ],
+)
+def test_labels_of_ticks_tell_them_apart(ends, expected):
+    found = labels(Axis(*ends, 0, 100, log=False).ticks(5))
+    assert len(set(found)) == len(found) > 1 and (expected is None or found == expected)
+
+
+def free_and_dear():
+    """Two free models with values that are hardly apart, and a dear one."""
+    free = [priced(f"free{k}", 0.0, [metric(value=9.0 + 0.001 * k)]) for k in range(2)]
+    return [*free, priced("dear", 50.0, [metric(value=1.0)])]
+
+
+def test_free_models_are_drawn():
+    (board,) = leaderboard(free_and_dear())
+    drawing = str(scatter(board, board.frontiers[0], "x"))
+    assert drawing.count('<g class="point') == 3 and "free0: 9.00 ± 0.10 at 0" in drawing
+    assert drawing.count('class="base"') == 2 and ">0</text>" in drawing
+    nothing = leaderboard(free_and_dear()[:2])[0]
+    assert scatter(nothing, nothing.frontiers[0], "x") is None
+
+
+def test_names_of_points_that_coincide_do_not_lie_on_each_other():
+    results = [priced(f"model number {k}", 50.0, [metric(value=1.0)]) for k in range(12)]
+    (board,) = leaderboard(results)
+    drawing = str(scatter(board, board.frontiers[0], "x"))
+    places = [tuple(map(float, p)) for p in re.findall(r'<text class="label[^>]* x="([\d.]+)" y="([\d.]+)"', drawing)]
+    assert 2 <= len(places) < 12 and drawing.count("<title>model number") == 12
+    pairs = [(a, b) for k, a in enumerate(places) for b in places[:k]]
+    assert all(abs(a[0] - b[0]) > 6 * 14 or abs(a[1] - b[1]) >= 11 for a, b in pairs)
+
+
+def test_intervals_on_a_logarithmic_scale_say_so():
+    def headers(values):
+        boards = leaderboard([priced(f"m{k}", 1.0, [metric(value=v, stderr=0.01)]) for k, v in enumerate(values)])
+        return [(h["text"], h["tip"]) for h in _headers(boards[0]) if h["key"] == "interval"]
+
+    assert headers((1.0, 100.0)) == [("95 % interval (log scale)", "1.96 standard errors to both sides (log scale)")]
+    assert headers((1.0, 2.0)) == [("95 % interval", "1.96 standard errors to both sides")]
 
 
 # ---- colours -----------------------------------------------------------------------------------------------------

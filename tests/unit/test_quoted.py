@@ -10,7 +10,8 @@ from genmodels.evaluation.assemble import leaderboard
 from genmodels.evaluation.exports import as_csv, as_json, wide_csv
 from genmodels.evaluation.leaderboard import EVALS
 from genmodels.evaluation.markdown import markdown
-from genmodels.evaluation.quoted import load_quoted, read_quoted
+from genmodels.evaluation.protocol import Protocol, tree_of
+from genmodels.evaluation.quoted import load_quoted, quoted_for, read_quoted
 from genmodels.registry import ConfigError
 from tests.board_results import example, likelihood, metric
 
@@ -28,7 +29,7 @@ rows:
 @pytest.fixture
 def quoted(tmp_path):
     (tmp_path / "digits.yaml").write_text(GOOD)
-    return load_quoted(tmp_path, ["digits", "other"])
+    return {"aaaa": load_quoted(tmp_path, ["digits", "other"])["digits"]}
 
 
 def results():
@@ -60,7 +61,7 @@ def test_every_output_says_that_they_are_quoted_and_from_where(quoted):
 def test_without_measured_rows_or_common_columns_nothing_is_quoted(quoted):
     assert leaderboard([], quoted=quoted) == []
     assert leaderboard([example(metrics=[metric("KID")])], quoted=quoted)[0].quoted == ()
-    assert leaderboard([example(protocol="other")], quoted=quoted)[0].quoted == ()
+    assert leaderboard([example(protocol_hash="bbbb")], quoted=quoted)[0].quoted == ()
 
 
 def changed(old, new):
@@ -80,6 +81,10 @@ def changed(old, new):
         (changed("value: 1.5, ", ""), r"values.bits_per_dim: 'value' is missing"),
         (changed("kind: bound", "kind: bond"), "kind: one of pmf, exact, bound"),
         (changed("nfe: 35", "nfe: true"), r"rows\[0\].nfe: a finite number"),
+        (changed("FD-digits: 0.5", f"FD-digits: {10**400}"), "a finite number is needed"),
+        (changed("nfe: 35", "nfe: 0"), r"rows\[0\].nfe: a number above 0 is needed, found 0"),
+        (changed("nfe: 35", "parameters: -5.0"), r"rows\[0\].parameters: a number above 0 is needed, found -5"),
+        (changed("stderr: 0.01", "stderr: -0.01"), r"bits_per_dim.stderr: .* not negative is needed, found -0.01"),
         (changed("note:", "notes:"), "'notes' is unknown. Did you mean 'note'"),
         (changed("columns: [FD-digits, bits_per_dim]", ""), "'columns' is missing"),
         (changed("columns: [FD-digits, bits_per_dim]", "columns: FD"), "columns: a list of names is needed"),
@@ -93,6 +98,47 @@ def test_what_does_not_fit_is_named(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words) as error:
         read_quoted(path)
     assert str(path) in str(error.value)
+
+
+def under(tree, name="power"):
+    result = example("a", [metric("nll", 1.0)], protocol=name, protocol_hash="cccc")
+    return {**result, "protocol": {**result["protocol"], "tree": tree}}
+
+
+@pytest.fixture
+def power():
+    """The tree of the frozen protocol as results hold it: read from JSON, without the place of the data."""
+    tree = Protocol(tree_of("power"), {"path": "data/here"}).portable
+    return json.loads(json.dumps(tree))
+
+
+def test_figures_are_quoted_under_the_frozen_protocol_only(power):
+    rows = quoted_for([under(power)], EVALS / "quoted")["cccc"]
+    assert rows and rows == read_quoted(EVALS / "quoted" / "power.yaml")
+    (board,) = leaderboard([under(power)], quoted={"cccc": rows})
+    assert board.quoted == rows
+    for words in ({"description": "In other words."}, {"imports": ["my.code"]}):
+        assert quoted_for([under(power | words)], EVALS / "quoted")
+    for change in (
+        {"version": 2},
+        {"likelihood": {**power["likelihood"], "split": "val"}},
+        {"likelihood": {**power["likelihood"], "num_items": 100}},
+        {"dataset": {**power["dataset"], "table": "gas"}},
+        {"metrics": [*power["metrics"], {"name": "prdc"}]},
+        {"name": "mine"},
+        {"name": ["power"]},
+        {"name": "../quoted/power"},
+    ):
+        assert quoted_for([under(power | change)], EVALS / "quoted") == {}
+
+
+def test_every_file_of_figures_belongs_to_a_protocol_that_results_can_be_under():
+    for path in (EVALS / "quoted").glob("*.yaml"):
+        tree = tree_of(path.stem)
+        node = tree["dataset"] if isinstance(tree["dataset"], dict) else {}
+        places = {key: "here" for key, value in node.items() if value == "???"}
+        result = under(Protocol(tree, places).portable, path.stem)
+        assert quoted_for([result], EVALS / "quoted")["cccc"] == read_quoted(path)
 
 
 @pytest.mark.parametrize("path", sorted((EVALS / "quoted").glob("*.yaml")), ids=lambda path: path.stem)

@@ -3,7 +3,8 @@
   const root = document.documentElement;
   const files = JSON.parse(document.getElementById("data").textContent).files;
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-  for (const element of all("[data-script]")) element.hidden = false;
+  root.classList.add("script");  // shows what needs it
+  for (const button of all("button:disabled")) button.disabled = false;
 
   // ---- theme: the system's until the button is used, then remembered
   const THEME = "genmodels-leaderboard-theme";
