@@ -56,7 +56,7 @@ def example(run="try", metrics=None, seed=0, protocol="digits", protocol_hash="a
         "overridden": False,
         "metrics": [metric()] if metrics is None else metrics,
         "not_applicable": {"bits_per_dim": "needs likelihood"},
-        "failures": {"sample": {"items": 0, "of": 100, "first": []}},
+        "failures": {"sample": {"items": 0, "of": 100, "first": [], "reason": ""}},
         "cost": {"sample": BILL},
         "training": training | more.pop("training", {}),
         "environment": environment | {"device": "cpu", "threads": 1, "world_size": 1},

@@ -104,7 +104,8 @@ def failure(question: str, failed: Mapping[str, Any]) -> str:
     """`3 of 5,000 samples are not finite (seeds 5, 17, 90)`."""
     what, by = {"sample": ("samples", "seeds")}.get(question, (f"answers to {question}", "items"))
     listed = ", ".join(map(str, failed["first"][:5])) + (", …" if failed["items"] > 5 else "")
-    return f"{failed['items']:,} of {failed['of']:,} {what} are not finite ({by} {listed})"
+    reason = f": {failed['reason']}" if failed["reason"] else ""
+    return f"{failed['items']:,} of {failed['of']:,} {what} are not finite ({by} {listed}){reason}"
 
 
 def _price(cost: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from genmodels.evaluation.tables import escaped, short, show
 from tests.board_results import example, likelihood, metric, store
 
 NAN = float("nan")
-FAILED = {"sample": {"items": 40, "of": 4000, "first": [3, 103, 203, 303, 403, 503]}}
+FAILED = {"sample": {"items": 40, "of": 4000, "first": [3, 103, 203, 303, 403, 503], "reason": ""}}
 WORDS = "40 of 4,000 samples are not finite (seeds 3, 103, 203, 303, 403, …)"
 
 
@@ -63,7 +63,7 @@ def test_a_row_with_failures_takes_part_in_no_front():
 
 
 def test_answers_that_are_not_finite_bar_whatever_the_question():
-    failed = {"likelihood": {"items": 1, "of": 50, "first": [7]}}
+    failed = {"likelihood": {"items": 1, "of": 50, "first": [7], "reason": ""}}
     (row,) = leaderboard([example("a", [metric(), likelihood(NAN, None)], failures=failed)])[0].rows
     assert row.rank is None and row.unranked == "1 of 50 answers to likelihood are not finite (items 7)"
 

@@ -145,7 +145,7 @@ def test_a_flagged_model_is_not_called_better():
 
 
 def test_a_model_whose_answers_are_not_finite_is_not_called_better():
-    failed = {"sample": {"items": 2, "of": 100, "first": [3, 14]}}
+    failed = {"sample": {"items": 2, "of": 100, "first": [3, 14], "reason": ""}}
     a, b = side("a", [bits(1.0)], failures=failed), side("b", [bits(3.0)])
     (pair,) = settle([compare(a, b)], 0.95, "none")
     assert pair.notes == ("a is not called better or worse: 2 of 100 samples are not finite (seeds 3, 14).",)

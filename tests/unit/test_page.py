@@ -148,7 +148,7 @@ def test_blocks_are_told():
 
 
 def test_uncommitted_changes_and_failures_are_told():
-    failed = {"sample": {"items": 2, "of": 100, "first": [3, 14]}}
+    failed = {"sample": {"items": 2, "of": 100, "first": [3, 14], "reason": ""}}
     result = example("a", training={"dirty": True}, failures=failed)
     words = page(leaderboard([result]), {result["id"]: result}, {})
     assert "commit abcdef123, with uncommitted changes" in words and "abcdef1+" in words

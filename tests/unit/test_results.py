@@ -302,4 +302,6 @@ def test_summary_says_everything_that_was_measured():
     broken = {"sample": {"items": 6, "of": 5000, "first": [1, 2, 3, 4, 5, 8], "reason": ""}}
     text = describe_result(example(failures=broken))
     assert "sample        6 of 5,000 samples are not finite (seeds 1, 2, 3, 4, 5, …)" in text
+    broken["sample"]["reason"] = "the solver met infinity"
+    assert describe_result(example(failures=broken)).endswith("4, 5, …): the solver met infinity")
     assert json.dumps(example())
