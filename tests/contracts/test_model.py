@@ -221,7 +221,7 @@ def test_a_class_out_of_range_is_named(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", ["flow", "diffusion"])  # those that can learn any law
 def test_training_reaches_the_entropy_of_a_mixture(name, tmp_path):
     """Mean log-density of fresh points within 0.1 nats of the truth, and not above it by more than chance."""
     from genmodels.training.loop import train
