@@ -167,7 +167,8 @@ def test_a_row_opens_and_escape_closes_it(opened):
         words in text for words in ("Provenance of unfinished", "Not ranked", "4 of 100 steps", "cafe00", "num_steps")
     )
     page.keyboard.press("Escape")
-    assert dialog.is_hidden() and page.evaluate("document.activeElement.dataset.open") == "3"
+    dialog.wait_for(state="hidden")
+    assert page.evaluate("document.activeElement.dataset.open") == "3"
 
 
 def test_a_picture_is_enlarged_by_keyboard(opened):
@@ -177,16 +178,20 @@ def test_a_picture_is_enlarged_by_keyboard(opened):
     page.locator(".picture").first.focus()
     page.keyboard.press("Enter")
     large = page.locator("#lens img")
-    assert large.is_visible() and large.bounding_box()["width"] > 2 * before
+    large.wait_for(state="visible")
+    page.wait_for_function("document.querySelector('#lens img').complete")
+    assert large.bounding_box()["width"] > 2 * before
     assert large.get_attribute("alt") == small.get_attribute("alt") and "ten" in page.locator("#lens").inner_text()
     page.keyboard.press("Escape")
-    assert large.count() == 0 and page.locator("#lens").is_hidden()
+    page.locator("#lens").wait_for(state="hidden")
+    large.wait_for(state="detached")  # its contents go with the event of closing, a moment later
 
 
 def test_hostile_names_stay_text(opened):
     page = opened()
     assert page.title() == "Leaderboard" and page.locator("img[src=x]").count() == 0
     page.get_by_role("button", name=f"Provenance of {HOSTILE}").click()
+    page.locator("#lens h2").wait_for(state="visible")
     assert HOSTILE in page.locator("#lens h2").inner_text() and page.locator("img[src=x]").count() == 0
     assert page.title() == "Leaderboard"
 
