@@ -276,12 +276,14 @@ def test_the_elbo_weighting_gives_the_relative_entropy():
 
 
 def test_weightings_on_the_item_are_positive():
+    """They are those of a network that predicts the item itself: σ/Δ is -1 there."""
     for name in names(Weighting):
         weighting = build(Weighting, name)
         if isinstance(weighting, CleanWeighting):
             s = Linear()(torch.tensor([1e-3, 0.5, 1 - 1e-3]))
             found = weighting.on_clean(s, torch.ones(3).double(), 0.7)
             assert (found > 0).all() and found.isfinite().all() and found.dtype == torch.float64
+            assert torch.equal(found, weighting("x", s, torch.ones(3).double(), 0.7))
 
 
 # ---- denoisers -------------------------------------------------------------------------------------------------------

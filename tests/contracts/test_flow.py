@@ -12,7 +12,16 @@ from genmodels.networks.network import Network, networks, set_autocast
 from genmodels.registry import build, resolve
 from genmodels.rng import BatchNoise
 from genmodels.transforms import Affine, Compose, Dequantize, Identity, Logit, Standardize
-from genmodels.types import Batch, NotApplicable, SupportsEncode, SupportsLogProb, SupportsSample
+from genmodels.types import (
+    Batch,
+    NotApplicable,
+    SupportsEncode,
+    SupportsLogProb,
+    SupportsPredict,
+    SupportsSample,
+    SupportsScore,
+    SupportsVelocity,
+)
 
 NETWORK = {"name": "residual_mlp", "hidden": 16, "blocks": 1}
 SPLINE = {"name": "spline_coupling", "bins": 5, "network": NETWORK}
@@ -227,7 +236,8 @@ def test_latents_decode_to_the_data():
 
 def test_capabilities_are_discovered():
     flow = make()
-    assert all(isinstance(flow, capability) for capability in (SupportsSample, SupportsLogProb, SupportsEncode))
+    every = (SupportsSample, SupportsLogProb, SupportsEncode, SupportsPredict, SupportsVelocity, SupportsScore)
+    assert [c for c in every if isinstance(flow, c)] == [SupportsSample, SupportsLogProb, SupportsEncode]
 
 
 # ---- preparation and state ------------------------------------------------------------------------------------------

@@ -123,5 +123,12 @@ def test_an_answer_that_is_not_finite_spoils_the_estimate_and_nothing_else(name)
     metric, dataset, question = started(name)
     if question == "sample":
         pytest.skip("drawn items that are not finite never reach a metric")
+    feed(metric, dataset, question, 150, 50)
+    clean = numbers(metric.compute())
+    metric.restart()
     feed(metric, dataset, question, 150, 50, spoil=True)
-    assert all(math.isnan(estimate.value) for estimate in metric.compute().values())
+    spoilt = metric.compute()
+    assert spoilt.keys() == clean.keys() and all(math.isnan(estimate.value) for estimate in spoilt.values())
+    metric.restart()
+    feed(metric, dataset, question, 150, 50)
+    assert numbers(metric.compute()) == clean

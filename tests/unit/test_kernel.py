@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from genmodels.metrics import kernel as kernel_module
 from genmodels.metrics import neighbours
 from genmodels.metrics.features import Pixels
 from genmodels.metrics.kernel import (
@@ -14,6 +15,7 @@ from genmodels.metrics.kernel import (
     MaximumMeanDiscrepancy,
     cubic,
     kernel_sums,
+    kid_of_blocks,
     kid_of_subsets,
     median_distance,
     mmd,
@@ -282,6 +284,65 @@ def test_kid_proper_has_its_name():
     assert KernelDistance(Official()).label == "KID" and KernelDistance(Official(), "test").label == "KID-test"
 
 
+def test_blocks_are_disjoint_and_cover_both_samples():
+    """Items 1 … n in one dimension: that the cubic kernel's sums of the parts are those of a partition."""
+    x, y = (torch.arange(1.0, n + 1, dtype=torch.float64)[:, None] for n in (203, 157))
+    seen = []
+
+    def spy(a, b, kernel):
+        seen.append((a[:, 0].tolist(), b[:, 0].tolist()))
+        return mmd(a, b, kernel)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_module, "mmd", spy)
+        found = kid_of_blocks(x, y, 50)
+    assert len(found) == 3 and all(len(a) == len(b) == 50 for a, b in seen)
+    for side, whole in ((0, 203), (1, 157)):
+        items = [v for pair in seen for v in pair[side]]
+        assert len(set(items)) == 150 and set(items) <= set(range(1, whole + 1)) and items != sorted(items)
+    assert found.tolist() == [mmd(column(*a), column(*b), cubic).value for a, b in seen]
+
+
+def test_blocks_are_unbiased_with_the_error_of_another_draw(monkeypatch):
+    """200 draws; a standard error from 6 blocks has itself a spread of a third, its root mean square one of 2 %."""
+    monkeypatch.setattr(KernelDistance, "subset_size", 30)
+    values, errors = [], []
+    shift = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for k in range(200):
+        metric = started(KernelDistance(protocol="blocks"))
+        metric.real = normal(180, 2, seed=2 * k)
+        e = feed(metric, shift + normal(180, 2, seed=2 * k + 1))["KID-pixels"]
+        values.append(e.value)
+        errors.append(e.stderr)
+    assert e.detail == "6 blocks of 30"
+    v, s = torch.tensor(values), torch.tensor(errors)
+    a, d = 1.0, 2.0  # 3a/D + 3a²/D² + (a³ + 6a² + 3aD + 6a)/D³ for N(0, I) against a mean of squared length a
+    expected = 3 * a / d + 3 * a**2 / d**2 + (a**3 + 6 * a**2 + 3 * a * d + 6 * a) / d**3
+    assert abs(v.mean() - expected) < 4 * v.std() / math.sqrt(200)
+    assert (
+        0.82 < s.square().mean().sqrt() / v.std() < 1.2
+    )  # the sd of 200 values is known to 5 %, with heavy tails to 8 %
+    with pytest.raises(ValueError, match="blocks of 30 need 60 items of each side; found 40 drawn"):
+        feed(started(KernelDistance(protocol="blocks")), normal(40, 2))
+
+
+def test_the_same_split_in_another_order_is_a_tie():
+    """Both samples hold the same numbers, so that no split is below the observed one: brute force over exact sums."""
+    x = torch.tensor([0.1, 0.2, 0.3, 0.7, 1.1], dtype=torch.float64)[:, None]
+    kernel = gaussian(0.37)
+    pooled, count = torch.cat([x, x]), 200
+    g = generator("permutations", 5, 10)
+    splits = [torch.arange(5)] + [torch.randperm(10, generator=g)[:5] for _ in range(count)]
+
+    def value(first):
+        rest = torch.tensor([i for i in range(10) if i not in first.tolist()])
+        return mmd(pooled[first.sort().values], pooled[rest], kernel).value
+
+    found = [value(first) for first in splits]
+    ties = sum(v >= found[0] - 1e-9 for v in found)
+    assert permutation_p(x, x, kernel, count) == ties / (1 + count) and ties == 1 + count
+
+
 def test_subsets_have_no_standard_error(monkeypatch):
     monkeypatch.setattr(KernelDistance, "subset_size", 50)
     x = normal(120, 2)
@@ -289,7 +350,7 @@ def test_subsets_have_no_standard_error(monkeypatch):
     values = kid_of_subsets(x, Points((300, 20, 200)).all("train").x, 100, 50)
     assert e.value == pytest.approx(np.mean(values), rel=1e-12) and e.stderr is None
     assert e.detail == f"100 overlapping subsets of 50, sd {np.std(values):.2g}"
-    with pytest.raises(ValueError, match="subsets of 50 need as many items; found 40 drawn and 300 of 'train'"):
+    with pytest.raises(ValueError, match="subsets of 50 need 50 items of each side; found 40 drawn and 300 of 'train'"):
         feed(started(KernelDistance(protocol="subsets")), x[:40])
 
 
