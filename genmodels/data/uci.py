@@ -157,12 +157,22 @@ class UCI(InMemory):
         known = TABLES[table]
         place = locate(table, Path(os.path.expanduser(path)))
         found = read(table, place)
-        parts = _prepared(table, place, found[0]) if place.name == f"{table.upper()}.npy" else PREPARE[table](*found)
+        with np.errstate(divide="ignore", invalid="ignore"):  # told below
+            parts = (
+                _prepared(table, place, found[0]) if place.name == f"{table.upper()}.npy" else PREPARE[table](*found)
+            )
         sizes = tuple(len(part) for part in parts)
         if parts[0].shape[1] != known.dims:
             raise ConfigError(
                 f"data.path: {place} gives rows of {parts[0].shape[1]} numbers, but '{table}' has {known.dims}. "
                 f"Name the published file, from {HOME}.{_width_hint(table, found[0].shape[1])}"
+            )
+        still = np.flatnonzero(~np.isfinite(parts[0]).all(0) | (np.ptp(parts[0], axis=0) == 0))
+        if len(still):
+            raise ConfigError(
+                f"data.path: {place}: column {still[0]} of the prepared rows of '{table}' (counted from 0) has one "
+                "value in all rows, or values that are not finite; the published table has neither. Name the file of "
+                f"{HOME}."
             )
         if sizes != known.sizes:
             warnings.warn(

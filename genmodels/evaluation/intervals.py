@@ -42,8 +42,8 @@ def paired_items(a: np.ndarray, b: np.ndarray, draws: int = 10_000, seed: int = 
     """Of the means of values a and b [n] of the same items: a bootstrap of items, each with its two values.
 
     The resampled statistic is t* = (d̄* - d̄)/se*, the mean difference in units of its own standard error. Its quantiles
-    follow the skewness of the differences, which those of d̄* (percentile) do not: of nominal 95 % intervals for the
-    mean of 40 log-normal differences those by t* cover 93 %, those by percentiles 89 %. Shares (differences that are 0
+    follow the skewness of the differences, which those of d̄* (percentile) do not; how often both cover is compared in
+    `tests/unit/test_intervals.py`. Shares (differences that are 0
     or ±c) have too few values for t*; for them half a count is added to each of the four cells of the table of pairs.
     If so few items differ that some resample has no spread, Student's t is used.
 

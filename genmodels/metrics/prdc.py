@@ -104,12 +104,13 @@ def measure(
     means over groups of so many.
 
     coverage: delete-one jackknife over the fakes. Without fake j the balls are lost in which it is the only one. Its
-    square is at least the variance in expectation (Efron & Stein), whatever the model: in simulations 1.4 to 1.6 times
-    the true standard error near coverage 1, and right at low coverage. A binomial one was up to 1.8 times too small,
-    since neighbouring balls share their fakes.
+    square is at least the variance in expectation (Efron & Stein), whatever the model. A binomial one would be too
+    small, since neighbouring balls share their fakes.
     recall: from the spread of its values for `BATCHES` parts of a group, as if its variance fell like one over the
-    number of fakes, and at least binomial over real items. (A few outlying fakes whose balls are large hold many real
-    items at once, so that the binomial one alone was up to three times too small in simulations.)
+    number of fakes, and at least binomial over real items. The binomial one alone would be too small: a few outlying
+    fakes whose balls are large hold many real items at once.
+
+    How all four compare with the spread over draws is measured in `tests/unit/test_prdc.py`.
 
     With several groups the spread between them counts, if it is larger.
 

@@ -406,6 +406,27 @@ class Overflows(FeatureExtractor):
         return torch.where((x.flatten(1) == self.at).all(1)[:, None], torch.inf, x.flatten(1)).double()
 
 
+@register(FeatureExtractor, "t_costly")
+class Costly(Counting):
+    """Worth keeping on disk."""
+
+    label, identity, costly = "costly", "costly-v1", True
+
+
+def test_costly_features_of_the_data_are_found_once_for_all_evaluations(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("GENMODELS_CACHE", str(tmp_path / "cache"))
+    p = protocol([{"name": "prdc", "features": "t_costly"}])
+    values, counts = [], []
+    for data in (Levels(), Levels(), Levels((299, 20, 200))):  # the last has other training items
+        p.dataset = data
+        Costly.seen.clear()
+        values.append([m["value"] for m in evaluate(run, p, device="cpu")["metrics"]])
+        counts.append(sum(v for v in Costly.seen if isinstance(v, int)))
+    drawn = 400
+    assert counts == [drawn + 300 + 200, drawn, drawn + 299 + 200]
+    assert values[0] == values[1] and len(list((tmp_path / "cache" / "features").glob("*.npz"))) == 4
+
+
 def test_features_that_are_not_finite_are_failures_or_errors(run):
     features = {"name": "t_overflows", "at": 0.0}  # all components 0
     dark = Levels()

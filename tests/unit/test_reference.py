@@ -187,6 +187,17 @@ def test_features_are_computed_once(folder):
     assert facts["extractor_id"] == "pixels-v1:3" and facts["split"] == "train"
 
 
+def test_features_in_another_order_are_computed_again(folder):
+    ask = Counted(Levels(), "train")
+    first = ask.get()
+    (path,) = folder.iterdir()
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | {"ids": arrays["ids"][::-1], "features": arrays["features"][::-1]})
+    with pytest.warns(ReferenceWarning, match="not what its name says"):
+        assert torch.equal(ask.get(), first) and ask.calls == 2
+
+
 def test_other_data_splits_and_extractors_have_their_own_file(folder):
     asked = [
         Counted(Levels(), "train"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from genmodels.data.memory import InMemory
+from genmodels.metrics import two_sample as module
 from genmodels.metrics.metric import Metric, Subject
 from genmodels.metrics.two_sample import (
     Answers,
@@ -199,6 +200,14 @@ def test_a_model_that_copies_is_flagged_by_all_estimates_and_a_perfect_one_is_no
     assert {estimate.flags for estimate in found.values()} == {("overlap_suspected",)}
     fresh = scored(normal(1000, "fresh", dim=32), dataset)
     assert {estimate.flags for estimate in fresh.values()} == {()}
+
+
+@pytest.mark.parametrize(("below", "flagged"), [(2.9, False), (3.1, True)])
+def test_copies_are_suspected_three_standard_errors_below_a_half(monkeypatch, below, flagged):
+    auc = 0.5 - below * auc_stderr(300, 300, 5)
+    monkeypatch.setattr(module, "two_sample_test", lambda *_: Answers((300, 150), (300, 150), auc))
+    found = scored(torch.randn(300, 2, generator=generator("c2st")), Points())
+    assert all(bool(estimate.flags) is flagged for estimate in found.values())
 
 
 def test_no_more_items_than_asked_for():

@@ -250,6 +250,17 @@ def test_files_of_another_table_are_refused(tmp_path):
         read("gas", tmp_path)
 
 
+def test_constant_columns_are_named(tmp_path):
+    file = write_uci(tmp_path, "miniboone") / "miniboone" / "data.npy"
+    x = np.load(file)
+    x[:, 5] = 0.25
+    np.save(file, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConfigError, match=r"column 5 of the prepared rows of 'miniboone'.*one value in all rows"):
+            UCI("miniboone", str(file))
+
+
 def test_damaged_files_are_named(tmp_path):
     path = write_uci(tmp_path, "hepmass") / "hepmass" / "1000_train.csv"
     whole = path.read_text()
