@@ -1,6 +1,7 @@
 """Precision, recall, density and coverage: fidelity and diversity from nearest neighbours."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from .metric import FeatureMetric, Metric, Subject
 from .neighbours import blocks, float64_device, radii
 
 Ties = Literal["strict", "inclusive"]
-BATCHES = 10  # parts of the fakes that tell how recall varies with them
 
 
 class Balls(NamedTuple):
@@ -25,12 +25,14 @@ class Balls(NamedTuple):
         held: [n] how many fakes lie in the ball of each real item.
         alone: [m] in how many balls of real items each fake is the only one.
         recalled: [n] whether each real item lies in the ball of a fake.
+        recalling: [m] how many real items lie in the ball of each fake and in no other's.
     """
 
     holding: Tensor
     held: Tensor
     alone: Tensor
     recalled: Tensor
+    recalling: Tensor
 
 
 def count_balls(real: Tensor, fake: Tensor, of_real: Tensor, of_fake: Tensor, ties: Ties) -> Balls:
@@ -43,17 +45,20 @@ def count_balls(real: Tensor, fake: Tensor, of_real: Tensor, of_fake: Tensor, ti
     """
     inclusive = ties == "inclusive"
     zeros = lambda x: torch.zeros(len(x), dtype=torch.float64, device=real.device)  # noqa: E731
-    holding, held, last, recalled = zeros(fake), zeros(real), zeros(real), zeros(real)
+    holding, held, last, balls, owner = zeros(fake), zeros(real), zeros(real), zeros(real), zeros(real)
     number = torch.arange(len(fake), dtype=torch.float64, device=real.device)
     for block in blocks(real, fake):
         i, j = block.rows, block.columns
-        recalled[i] += block.within(of_fake[None, j], inclusive).any(1)
+        around = block.within(of_fake[None, j], inclusive).double()
+        balls[i] += around.sum(1)
+        owner[i] += around @ number[j]
         inside = block.within(of_real[i, None], inclusive).double()
         holding[j] += inside.sum(0)
         held[i] += inside.sum(1)
         last[i] += inside @ number[j]
-    alone = last[held == 1].long().bincount(minlength=len(fake))  # the sum over a single fake is its number
-    return Balls(holding, held, alone, recalled > 0)
+    # the sum over a single fake is its number
+    alone, recalling = (v[n == 1].long().bincount(minlength=len(fake)) for v, n in ((last, held), (owner, balls)))
+    return Balls(holding, held, alone, balls > 0, recalling)
 
 
 def _check(real: Tensor, fake: Tensor, k: int) -> None:
@@ -103,14 +108,12 @@ def measure(
     Precision and density are means over independent fakes. Recall and coverage depend on the number of fakes: they are
     means over groups of so many.
 
-    coverage: delete-one jackknife over the fakes. Without fake j the balls are lost in which it is the only one. Its
-    square is at least the variance in expectation (Efron & Stein), whatever the model. A binomial one would be too
-    small, since neighbouring balls share their fakes.
-    recall: from the spread of its values for `BATCHES` parts of a group, as if its variance fell like one over the
-    number of fakes, and at least binomial over real items. The binomial one alone would be too small: a few outlying
-    fakes whose balls are large hold many real items at once.
-
-    How all four compare with the spread over draws is measured in `tests/unit/test_prdc.py`.
+    Their standard errors are delete-one jackknives over the fakes: without fake j coverage loses the balls in which it
+    is the only one, and recall the real items that lie in its ball alone (the other balls stay as they are). The square
+    is at least the variance in expectation for coverage, whatever the model (Efron & Stein), and for both it is
+    too large where they are near 1, by a factor of two and more. Binomial errors would be too small: neighbouring balls share their fakes, and a few outlying
+    fakes whose balls are large hold many real items at once. How all four compare with the spread over draws is
+    measured in `tests/unit/test_prdc.py`.
 
     With several groups the spread between them counts, if it is larger.
 
@@ -127,17 +130,13 @@ def measure(
     none = of_real.new_zeros(len(parts[-1]))  # balls of fakes left over, which are too few for theirs to compare
     rest = [count_balls(real, parts[-1], of_real, none, ties)] if len(parts) > len(whole) else []
     holding = torch.cat([balls.holding for balls in whole + rest])
-    alone = torch.stack([balls.alone.double() / len(real) for balls in whole])
-    jackknife = (group - 1) / group * (alone - alone.mean(1, keepdim=True)).square().sum(1)
     recalled = torch.stack([balls.recalled.double().mean() for balls in whole])
-    binomial = recalled * (1 - recalled) / len(real)
-    spread = torch.stack([_spread_of_recall(real, part, k, ties) for part in parts[: len(whole)]])
     covered = torch.stack([(balls.held > 0).double().mean() for balls in whole])
     return {
         "precision": _mean((holding > 0).double()),
-        "recall": _mean_of_groups(recalled, torch.maximum(binomial, spread)),
+        "recall": _mean_of_groups(recalled, _jackknife([balls.recalling for balls in whole], len(real))),
         "density": _mean(holding / k),
-        "coverage": _mean_of_groups(covered, jackknife),
+        "coverage": _mean_of_groups(covered, _jackknife([balls.alone for balls in whole], len(real))),
     }
 
 
@@ -150,15 +149,11 @@ def _mean_of_groups(values: Tensor, variances: Tensor) -> Share:
     return Share(values.mean().item(), (torch.maximum(variances.mean(), between) / len(values)).sqrt().item())
 
 
-def _spread_of_recall(real: Tensor, fake: Tensor, k: int, ties: Ties) -> Tensor:
-    """[] variance of recall over draws of so many fakes, from that of parts of them; 0 if they are too few to part."""
-    number = min(BATCHES, len(fake) // (k + 1))
-    if number < 2:
-        return real.new_zeros((), dtype=torch.float64)
-    none = real.new_zeros(len(real), dtype=torch.float64)
-    parts = fake.tensor_split(number)
-    found = [count_balls(real, part, none, radii(part, k), ties).recalled.double().mean() for part in parts]
-    return torch.stack(found).var() / number
+def _jackknife(lost: Sequence[Tensor], n: int) -> Tensor:
+    """[G] variances of shares of n items, from how many of them each fake of a group is alone responsible for."""
+    shares = torch.stack(list(lost)).double() / n
+    group = shares.shape[1]
+    return (group - 1) / group * (shares - shares.mean(1, keepdim=True)).square().sum(1)
 
 
 def expected_coverage(n: int, m: int, k: int) -> float:

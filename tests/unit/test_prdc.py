@@ -111,7 +111,7 @@ def test_a_perfect_sampler_scores_what_is_expected_of_it():
 def test_standard_errors_cover_another_draw_of_fakes(scale):
     """200 draws of fakes for one real set; the ratio of standard error to sd has itself a spread of 5 %.
 
-    Precision and density: right. Recall: 25 %. Coverage: never too small, at most 1.7 times the truth.
+    Precision and density: right. Recall and coverage: hardly too small, and too large near 1.
     """
     real = normal(200, 8)
     draws = [measure(real=real, fake=scale * normal(200, 8, seed=i + 1)) for i in range(200)]
@@ -120,19 +120,23 @@ def test_standard_errors_cover_another_draw_of_fakes(scale):
         sd = torch.tensor([draw[name].value for draw in draws]).std()
         ratio[name] = (torch.tensor([draw[name].stderr for draw in draws]).square().mean().sqrt() / sd).item()
     assert 0.84 < ratio["precision"] < 1.16 and 0.84 < ratio["density"] < 1.16, ratio
-    assert 0.75 < ratio["recall"] < 1.3, ratio
+    assert 0.8 < ratio["recall"] < (1.8 if scale == 1 else 2.6), ratio  # recall is 0.95, and 0.995
     assert 0.9 < ratio["coverage"] < 1.8, ratio
 
 
-def test_a_few_outlying_fakes_make_recall_uncertain():
-    """60 draws of shifted fakes, whose sparse side holds many real items at once: binomial errors are 0.55 of the sd.
+@pytest.mark.parametrize(("n", "dim", "k", "shift"), [(300, 2, 5, 1.0), (300, 8, 5, 0.7), (300, 8, 3, 1.0)])
+def test_a_few_outlying_fakes_make_recall_uncertain(n, dim, k, shift):
+    """60 draws of fakes shifted in every direction, whose sparse side holds many real items at once.
 
-    The ratio's own spread is 9 %.
+    The ratio's own spread is 9 %; the jackknife is right at low recall and up to twice too large near 1. A binomial
+    error would be 0.3 to 0.65 of the sd.
     """
-    real, shift = normal(300, 8), 0.7 * torch.eye(8, dtype=torch.float64)[0]
-    draws = [measure(real=real, fake=normal(300, 8, seed=i + 1) + shift)["recall"] for i in range(60)]
+    real = normal(n, dim, seed=1000)
+    draws = [measure(real=real, fake=normal(n, dim, seed=i + 1) + shift, k=k)["recall"] for i in range(60)]
     values, errors = (torch.tensor(v) for v in zip(*((d.value, d.stderr) for d in draws), strict=True))
-    assert 0.75 < errors.square().mean().sqrt() / values.std() < 1.35
+    assert 0.8 < errors.square().mean().sqrt() / values.std() < 2.2
+    binomial = (values.mean() * (1 - values.mean()) / n).sqrt()
+    assert binomial / values.std() < 0.7
 
 
 def test_groups_of_fakes():
