@@ -109,11 +109,11 @@ def measure(
     means over groups of so many.
 
     Their standard errors are delete-one jackknives over the fakes: without fake j coverage loses the balls in which it
-    is the only one, and recall the real items that lie in its ball alone (the other balls stay as they are). The square
-    is at least the variance in expectation for coverage, whatever the model (Efron & Stein), and for both it is
-    too large where they are near 1, by a factor of two and more. Binomial errors would be too small: neighbouring balls share their fakes, and a few outlying
-    fakes whose balls are large hold many real items at once. How all four compare with the spread over draws is
-    measured in `tests/unit/test_prdc.py`.
+    is the only one, and recall the real items that lie in its ball alone (the other balls stay as they are). Of
+    coverage the square is at least the variance in expectation, whatever the model (Efron & Stein); both errors are too
+    large where the number is near 1, by a factor of two and more. Binomial errors would be too small: neighbouring
+    balls share their fakes, and a few outlying fakes whose balls are large hold many real items at once. How all four
+    compare with the spread over draws is measured in `tests/unit/test_prdc.py`.
 
     With several groups the spread between them counts, if it is larger.
 

@@ -208,3 +208,19 @@ def test_blocks_of_seeds_share_the_reference(file):
         feed(metric, levels(300, seed))
         found.append(dataclasses.replace(metric.compute()["FD-pixels"], items=None))
     assert found[0] == found[2] != found[1]
+
+
+def test_the_value_of_an_item_tells_what_the_distance_would_be_without_it():
+    """FD without item i is about FD - (value of i - FD)/(n - 1): the sign of the influence, and its size to 1/n."""
+    data = Points((300, 20, 200))
+    x = 1.5 * data.all("train").x[:120] + 0.7
+
+    def found(part):
+        metric = started(data)
+        feed(metric, part)
+        return metric.compute()["FD-pixels"]
+
+    whole = found(x)
+    without = torch.tensor([found(torch.cat([x[:i], x[i + 1 :]])).value for i in range(40)], dtype=torch.float64)
+    told = whole.value - (whole.items[:40] - whole.value) / (len(x) - 1)
+    assert (without - told).abs().max() < 0.1 * (without - whole.value).abs().max()

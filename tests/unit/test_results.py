@@ -276,6 +276,7 @@ def test_results_are_found_in_runs_folders_and_files(tmp_path):
 def test_mean_over_seeds_and_blocks():
     assert combine([2.0], [0.5]) == (2.0, 0.5)
     assert combine([1.0, 3.0], [0.1, 0.1]) == (2.0, pytest.approx(1.0))  # spread between: √2/√2
+    assert combine([1.0, 2.0, 3.0], [None] * 3) == (2.0, pytest.approx(1 / math.sqrt(3)))  # sd 1
     assert combine([2.0, 2.0], [0.3, 0.4]) == (2.0, pytest.approx(0.25))  # errors within: √(0.09 + 0.16)/2
     assert combine([1.0, 3.0], [None, 0.1]) == (2.0, pytest.approx(1.0))
     assert combine([1.0], [None]) == (1.0, None)
