@@ -209,6 +209,12 @@ def both(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
         return network(None, x), swept(network, x, None, x)
 
 
+def test_second_layers_of_blocks_start_near_zero():
+    network = make(5, moved=0.0)
+    assert all(0 < p.abs().max() <= 1e-3 for layer in network.layers[1::2] for p in layer.parameters())
+    assert all(layer.weight.abs().max() > 0.1 for layer in [*network.layers[::2], network.first, network.head])
+
+
 def test_a_drawn_order_is_part_of_the_state_and_no_other_is():
     network, x = make(16, order="random", hidden=20), randn(7, 16)
     other = make(16, order="random", hidden=20)
