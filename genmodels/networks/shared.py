@@ -111,8 +111,13 @@ class Shared(Network):
 
     @property
     def sweep(self) -> Callable[..., Any]:
-        """The incremental evaluation of a masked network, as this step."""
+        """Of a masked network: its outputs for one variable after another, as this step."""
         return partial(self.estimator.sweep, modulation=self.modulation(), head=self.head)
+
+    @property
+    def rows(self) -> Callable[..., Any]:
+        """Of a network that is causal along rows: its outputs for one row after another, as this step."""
+        return partial(self.estimator.rows, modulation=self.modulation(), head=self.head)
 
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
         self.check_items(x)
