@@ -163,7 +163,7 @@ class Shared(Network):
         parts = [self.embedding, self.maps.weight, self.maps.bias]
         plain = all(type(p) is nn.Parameter and not p.is_inference() for p in parts)
         wanted = torch.is_grad_enabled() and any(p.requires_grad for p in parts)
-        if self.training or wanted or torch.is_inference_mode_enabled() or torch.compiler.is_compiling() or not plain:
+        if wanted or torch.is_inference_mode_enabled() or torch.compiler.is_compiling() or not plain:
             self._cached = None
             return self._project()
         versions = [p._version for p in parts]

@@ -10,7 +10,7 @@ from torch import nn
 from genmodels.flows.bijection import Bijection, Scope
 from genmodels.metrics.cost import count_evaluations, inference_parameters, num_parameters
 from genmodels.networks.network import Modulation, Network, Shareable, Site, set_autocast
-from genmodels.networks.shared import Shared, fold_embeddings
+from genmodels.networks.shared import Shared, _another, fold_embeddings
 from genmodels.registry import ConfigError, build, resolve
 
 RESIDUAL = {"name": "residual_mlp", "hidden": 12, "blocks": 2}
@@ -146,6 +146,13 @@ def test_embeddings_start_orthonormal():
     table = torch.stack([step.embedding for step in steps(5, moved=False, embedding=2, inject=["add"])]).detach()
     for block in (table[:2], table[2:4], table[4:]):  # more steps than dimensions: as many at a time as there is room
         torch.testing.assert_close(block @ block.T, torch.eye(len(block)).double(), rtol=0, atol=1e-6)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noise = torch.randn(3, 2, dtype=torch.float64)
+        torch.manual_seed(0)
+        drawn = []
+        third = [_another(drawn, 2) for _ in range(3)][2]
+    torch.testing.assert_close(third.double(), noise[2] / noise[2].norm(), rtol=0, atol=1e-6)  # not what rounding left
 
 
 def test_gates_start_open_and_added_biases_do_not_start_at_zero():
@@ -287,10 +294,13 @@ def test_biases_are_kept_while_nothing_changes_and_no_longer():
     with torch.no_grad():
         other.maps.weight.zero_()
         assert torch.equal(other.added(), other.maps.bias) and not torch.equal(step.added(), step.maps.bias)
+    with torch.no_grad():
+        step.maps.bias.add_(1.0)
     with torch.inference_mode():
-        step.added()
+        assert step.added().is_inference() and step._cached is None  # or autograd would meet it later
     x = randn(2, 3).float().requires_grad_()
-    step.requires_grad_(False)(None, x).sum().backward()  # no tensor of inference mode is met here
+    step.requires_grad_(False)(None, x).sum().backward()
+    assert x.grad.abs().min() > 0
 
 
 def test_a_training_pass_forgets_what_was_kept():
