@@ -46,6 +46,11 @@ SMALL = {
         for k in range(3)
         for change in ("count=1", "layers[2].network.width=8")
     ],
+    "cifar10/nanoflow_glow": [
+        f"model.layers[0].levels[{k}][1].{change}"
+        for k in range(3)
+        for change in ("count=2", "layers[2].network.of.width=8")
+    ],
     "cifar10/nsf": ["model.layers[0].layers[1].count=1", "model.layers[0].layers[1].layers[2].network.width=8"],
 }
 
