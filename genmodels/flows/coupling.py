@@ -54,10 +54,10 @@ class Coupling(Bijection):
     ) -> None:
         super().__init__()
         self.shape, self.map = tuple(shape), map
-        second = _transformed(self.shape, split, mask, swap)
-        places, rest = torch.arange(len(second)), self.shape[1:]
-        self.register_buffer("kept", places[~second], persistent=False)
-        self.register_buffer("transformed", places[second], persistent=False)
+        second, rest = _transformed(self.shape, split, mask, swap), self.shape[1:]
+        first = [place for place in range(self.shape[0]) if place not in second]
+        self.register_buffer("kept", torch.tensor(first), persistent=False)
+        self.register_buffer("transformed", torch.tensor(second), persistent=False)
         self.register_buffer("order", torch.cat((self.kept, self.transformed)).argsort(), persistent=False)
         self.network = network(
             in_shape=(len(self.kept), *rest),
@@ -101,25 +101,24 @@ class Coupling(Bijection):
         self.network.initialize(self.part(x)[0], condition)
 
 
-def _transformed(shape: Shape, split: str, mask: tuple[int, ...] | None, swap: bool) -> Tensor:
-    """[C] bool: which places of the first axis are transformed."""
+def _transformed(shape: Shape, split: str, mask: tuple[int, ...] | None, swap: bool) -> list[int]:
+    """Which places of the first axis are transformed, in order."""
     count = shape[0] if shape else 0
-    places = torch.arange(count)
     if mask is None:
-        second = places >= count // 2 if split == "half" else places % 2 == 1
+        second = [place for place in range(count) if (place >= count // 2 if split == "half" else place % 2 == 1)]
     elif len(set(mask)) < len(mask) or not all(0 <= place < count for place in mask):
         raise ConfigError(
             f"coupling: mask must name different places of 0 … {count - 1} along the first axis of items of shape "
             f"{list(shape)}, found {list(mask)}."
         )
     else:
-        second = (places[:, None] == torch.tensor(mask, dtype=torch.long)).any(1)
-    second = ~second if swap else second
-    if not 0 < int(second.sum()) < count:
+        second = sorted(mask)
+    second = [place for place in range(count) if place not in second] if swap else second
+    if not 0 < len(second) < count:
         chosen = f"split={split}" if mask is None else f"mask={list(mask)}"
         raise ConfigError(
             f"coupling: {chosen} leaves a part empty: of items of shape {list(shape)} it keeps "
-            f"{count - int(second.sum())} and transforms {int(second.sum())} places of the first axis. Put `flatten` "
-            "before it, or use `elementwise` for single numbers."
+            f"{count - len(second)} and transforms {len(second)} places of the first axis. Put `flatten` before it, or "
+            "use `elementwise` for single numbers."
         )
     return second

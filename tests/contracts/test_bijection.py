@@ -40,7 +40,7 @@ def make(name, shape, num_classes=None, condition_shape=None, scale=0.3, **more)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
-    return made
+    return made.eval()
 
 
 def items(n, shape, seed=2, spread=1.5):

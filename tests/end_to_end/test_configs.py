@@ -41,6 +41,16 @@ OWN_DATA = {
 SMALL = {
     "cifar10/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
     "cifar10/edm": ["model.network.channels=8", "model.network.blocks=1", "sample.num_steps=2"],
+    "cifar10/glow": [
+        f"model.layers[0].levels[{k}][1].{change}"
+        for k in range(3)
+        for change in ("count=1", "layers[2].network.width=8")
+    ],
+    "cifar10/nanoflow_glow": [
+        f"model.layers[0].levels[{k}][1].{change}"
+        for k in range(3)
+        for change in ("count=2", "layers[2].network.of.width=8")
+    ],
     "cifar10/nsf": ["model.layers[0].layers[1].count=1", "model.layers[0].layers[1].layers[2].network.width=8"],
 }
 
