@@ -195,9 +195,10 @@ def build(base: type, node: dict | str, **context: Any) -> Any:
     given = values(cls, node, **context)
     missing = [name for name in supplied(cls) if name not in given]
     if missing:
+        advice = "".join(f" {text}" for name, text in getattr(cls, "advice", {}).items() if name in missing)
         raise ConfigError(
             f"{base.__name__} '{node['name']}' must be told {', '.join(missing)}, which neither its parent nor the "
-            f"dataset provides here (provided: {', '.join(sorted(context)) or 'nothing'})."
+            f"dataset provides here (provided: {', '.join(sorted(context)) or 'nothing'}).{advice}"
         )
     return cls(**given)
 

@@ -19,7 +19,7 @@ from ..commands import guarded
 from ..config import ANSWERS, dotlist
 from ..data.dataset import Dataset
 from ..hashing import digest
-from ..metrics.cost import num_parameters
+from ..metrics.cost import inference_parameters, num_parameters
 from ..metrics.likelihood import how_made
 from ..metrics.metric import Metric
 from ..model import Model
@@ -150,6 +150,7 @@ def _rows(metrics: Sequence[Metric], findings: Findings, made: str) -> list[dict
 
 def _facts(run: Run, model: Model, weights: str | None) -> dict[str, Any]:
     tree, name = run.config.tree, run.weights_name(weights)
+    trained, folded = num_parameters(model), inference_parameters(model)
     return {
         "name": tree["model"]["name"],
         "dataset": tree["data"]["name"],
@@ -160,8 +161,9 @@ def _facts(run: Run, model: Model, weights: str | None) -> dict[str, Any]:
         "steps": tree["train"]["steps"],
         "samples_seen": run.samples_seen * run.step_of(name) // max(run.step, 1),
         "weights": name,
-        "parameters": num_parameters(model),
+        "parameters": trained,
         "trainable": num_parameters(model, trainable=True),
+        **({} if folded == trained else {"x-inference_parameters": folded}),
     }
 
 

@@ -56,6 +56,22 @@ def num_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(storages.values())
 
 
+def inference_parameters(model: nn.Module) -> int:
+    """Number of parameters once all that can be folded for inference is folded, without folding it.
+
+    A module that can says so in `foldable() -> (parameters, numbers)`: which it can do without, and how many numbers it
+    keeps in their place (see `shared.fold_embeddings`).
+    """
+    dropped: dict[int, int] = {}
+    kept = 0
+    for module in model.modules():
+        if hasattr(module, "foldable"):
+            parameters, numbers = module.foldable()
+            dropped |= {id(p): p.numel() for p in parameters}
+            kept += numbers
+    return num_parameters(model) - sum(dropped.values()) + kept
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Forget the peak so far, where the system lets a process do so."""
     if device.type == "cuda":

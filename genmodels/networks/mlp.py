@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..registry import register
 from ..types import Condition, Shape
 from .embeddings import ConditionEmbedding, TimeEmbedding
-from .network import Modulation, Network, Shareable, Site, check_timed, zero_head
+from .network import Modulation, Network, Shareable, Site, check_timed
 
 Activation = Literal["silu", "relu", "gelu", "tanh"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -59,12 +59,15 @@ class _Dense(Shareable):
     def __init__(self, width: int, in_shape: Shape, out_shape: Shape, zero_init: bool) -> None:
         super().__init__()
         self.width, self.in_shape, self.out_shape = width, tuple(in_shape), tuple(out_shape)
+        self.zero_init = zero_init
         self.head = self.new_head()
-        if zero_init:
-            zero_head(self)
 
     def new_head(self) -> nn.Module:
-        return Head(self.width, math.prod(self.out_shape))
+        head = Head(self.width, math.prod(self.out_shape))
+        if self.zero_init:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        return head
 
     def finish(self, head: nn.Module, features: Tensor) -> Tensor:
         return head(features).reshape(len(features), *self.out_shape)

@@ -8,7 +8,7 @@ from torch.nn import init
 from ..registry import ConfigError, register
 from ..types import Condition, Shape
 from .mlp import ACTIVATIONS, Activation, Embeddings
-from .network import Modulation, Network, Shareable, Site, zero_head
+from .network import Modulation, Network, Shareable, Site
 
 EPS = 1e-3  # added to the variances of batch normalisation
 
@@ -89,12 +89,15 @@ class ResNet(Shareable):
         gated = self.embeddings.active
         self.blocks = nn.ModuleList(_Block(width, activation, dropout, batch_norm, gated) for _ in range(blocks))
         self.sites = (Site(width, width),) * blocks
+        self.zero_init = zero_init
         self.head = self.new_head()
-        if zero_init:
-            zero_head(self)
 
     def new_head(self) -> nn.Module:
-        return nn.Conv2d(self.width, self.out_shape[0], 1)
+        head = nn.Conv2d(self.width, self.out_shape[0], 1)
+        if self.zero_init:
+            init.zeros_(head.weight)
+            init.zeros_(head.bias)
+        return head
 
     def finish(self, head: nn.Module, features: Tensor) -> Tensor:
         return head(features)

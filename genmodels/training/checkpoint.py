@@ -50,7 +50,7 @@ def write_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> No
     seen: dict[tuple, str] = {}
     memories: set[int] = set()
     for name, value in tensors.items():
-        key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
+        key = _place(name, value)
         if key in seen:
             aliases[name] = seen[key]
             continue
@@ -66,6 +66,22 @@ def write_tensors(path: Path, tensors: Tensors, header: Mapping[str, str]) -> No
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
     sync(path)
+
+
+def copies(tensors: Tensors) -> Tensors:
+    """Copies on the CPU; what is one tensor under several names (tied weights) stays one."""
+    made: dict[tuple, Tensor] = {}
+    out: Tensors = {}
+    for name, value in tensors.items():
+        key = _place(name, value)
+        made[key] = made[key] if key in made else value.detach().to("cpu", copy=True)
+        out[name] = made[key]
+    return out
+
+
+def _place(name: str, value: Tensor) -> tuple:
+    """What equal views of one memory have in common."""
+    return (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (name,)
 
 
 def load_weights(model: nn.Module, tensors: Tensors, path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ..config import Config
+from ..metrics.cost import inference_parameters, num_parameters
 from ..model import Model
 from .console import count, duration
 from .measure import SOME, Memory, TimedStep, affordable, first_batch, flops_of, memory_of, timed_step
@@ -34,12 +35,17 @@ def dry_run(config: Config, root: Path) -> str:
             f"run        {root / config.name} (hash {config.hash}): {status}; nothing is written now"
             f"{', but for data.cache' if config.tree['data'].get('cache') else ''}",
             f"data       {sizes} items of {step.dataset.shape}",
-            f"model      {sum(p.numel() for p in step.model.parameters()):,} parameters",
+            f"model      {_parameters(step.model)}",
             *_table(step.model),
             f"loss       {loss:.4f} at initialisation, of {len(batch)} items",
             *costs,
         ]
     )
+
+
+def _parameters(model: Model) -> str:
+    trained, folded = num_parameters(model), inference_parameters(model)
+    return f"{trained:,} parameters" + ("" if folded == trained else f" in training, {folded:,} at inference")
 
 
 def _status(config: Config, root: Path) -> str:

@@ -114,11 +114,16 @@ class WeightAverage:
 
     def __init__(self, rule: Average, model: nn.Module) -> None:
         self.rule = rule
-        self.tensors = {name: _wide(value) for name, value in model.state_dict().items()}
-        # Every name of a tied weight: if one were copied instead, loading it would undo the average of the other.
-        named = model.named_parameters(remove_duplicate=False)
-        self.averaged = [name for name, p in named if p.is_floating_point() and name in self.tensors]
-        self.copied = sorted(self.tensors.keys() - set(self.averaged))
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.tensors: dict[str, Tensor] = {}
+        self.averaged: list[str] = []
+        tied: dict[int, str] = {}  # a weight with several names is averaged once, and stands under each of them
+        for name, value in model.state_dict().items():
+            first = tied.setdefault(id(named.get(name, value)), name)
+            self.tensors[name] = self.tensors[first] if first != name else _wide(value)
+            if first == name and name in named and named[name].is_floating_point():
+                self.averaged.append(name)
+        self.copied = sorted(n for n in self.tensors if n not in named or not named[n].is_floating_point())
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -130,6 +135,10 @@ class WeightAverage:
             torch._foreach_lerp_([self.tensors[name] for name in self.averaged], wide, 1 - beta)
         for name in self.copied:
             self.tensors[name].copy_(state[name])
+
+    def distinct(self) -> list[Tensor]:
+        """The tensors, those with several names once."""
+        return list({id(value): value for value in self.tensors.values()}.values())
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Continue from the tensors of a checkpoint."""

@@ -132,7 +132,7 @@ def memory_of(step: TimedStep) -> Memory:
     gradients = sum(map(_bytes, step.parameters))
     states = step.optimizer.state.values() if step.optimizer is not None else ()
     optimizer = sum(_bytes(v) for state in states for v in state.values() if isinstance(v, Tensor))
-    averages = sum(_bytes(v) for average in step.averages.values() for v in average.tensors.values())
+    averages = sum(_bytes(v) for average in step.averages.values() for v in average.distinct())
     held = (weights, gradients, optimizer, averages, saved)
     if model.device.type != "cuda":
         return Memory(*held, sum(held))

@@ -9,6 +9,7 @@ import torch
 
 from ..data.dataset import SPLITS, Dataset
 from ..data.stream import Passes
+from ..metrics.cost import inference_parameters
 from ..model import Model
 from ..registry import ConfigError
 from ..rng import generator
@@ -152,7 +153,7 @@ class TrainingState:
             return False
         first = next(iter(self.averages.values()), None)
         tensors = self.model.state_dict() if first is None else first.tensors
-        self.best = Best(self.step, loss, {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()})
+        self.best = Best(self.step, loss, checkpoint.copies(tensors))
         return True
 
     def snapshot(self) -> None:
@@ -213,10 +214,12 @@ class Origin(NamedTuple):
 
 
 def size(model: Model) -> dict[str, int]:
-    """Numbers of parameters."""
+    """Numbers of parameters, and the one at inference where it is another."""
+    trained, folded = sum(p.numel() for p in model.parameters()), inference_parameters(model)
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": trained,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **({} if folded == trained else {"inference_parameters": folded}),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from genmodels.flows.bijection import Scope
 from genmodels.networks.dit import Block, DiT, positions
 from genmodels.networks.embeddings import ConditionEmbedding
 from genmodels.networks.network import Network, networks, set_autocast
@@ -23,6 +24,7 @@ SMALL = {
         "block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8, "norm_num_groups": 2,
     },
+    "shared": {"of": {"name": "residual_mlp", "hidden": 24}, "embedding": 4, "inject": ("concat", "add", "gate")},
     "diffusers_dit": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2},
 }  # fmt: skip
 IMAGE = (3, 8, 12)
@@ -58,6 +60,7 @@ def make(
         network = build(
             Network, {"name": name, **SMALL.get(name, {}), **arguments}, in_shape=in_shape,
             out_shape=out_shape or in_shape, timed=timed, num_classes=num_classes, condition_shape=condition_shape,
+            scope=Scope(),
         ).double()  # fmt: skip
     if moved:
         with torch.no_grad():
