@@ -114,6 +114,13 @@ class Shared(Network):
         """The incremental evaluation of a masked network, as this step."""
         return partial(self.estimator.sweep, modulation=self.modulation(), head=self.head)
 
+    @property
+    def rows(self) -> Callable[..., Any]:
+        """The evaluation row by row of a network that offers it, as this step."""
+        if "concat" in self.inject:
+            raise ConfigError("shared: evaluation row by row goes without concat. Use inject: [add, gate].")
+        return partial(self.estimator.rows, modulation=self.modulation(), head=self.head)
+
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
         self.check_items(x)
         features = self.estimator.features(t, self._joined(x), condition, self.modulation())

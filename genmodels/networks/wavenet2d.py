@@ -192,7 +192,13 @@ class WaveNet2D(Shareable):
         modulation: Sequence[Modulation] | None = None,
         head: nn.Module | None = None,
     ) -> "Rows":
-        """Evaluates a network without time row by row, for items [B, *in_shape] of the device and dtype of `like`."""
+        """The output row after row, of a network without time, for items of the batch, device and dtype of `like`.
+
+        Args:
+            like: [B, *in_shape].
+            head: what is used instead of `head`.
+        """
+        self.check_items(like)
         return Rows(self, condition, like, modulation, self.head if head is None else head)
 
 

@@ -1,17 +1,22 @@
 """Folded signals and row-autoregressive flows: against the published order of steps, naive inverses and Jacobians."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from genmodels.flows.bijection import Bijection, chain
+from genmodels.config import read
+from genmodels.flows.bijection import Bijection, Scope, chain
 from genmodels.flows.waveflow import fold
 from genmodels.model import Model
 from genmodels.networks.network import set_autocast
+from genmodels.networks.shared import fold_embeddings
+from genmodels.networks.weight_norm import fold_weight_norm
 from genmodels.registry import Builder, ConfigError, build, resolve
 from genmodels.transforms import Identity
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "audio"
 NETWORK = {"name": "wavenet2d", "channels": 5, "layers": 3}
 SPLINE = {"name": "rational_quadratic", "bins": 5, "bound": 2.0}
 
@@ -32,7 +37,8 @@ def moved(module, scale=0.3):
 def layer(shape=(1, 6, 4), condition_shape=None, scale=0.3, network=NETWORK, **more):
     torch.manual_seed(0)
     node = resolve(Bijection, {"name": "row_autoregressive", "network": network, **more}, "test")
-    return moved(build(Bijection, node, shape=shape, num_classes=None, condition_shape=condition_shape), scale)
+    sizes = {"shape": shape, "num_classes": None, "condition_shape": condition_shape, "scope": Scope()}
+    return moved(build(Bijection, node, **sizes), scale)
 
 
 def flow(length=24, mel=(3, 6), layers=None, encoder=True, conditional=True, condition=True):
@@ -228,3 +234,81 @@ def test_the_encoder_learns():
     torch.manual_seed(0)
     (-model.log_prob(randn(4, 24), condition=randn(4, 3, 6)).mean()).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+
+
+# ---- NanoFlow, and the published sizes -------------------------------------------------------------------------------
+
+
+def nano(count=2, height=6, condition_shape=(2, 24), **more):
+    of = {"name": "shared", "of": NETWORK, "embedding": 7, "inject": ["add", "gate"], **more}
+    pair = [{"name": "row_autoregressive", "network": of, "reverse": reverse} for reverse in (True, False)]
+    node = resolve(Bijection, {"name": "repeat", "layers": pair, "count": count}, "test")
+    torch.manual_seed(0)
+    shape = (1, height, 24 // height)
+    return moved(build(Bijection, node, shape=shape, num_classes=None, condition_shape=condition_shape))
+
+
+VARIANTS = {
+    "nanoflow": {},
+    "decomp": {"embedding": 0, "inject": []},
+    "naive": {"embedding": 0, "inject": [], "projection": "shared"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("folded", [False, True])
+def test_steps_that_share_a_network_invert_row_by_row(variant, folded):
+    f, x, c = nano(**VARIANTS[variant]), randn(3, 1, 6, 4), randn(3, 2, 24, seed=1)
+    assert len({id(step.network.estimator) for step in f.bijections}) == 1
+    z, log_det = f(x, c)
+    if folded:
+        fold_embeddings(f)
+        fold_weight_norm(f)
+    back, back_log_det = f.inverse(z, c)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(back_log_det, -log_det, rtol=0, atol=1e-9)
+    one = f.bijections[1]
+    torch.testing.assert_close(one.inverse(x, c)[0], naive_inverse(one, x, c), rtol=0, atol=1e-10)
+
+
+def test_an_embedding_among_the_rows_is_refused_where_it_is_built():
+    with pytest.raises(ConfigError, match=r"row by row goes without concat"):
+        nano(inject=["concat"])
+    with pytest.raises(ConfigError, match="Shared cannot be evaluated row by row"):
+        layer(network={"name": "shared", "of": {"name": "resnet"}})
+
+
+def counts(name, weight_norm=True, **changes):
+    """Parameters of a published configuration at inference and in training, without making any of its numbers."""
+    repeat = read(CONFIGS / f"{name}.yaml")["model"]["layers"][1]
+    repeat["count"] = changes.get("count", repeat["count"])
+    for node in repeat["layers"]:
+        network = node["network"] if "of" not in node["network"] else node["network"]["of"]
+        network |= {"channels": changes.get("channels", network["channels"]), "weight_norm": weight_norm}
+        node["network"] |= {key: value for key, value in changes.items() if key in ("embedding", "inject", "projection")}
+    node = {**read(CONFIGS / f"{name}.yaml")["model"]}
+    node["layers"] = [node["layers"][0], repeat]
+    node["encoder"] = {**node["encoder"], "weight_norm": weight_norm}
+    with torch.device("meta"):
+        sizes = {"shape": (16000,), "num_classes": None, "condition_shape": (80, 63), "transform": Identity()}
+        model = build(Model, node, **sizes, bin_width=None)
+    dropped, kept = zip(*(m.foldable() for m in model.modules() if hasattr(m, "foldable")), strict=True)
+    total = sum(p.numel() for p in model.parameters())
+    return total - sum({p: p.numel() for each in dropped for p in each}.values()) + sum(kept), total
+
+
+PUBLISHED = [  # parameters at inference, and in training without the gains of weight normalisation
+    ("waveflow_ljspeech", {"channels": 64}, 5_925_090, 5_925_090),
+    ("waveflow_ljspeech", {}, 22_335_714, 22_335_714),
+    ("nanoflow_ljspeech", {"embedding": 0, "inject": [], "projection": "shared"}, 2_792_134, 2_792_134),
+    ("nanoflow_ljspeech", {"embedding": 0, "inject": []}, 2_793_954, 2_793_954),
+    ("nanoflow_ljspeech", {}, 2_818_530, 3_856_866),
+    ("nanoflow_ljspeech", {"embedding": 1024, "count": 8}, 2_845_186, 4_928_002),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "inference", "training"), PUBLISHED)
+def test_published_sizes_to_the_digit(name, changes, inference, training):
+    assert counts(name, weight_norm=False, **changes) == (inference, training)
+    at_inference, with_gains = counts(name, **changes)
+    assert at_inference == inference and with_gains > training
