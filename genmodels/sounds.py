@@ -14,7 +14,7 @@ from .data.mel import magnitudes
 
 SHOWN = 8  # sounds in a picture
 COLUMNS = 4
-COLOURS = 64
+COLOURS = 128
 RANGE = 80.0  # decibels between black and white
 WINDOW = 0.03  # seconds that a column of a spectrogram sees, roughly
 
