@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genmodels.config import load
 from genmodels.model import Model
-from genmodels.registry import ConfigError, register
+from genmodels.registry import ConfigError, build, register, resolve
 from genmodels.training import processes
 from genmodels.training.run import Run
 from genmodels.transforms import Identity
@@ -141,10 +141,25 @@ def pairs() -> dict[str, tuple[Model, Batch]]:
         "continuous flow": (families.CNF(shape=(2,), transform=Identity()), plane.take("train", rows)),
         "equilibrium": (families.DEQ(**shapes), series.take("train", rows)),
         "controlled equation": (families.NeuralCDE(**shapes), series.take("train", rows)),
+        "shared steps": (shared_steps(), Batch(plane.take("train", rows).x)),
         "own backward pass": (Memoryless(shape=(2,)), plane.take("train", rows)),
         "experts": (Experts(shape=(2,)), Batch(sides)),
     }
     return {name: (model.double(), batch.replace(x=batch.x.double())) for name, (model, batch) in models.items()}
+
+
+def shared_steps() -> Model:
+    """A flow whose steps pass through one network: its gradients add up before they are exchanged."""
+    network = {"name": "residual_mlp", "hidden": 8, "blocks": 1}
+    shared = {"name": "shared", "of": network, "embedding": 3, "inject": ["add", "gate"]}
+    layers = [{"name": "repeat", "count": 3, "layers": ["permutation", {"name": "coupling", "network": shared}]}]
+    sizes = {"shape": (2,), "num_classes": None, "condition_shape": None, "bin_width": None}
+    node = resolve(Model, {"name": "flow", "layers": layers}, "test")
+    model = build(Model, node, transform=Identity(), **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # zero heads would leave no gradient behind them
+    return model
 
 
 def gradients(folder: Path) -> dict[str, Any]:

@@ -111,12 +111,12 @@ class Shared(Network):
 
     @property
     def sweep(self) -> Callable[..., Any]:
-        """The incremental evaluation of a masked network, as this step."""
+        """Of a masked network: its outputs for one variable after another, as this step."""
         return partial(self.estimator.sweep, modulation=self.modulation(), head=self.head)
 
     @property
     def rows(self) -> Callable[..., Any]:
-        """The evaluation row by row of a network that offers it, as this step."""
+        """Of a network that is causal along rows: its outputs for one row after another, as this step."""
         if "concat" in self.inject:
             raise ConfigError("shared: evaluation row by row goes without concat. Use inject: [add, gate].")
         return partial(self.estimator.rows, modulation=self.modulation(), head=self.head)

@@ -105,7 +105,7 @@ def test_tensors_become_those_of_the_first_process_bit_for_bit(played):
 
 # ---- replicas ---
 
-INNER = ["score matching", "continuous flow", "controlled equation", "own backward pass", "experts"]
+INNER = ["score matching", "continuous flow", "controlled equation", "shared steps", "own backward pass", "experts"]
 
 
 @pytest.mark.parametrize("name", INNER)

@@ -204,6 +204,26 @@ def test_a_flow_of_shared_steps_is_invertible_with_the_volume_of_its_jacobian():
     assert counted.rows == [6, 6, 6] and counted.per_item(6) == 1
 
 
+@pytest.mark.parametrize("how", [NAIVE, DECOMP, NANO], ids=["naive", "decomp", "nanoflow"])
+def test_shared_masked_networks_keep_their_order_and_their_sweep(how):
+    network = {"name": "shared", "of": {"name": "made", "hidden": 12, "order": [2, 0, 3, 1]}, **how}
+    f, x = move(flow(3, None, layers=[{"name": "autoregressive", "network": network}]), 0.2), randn(6, 4)
+    z, log_det = f(x)
+    torch.testing.assert_close(f.inverse(z)[0], x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(f.inverse(z)[1], -log_det, rtol=0, atol=1e-9)
+    jacobian = torch.autograd.functional.jacobian(lambda v: f(v[None])[0][0], x[0])
+    order = f.bijections[0].network.order
+    assert torch.equal(order, torch.tensor([2, 0, 3, 1]))
+    assert torch.equal(jacobian[order][:, order].triu(1), torch.zeros(4, 4).double())
+    torch.testing.assert_close(log_det[0], torch.linalg.slogdet(jacobian)[1], rtol=0, atol=1e-10)
+    fold_embeddings(f)
+    torch.testing.assert_close(f.inverse(z)[0], x, rtol=0, atol=1e-9)
+
+
+def test_only_networks_that_can_be_swept_offer_it():
+    assert not hasattr(steps(1)[0], "sweep") and not hasattr(steps(1)[0], "rows") and not hasattr(steps(1)[0], "order")
+
+
 def test_couplings_start_as_the_identity_with_heads_of_either_kind():
     for how in (NAIVE, DECOMP, NANO):
         f, x = (
@@ -381,6 +401,11 @@ def test_networks_that_cannot_be_shared_are_refused():
         steps(1, {"name": "unet", "channels": 8, "multipliers": [1], "blocks": 1, "heads": 2}, (2, 4, 4))
     with pytest.raises(ConfigError, match=r"batch normalisation cannot be shared.*batch_norm: false"):
         steps(1, {"name": "resnet", "width": 8, "batch_norm": True}, (2, 4, 4))
+
+
+def test_an_embedding_among_the_inputs_of_a_masked_network_is_refused():
+    with pytest.raises(ConfigError, match=r"made is masked.*Use inject: \[add, gate\]"):
+        steps(1, {"name": "made", "hidden": 12}, embedding=2, inject=["concat"])
 
 
 def test_outside_of_a_repeat_there_is_nothing_to_share_with():
