@@ -285,7 +285,9 @@ def counts(name, weight_norm=True, **changes):
     for node in repeat["layers"]:
         network = node["network"] if "of" not in node["network"] else node["network"]["of"]
         network |= {"channels": changes.get("channels", network["channels"]), "weight_norm": weight_norm}
-        node["network"] |= {key: value for key, value in changes.items() if key in ("embedding", "inject", "projection")}
+        node["network"] |= {
+            key: value for key, value in changes.items() if key in ("embedding", "inject", "projection")
+        }
     node = {**read(CONFIGS / f"{name}.yaml")["model"]}
     node["layers"] = [node["layers"][0], repeat]
     node["encoder"] = {**node["encoder"], "weight_norm": weight_norm}
