@@ -161,6 +161,7 @@ class RowAutoregressive(Bijection):
             row, log_slope = self._map(given, raw, True)
             out.append(row)
             total = total + sum_items(log_slope)
+        self.network.passed(len(z))
         return self._turned(torch.cat(out, 2)), total
 
     def _autocast(self, x: Tensor) -> AbstractContextManager:

@@ -9,6 +9,7 @@ import torch
 from genmodels.config import read
 from genmodels.flows.bijection import Bijection, Scope, chain
 from genmodels.flows.waveflow import fold
+from genmodels.metrics.cost import count_evaluations
 from genmodels.model import Model
 from genmodels.networks.network import set_autocast
 from genmodels.networks.shared import fold_embeddings
@@ -162,6 +163,15 @@ def test_the_inverse_has_the_autocast_of_the_network():
     assert set(seen) == {torch.bfloat16} and len(seen) == 7 and z.dtype == back.dtype == torch.float32
     # row by row the same numbers are rounded in the same places, up to the order of sums
     torch.testing.assert_close(back, x, rtol=0, atol=0.05)
+
+
+def test_an_inverse_counts_as_one_evaluation():
+    f, x = layer(), randn(8, 1, 6, 4)
+    with count_evaluations(f) as counted:
+        z, _ = f(x)
+        f.inverse(z[:3])
+    f(x), f.inverse(z)
+    assert counted.rows == [11]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
