@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib
 import os
+import re
 import sys
 import time
 import warnings
@@ -223,7 +224,12 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("overrides", nargs="*", help="sampling options, e.g. sample.num_steps=20")
     parser.add_argument("--seeds", help="e.g. 0-63 or 3,7,20-29 (default: a row of 8 for each class, or 0-63)")
-    parser.add_argument("--condition", type=int, help="class of every sample (default: all classes in equal blocks)")
+    parser.add_argument(
+        "--condition",
+        help="class of every sample (default: all classes in equal blocks); or a split whose items give the conditions "
+        "(test: seed i takes that of item i; test:5: all take that of item 5; default: val); or a file to make them "
+        "from, such as clip.wav for spectrograms: seed i takes the i-th segment",
+    )
     parser.add_argument("--weights", help="model, best or ema-<value> (default: the first average)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--npz", action="store_true", help="also write the samples as arrays")
@@ -242,7 +248,7 @@ def _sample(given: argparse.Namespace, device: Any) -> None:
     """All processes draw, the first one writes and speaks."""
     from .config import dotlist
     from .registry import ConfigError
-    from .sampling import conditions, default_seeds, draw_in_batches, parse_seeds, request, write_arrays, write_picture
+    from .sampling import conditions, default_seeds, draw_in_batches, parse_seeds, request, write_arrays, write_samples
     from .training.run import Run
 
     overrides = dotlist(given.overrides)
@@ -262,10 +268,12 @@ def _sample(given: argparse.Namespace, device: Any) -> None:
     answer = run.config.answer("sample", overrides.get("sample"))
     weights = run.weights_name(given.weights)
     notes = request(seeds, condition, answer, weights, run.step_of(weights))
+    if given.condition is not None:
+        notes["given"] = given.condition
     stem = _stem(given, run, seeds, answer if overrides else None)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    written = write_picture(stem, x, dataset, notes)
-    print(f"{written}  ({len(seeds)} samples in {seconds:.1f} s)")
+    written, remark = write_samples(stem, x, dataset, notes)
+    print(f"{written}  ({len(seeds)} samples in {seconds:.1f} s{f'; {remark}' if remark else ''})")
     if given.npz and not written.suffix == ".npz":
         print(write_arrays(stem.with_name(stem.name + ".npz"), x, notes))
 
@@ -277,7 +285,9 @@ def _stem(given: argparse.Namespace, run: Any, seeds: list[int], answer: dict[st
     which = (given.seeds or f"0-{len(seeds) - 1}").replace(",", "_").replace(" ", "")
     label = f"{run.step:08d}-{run.weights_name(given.weights)}"
     label += f"-seeds{which if len(which) < 60 else f'-{digest(seeds)}'}"
-    label += f"-class{given.condition}" if given.condition is not None else ""
+    if given.condition is not None:
+        word = re.sub(r"\W+", "_", Path(given.condition).stem)
+        label += f"-class{word}" if word.isdecimal() else f"-{word}-{digest(given.condition)[:6]}"
     label += f"-{digest(answer)}" if answer is not None else ""
     stem = given.out or run.folder("samples") / label
     return stem.with_suffix("") if stem.suffix in (".png", ".npz") else stem

@@ -1,4 +1,4 @@
-"""Samples as files: a PNG that a person can read, an .npz that a program can.
+"""Samples as files: a PNG that a person can read, WAV files to listen to, an .npz that a program can read.
 
 Seeds are cut into batches whose size depends on their number alone, and batches are shared by processes: what is drawn
 has the same bits however many there are.
@@ -8,21 +8,23 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from .data.dataset import Dataset
+from .data.dataset import SPLITS, Dataset
 from .data.external import External
 from .model import Model
 from .registry import ConfigError
 from .rng import as_seeds
+from .sounds import SHOWN, draw_sounds, write_sounds
 from .training import processes
 from .types import Condition, SupportsSample
 
+Chosen = int | str | None  # a class; a split, `split:item`, or a file; None for what suits the data
 COLUMNS = 8
 MOST_SEEDS = 1_000_000  # of one request; they are held in memory
 
@@ -50,37 +52,73 @@ def _is_number(text: str) -> bool:
 
 
 def default_seeds(model: Model, dataset: Dataset) -> list[int]:
-    """One row of 8 for each class, or 64."""
+    """One row of 8 for each class, 8 sounds, or 64 of anything else."""
+    if dataset.sample_rate is not None:
+        return list(range(8))
     return list(range(COLUMNS * dataset.num_classes if model.conditional and dataset.num_classes else 64))
 
 
-def conditions(model: Model, dataset: Dataset, seeds: list[int], chosen: int | None = None) -> Condition | None:
-    """What each seed's sample is drawn given: the chosen class; else class (seed // 8) mod classes, so that a grid has
-    a class in each row; else the condition of validation item (seed mod items), or of a training item without those.
+def conditions(model: Model, dataset: Dataset, seeds: list[int], chosen: Chosen = None) -> Condition | None:
+    """What each seed's sample is drawn given; None for a model that takes no condition.
 
+    Without a choice: class (seed // 8) mod classes, so that a grid has a class in each row; of data without classes the
+    condition of validation item (seed mod items), or of a training item without those.
+
+    Args:
+        chosen: a class (a number, also as text); "test" for the condition of test item (seed mod items), likewise of
+            another split; "test:5" for that of item 5, whatever the seed; or a file from which the data set makes
+            conditions: the seed takes number (seed mod conditions).
     Raises:
-        ConfigError: if a class is chosen that the model does not know, or if it takes none.
+        ConfigError: if the model takes no condition, or the choice does not fit the data.
     """
-    if chosen is not None and not (model.conditional and dataset.num_classes):
+    if isinstance(chosen, str) and chosen.removeprefix("-").isdecimal():
+        chosen = int(chosen)
+    if isinstance(chosen, int) and not (model.conditional and dataset.num_classes):
         raise ConfigError("--condition: this model takes no class label.")
     if not model.conditional:
+        if chosen is not None:
+            raise ConfigError(f"--condition {chosen}: this model takes no condition.")
         return None
     index = as_seeds(seeds)
+    if isinstance(chosen, str):
+        return _taken(dataset, index, chosen)
     if dataset.num_classes is None:
-        split = "val" if dataset.size("val") else "train"
-        return dataset.take(split, index % dataset.size(split)).condition
+        return _taken(dataset, index, "val" if dataset.size("val") else "train")
     if chosen is not None and not 0 <= chosen < dataset.num_classes:
         raise ConfigError(f"--condition: class {chosen} is out of range; there are 0 … {dataset.num_classes - 1}.")
     return index // COLUMNS % dataset.num_classes if chosen is None else torch.full_like(index, chosen)
 
 
+def _taken(dataset: Dataset, index: Tensor, chosen: str) -> Condition:
+    """The conditions of items of a split, or those that are made from a file."""
+    split, colon, item = chosen.partition(":")
+    if split not in SPLITS:
+        path = Path(chosen).expanduser()
+        if not path.is_file():
+            raise ConfigError(
+                f"--condition: there is no file '{chosen}', and it is neither a class nor one of {', '.join(SPLITS)} "
+                "(or such with an item: test:5)."
+            )
+        found = dataset.conditions_of(path)
+        return found[index % len(found)]
+    size = dataset.size(split)
+    if not size or (colon and not (_is_number(item) and int(item) < size)):
+        raise ConfigError(
+            f"--condition {chosen}: the split '{split}' has {f'items 0 … {size - 1}' if size else 'none'}."
+        )
+    condition = dataset.take(split, torch.full_like(index, int(item)) if colon else index % size).condition
+    if condition is None:
+        raise ConfigError(f"--condition {chosen}: the model needs a condition, and the items of its data have none.")
+    return condition
+
+
 def draw(
-    model: Model, dataset: Dataset, seeds: list[int], options: Mapping[str, Any], chosen: int | None = None
+    model: Model, dataset: Dataset, seeds: list[int], options: Mapping[str, Any], chosen: Chosen = None
 ) -> tuple[Tensor, Condition | None]:
     """Samples of the seeds in one batch, [n, *shape] in data units on the CPU, and what they were drawn given.
 
     Raises:
-        ConfigError: if the model cannot sample, or if the chosen class is out of range.
+        ConfigError: if the model cannot sample, and what `conditions` raises.
     """
     if not isinstance(model, SupportsSample):
         raise ConfigError(f"{type(model).__name__} does not draw samples (it has no method `sample`).")
@@ -99,7 +137,7 @@ def draw_in_batches(
     dataset: Dataset,
     seeds: list[int],
     options: Mapping[str, Any],
-    chosen: int | None = None,
+    chosen: Chosen = None,
     batch_size: int | None = None,
 ) -> Tensor | None:
     """Samples of the seeds, [n, *shape] in data units on the CPU, on process 0; None on those that only help.
@@ -125,14 +163,34 @@ def request(
     return {"seeds": seeds, "condition": labels, "sample": answer, "weights": weights, "step": step}
 
 
-def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
-    """Images as a grid, points of the plane as a scatter plot, anything else as .npz; notes go into the metadata.
+class Written(NamedTuple):
+    """What was written, and what is to be said of it (nothing, mostly)."""
 
-    Data whose items are not at hand to compare with give .npz as well.
+    path: Path
+    remark: str
+
+
+def write_samples(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Written:
+    """What `write_picture` writes; of sound also the WAV files `<stem>/<seed>.wav`.
+
+    Args:
+        notes: from `request`.
+    """
+    remark = "" if dataset.sample_rate is None else write_sounds(stem, x, dataset.sample_rate, notes["seeds"])
+    return Written(write_picture(stem, x, dataset, notes | ({"clipped": remark} if remark else {})), remark)
+
+
+def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
+    """Images as a grid, points of the plane as a scatter plot, sounds as waveforms and spectrograms, anything else as
+    .npz; notes go into the metadata.
+
+    Data whose items are not at hand to compare with give .npz as well, except sound.
 
     Args:
         stem: path without its suffix; its folder must exist.
     """
+    if dataset.sample_rate is not None:
+        return _sheet(stem.with_name(stem.name + ".png"), x, dataset.sample_rate, notes)
     if isinstance(dataset, External):
         return write_arrays(stem.with_name(stem.name + ".npz"), x, notes)
     if len(dataset.shape) == 3 and dataset.shape[0] in (1, 3):
@@ -198,6 +256,14 @@ def _scatter(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> 
         axes.set(title=heading, aspect="equal", xlim=(left, right), ylim=(bottom, top))
     figure.savefig(path, dpi=120, metadata=_texts(notes))
     return path
+
+
+def _sheet(path: Path, x: Tensor, rate: int, notes: dict[str, Any]) -> Path:
+    """Sounds with their seeds, and how much of each a WAV file cannot hold."""
+    names = [f"seed {seed}" for seed in notes.get("seeds", range(len(x)))[:SHOWN]]
+    beyond = (~(x[:SHOWN].abs() <= 1)).double().mean(1).tolist()
+    titles = [f"{name}, {100 * b:.2g} % beyond ±1" if b else name for name, b in zip(names, beyond, strict=True)]
+    return draw_sounds(path, x, rate, titles, _texts(notes))
 
 
 def _texts(notes: dict[str, Any]) -> dict[str, str]:

@@ -107,6 +107,28 @@ def write_arrays(folder: Path) -> dict[str, str]:
     return {name: str(folder / f"{name}.npy") for name in made}
 
 
+def riff(samples: bytes, bits: int = 16, channels: int = 1, rate: int = 8000, tag: int = 1, **other: bytes) -> bytes:
+    """A WAV file; `other` chunks by name stand before the samples, and tag 0xFFFE + t writes t as an extension."""
+    width, wide = channels * bits // 8, tag >= 0xFFFE
+    body = struct.pack("<HHIIHH", 0xFFFE if wide else tag, channels, rate, rate * width, width, bits)
+    body += (
+        struct.pack("<HHIH", 22, bits, 0, tag - 0xFFFE) + bytes.fromhex("000000001000800000aa00389b71") if wide else b""
+    )
+    chunks = {b"fmt ": body} | {name.encode(): value for name, value in other.items()} | {b"data": samples}
+    packed = b"".join(n + struct.pack("<I", len(v)) + v + b"\0" * (len(v) % 2) for n, v in chunks.items())
+    return b"RIFF" + struct.pack("<I", 4 + len(packed)) + b"WAVE" + packed
+
+
+def write_sounds(folder: Path, count: int = 20, samples: int = 2300, rate: int = 8000) -> Path:
+    """16-bit WAV files of noise of different loudness, the first of them in a sub-folder; file k has samples + k."""
+    for k in range(count):
+        path = folder / ("deep" if k == 0 else "") / f"{k:03}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        levels = np.random.default_rng(k).normal(0, 1000 + 200 * k, samples + k).round().astype("<i2")
+        path.write_bytes(riff(levels.tobytes(), rate=rate))
+    return folder
+
+
 def _write_csv(path: Path, names: list[str], rows: np.ndarray) -> None:
     lines = [",".join(names), *(",".join(map(repr, row)) for row in rows.tolist())]
     path.write_text("\n".join(lines) + "\n")
@@ -165,6 +187,14 @@ def examples() -> dict[str, dict]:
             "path": str(write_cifar_archive(folder / "cifar-10-python.tar.gz", cifar_files())),
             "val": 10,
             "checksum": "ignore",
+        },
+        "wav_folder": {
+            "path": str(write_sounds(folder / "sounds")),
+            "segment": 500,
+            "rate": 8000,
+            "condition": {"name": "log_mel", "bands": 8, "window": 128, "hop": 32},
+            "val": 3,
+            "test": 3,
         },
         "table": {"path": str(write_table(folder / "rows.csv")), "condition": 3, "classes": 4},
         "array": {**write_arrays(folder), "flip": True},

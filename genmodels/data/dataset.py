@@ -3,13 +3,14 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..hashing import canonical, digest
-from ..registry import Builder, build, kind, resolve
+from ..registry import Builder, ConfigError, build, kind, resolve
 from ..transforms import Transform
 from ..types import Batch, Shape
 
@@ -30,6 +31,7 @@ class Dataset(ABC):
         bin_width: spacing of the levels of discrete data (1 for integers); None for continuous data. Bits/dim are
             reported only where it is given.
         levels: number of levels of discrete data, so that uniform noise has log2(levels) bits/dim.
+        sample_rate: samples a second of items [T] that are sound, amplitudes in [-1, 1]; None for anything else.
         transform: configuration node of the proposed map from data space to model space, e.g.
             `{"name": "standardize"}`; the model owns the transform built from it and, if needed, fits it.
         unit_of_time: what `Batch.times` counts, where there are times.
@@ -44,6 +46,7 @@ class Dataset(ABC):
     target_shape: Shape | None = None
     bin_width: float | None = None
     levels: int | None = None
+    sample_rate: int | None = None
     unit_of_time: ClassVar[str | None] = None
     local: ClassVar[tuple[str, ...]] = ()
     transform: dict[str, Any] | str = "identity"
@@ -65,6 +68,7 @@ class Dataset(ABC):
             "target_shape": _plain(self.target_shape),
             "bin_width": self.bin_width,
             "levels": self.levels,
+            "sample_rate": self.sample_rate,
             "transform": resolve(Transform, self.transform, "data.transform"),
         }
 
@@ -108,6 +112,14 @@ class Dataset(ABC):
         """[B] exact log density of the law the data were drawn from, where it is known; None otherwise."""
         return None
 
+    def conditions_of(self, path: Path) -> Tensor:
+        """[N, *condition_shape] conditions made from a file of the user's.
+
+        Raises:
+            ConfigError: if no condition can be made from that file, or from files at all.
+        """
+        raise ConfigError(f"data '{self.registered_name}' makes no conditions from files, so that {path} is of no use.")
+
     def baselines(self) -> dict[str, float]:
         """Exact bits/dim of simple models on the test split by name, to read a model's number against."""
         return {}
@@ -136,7 +148,7 @@ def context(facts: dict[str, Any]) -> dict[str, Any]:
     """What constructors of models may ask for by keyword, from the facts of a data set."""
     shapes = {key: None if facts[key] is None else tuple(facts[key]) for key in _SHAPES}
     transform = build(Transform, facts["transform"], shape=shapes["shape"])
-    return {**facts, **shapes, "transform": transform}
+    return {"sample_rate": None, **facts, **shapes, "transform": transform}
 
 
 _SHAPES = ("shape", "condition_shape", "target_shape")

@@ -34,6 +34,7 @@ class External(Dataset):
         shapes = {name: None if facts[name] is None else tuple(facts[name]) for name in names}
         known = type("Known", (cls,), shapes)()
         known.num_classes, known.bin_width = facts["num_classes"], facts["bin_width"]
+        known.sample_rate = facts.get("sample_rate")
         return known
 
     def size(self, split: Split) -> int:
@@ -82,6 +83,7 @@ def from_tensors(
     num_classes: int | None = None,
     levels: int | None = None,
     bin_width: float = 1.0,
+    sample_rate: int | None = None,
     transform: dict[str, Any] | str | None = None,
 ) -> InMemory:
     """A data set of tensors or arrays, to be passed as `train(config, dataset=…)`; nothing is shared with them.
@@ -100,6 +102,7 @@ def from_tensors(
         num_classes: of the labels (of the condition, if both are labels); None for the largest + 1.
         levels: number of levels 0, bin_width, … of discrete data; None for continuous data.
         bin_width: spacing of the levels.
+        sample_rate: samples a second, if x [N, T] holds sound with amplitudes in [-1, 1].
         transform: node of the transform instead of the proposed one.
     Raises:
         ConfigError: naming the argument and the first item that does not fit.
@@ -110,6 +113,11 @@ def from_tensors(
     """
     check_levels(levels, bin_width, "from_tensors")
     items = _checked(Batch(x, condition, target), "", levels, bin_width)
+    if sample_rate is not None and (sample_rate < 1 or items.x.ndim != 2):
+        raise ConfigError(
+            f"from_tensors: sample_rate={sample_rate} is for sound: a number of at least 1, and x of shape [N, T]; "
+            f"found {list(items.x.shape)}."
+        )
     own = {split: given for split, given in (("val", val), ("test", test)) if isinstance(given, Batch)}
     parts = {split: _checked(given, f"{split}.", levels, bin_width) for split, given in own.items()}
     for split, part in parts.items():
@@ -119,6 +127,7 @@ def from_tensors(
     rows = partition(len(items), **cut, order=order, seed=seed, where="from_tensors")
     splits = {split: parts[split] if split in parts else items[rows[split]] for split in rows}
     facts = {"shape": tuple(items.x.shape[1:]), "levels": levels, "bin_width": None if levels is None else bin_width}
+    facts |= {"sample_rate": sample_rate}
     facts |= _facts([items, *parts.values()], num_classes)
     return Given(splits, {**facts, "transform": transform or proposal_for(levels, bin_width)})
 

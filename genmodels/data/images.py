@@ -1,8 +1,6 @@
 """A folder of pictures as a data set: any files that Pillow reads, brought to one size and split by their names."""
 
-import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +13,11 @@ from torch import Tensor
 
 from ..hashing import digest, fingerprint_files
 from ..registry import ConfigError, register
-from ..schema import near
 from ..transforms import Transform
 from ..types import Batch, Shape
-from .dataset import SPLITS, Dataset, Split, centred, proposal
+from .dataset import SPLITS, Dataset, centred, proposal
 from .decoding import SUFFIXES, Decoder, Filter, Resize, inspect
+from .folders import assign, check_shares, check_train, find
 from .image_cache import Mapped, cached
 from .memory import Held
 
@@ -92,7 +90,7 @@ class ImageFolder(Held):
         if not path.strip():
             raise ConfigError("data.path: the folder of images must be named, found an empty text.")
         self.folder = Path(os.path.expanduser(path))
-        self.names = find(self.folder)
+        self.names = find(self.folder, SUFFIXES, "images")
         self.decoder = Decoder(size, channels, resize, filter, upscale, background)
         paths = [self.folder / name for name in self.names]
         width, height = _common_size(paths, self.decoder)
@@ -102,7 +100,7 @@ class ImageFolder(Held):
         self.num_classes = len(self.classes) if labels and not classify else None
         self.target_shape = (len(self.classes),) if classify else None
         split = assign(self.names, val, test)
-        _check_train(self.folder, len(self.names), split["train"], val, test)
+        check_train(self.folder, len(self.names), split["train"], val, test, "image")
         self._options = {"labels": labels or classify, "task": task, "val": val, "test": test, "flip": flip}
         read = Decoded(self.decoder, paths, self.shape)
         if cache is not None:
@@ -170,66 +168,12 @@ class Decoded:
             yield image
 
 
-def find(folder: Path) -> list[str]:
-    """The image files in a folder and its sub-folders, links followed: paths within it with /, sorted.
-
-    Raises:
-        ConfigError: if there is no such folder, or no image in it.
-    """
-    if not folder.is_dir():
-        if folder.exists():
-            raise ConfigError(f"data.path: {folder} is a file. A folder of images is needed; unpack it if it is one.")
-        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        raise ConfigError(f"data.path: there is no folder {folder}.{near(folder.name, beside)}")
-    names, others, seen = [], Counter(), set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        files = [] if real in seen else [f for f in files if not f.startswith(".")]
-        seen.add(real)
-        for file in files:
-            if file.lower().endswith(SUFFIXES):
-                names.append((Path(parent) / file).relative_to(folder).as_posix())
-            else:
-                others[Path(file).suffix or "without suffix"] += 1
-    if not names:
-        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "no files at all"
-        raise ConfigError(
-            f"data.path: {folder} holds no images. Looked in it and its sub-folders for {', '.join(SUFFIXES)}; found "
-            f"{found}. Name another folder, or convert the files."
-        )
-    return sorted(names)
-
-
-def position(name: str) -> float:
-    """A number in [0, 1) from a file's path within its folder."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:6]) / 2**48
-
-
-def assign(names: Sequence[str], val: int | float, test: int | float) -> dict[Split, list[int]]:
-    """Which files belong to which split, in the order of their positions u in [0, 1).
-
-    A fraction f of test is u < f, a count n the n smallest u; of val it is u >= 1 - f, or the n largest.
-    """
-    u = np.array([position(name) for name in names])
-    order = np.argsort(u, kind="stable").tolist()
-    first = test if isinstance(test, int) else max(int((u < test).sum()), int(test > 0))
-    last = val if isinstance(val, int) else max(int((u >= 1 - val).sum()), int(val > 0))
-    first, last = min(first, len(names)), min(last, len(names))
-    return {"train": order[first : len(names) - last], "val": order[len(names) - last :], "test": order[:first]}
-
-
 def _check(size: int | None, background: int, val: int | float, test: int | float) -> None:
     if size is not None and size < 1:
         raise ConfigError(f"data.size: must be at least 1, or null to keep the files' size, found {size}.")
     if not 0 <= background <= 255:
         raise ConfigError(f"data.background: a grey level 0 … 255 is needed, found {background}.")
-    for name, part in {"val": val, "test": test}.items():
-        if part < 0 or (isinstance(part, float) and part >= 1):
-            raise ConfigError(
-                f"data.{name}: a number of images (an integer from 0) or a fraction of them (from 0.0, below 1.0) is "
-                f"needed, found {part}."
-            )
+    check_shares(val, test, "images")
 
 
 def _common_size(paths: Sequence[Path], decoder: Decoder) -> tuple[int, int]:
@@ -279,11 +223,3 @@ def _classes(folder: Path, names: Sequence[str]) -> tuple[tuple[str, ...], Tenso
     classes = tuple(sorted(set(of)))
     number = {name: k for k, name in enumerate(classes)}
     return classes, torch.tensor([number[name] for name in of])
-
-
-def _check_train(folder: Path, total: int, train: Sequence[int], val: int | float, test: int | float) -> None:
-    if not train:
-        raise ConfigError(
-            f"data: {folder} holds {total} image{'s' * (total != 1)}, and with data.val={val} and data.test={test} "
-            "none is left to train on. Lower them (0 is allowed), or add images."
-        )

@@ -78,6 +78,7 @@ class Autoregressive(Bijection):
             sweep.feed(x)
             found.append(x)
             slopes.append(log_slope)
+        self.network.passed(len(z))
         x = torch.cat(found).index_select(0, sweep.places.argsort()).mT
         return x, torch.cat(slopes).sum(0, dtype=torch.float64)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,29 @@ class Evaluations:
 
 @contextmanager
 def count_evaluations(model: nn.Module) -> Iterator[Evaluations]:
-    """Count the forward evaluations of a model's networks inside the block; backward passes are not counted."""
+    """Count the forward evaluations of a model's networks inside the block; backward passes are not counted.
+
+    An evaluation row by row or in a sweep, which computes every number once, is one (see `Network.passed`).
+    """
     found = networks(model)
     counted = Evaluations(len(found))
 
-    def counter(k: int) -> Any:
-        def count(module: nn.Module, inputs: tuple, output: Any) -> None:
-            counted.rows[k] += output.shape[0]
+    def add(k: int, items: int) -> None:
+        counted.rows[k] += items
 
-        return count
+    def counter(k: int) -> Any:
+        return lambda module, inputs, output: add(k, output.shape[0])
 
     handles = [network.register_forward_hook(counter(k)) for k, network in enumerate(found)]
+    for k, network in enumerate(found):
+        network.passed = partial(add, k)
     try:
         yield counted
     finally:
         for handle in handles:
             handle.remove()
+        for network in found:
+            del network.passed
 
 
 def num_parameters(model: nn.Module, trainable: bool = False) -> int:

@@ -65,6 +65,12 @@ class Network(nn.Module, ABC):
     def initialize(self, x: Tensor, condition: Condition | None = None) -> None:
         """Set what depends on data (norms inside) from one batch x [B, *in_shape], once; called in `prepare`."""
 
+    def passed(self, items: int) -> None:
+        """Told of items that went through the network by another way than a call: row by row, in a sweep.
+
+        It does nothing; who counts evaluations puts a counter in its place.
+        """
+
     def check_items(self, x: Tensor) -> None:
         """Raises ValueError unless x is [B, *in_shape]."""
         if tuple(x.shape[1:]) != tuple(self.in_shape) or x.ndim == 0:

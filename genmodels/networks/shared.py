@@ -117,6 +117,8 @@ class Shared(Network):
     @property
     def rows(self) -> Callable[..., Any]:
         """Of a network that is causal along rows: its outputs for one row after another, as this step."""
+        if "concat" in self.inject:
+            raise ConfigError("shared: evaluation row by row goes without concat. Use inject: [add, gate].")
         return partial(self.estimator.rows, modulation=self.modulation(), head=self.head)
 
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:

@@ -151,6 +151,28 @@ class OneCycle(LearningRate):
         return b + (a - b) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
+@register(LearningRate, "step_decay")
+class StepDecay(LearningRate):
+    """ratio^⌊k/every⌋ at step k = 0, 1, …: torch's `StepLR`.
+
+    Args:
+        every: steps between two decays.
+        ratio: what the rate is multiplied by at each, in (0, 1].
+        warmup: steps of a linear warm-up.
+    """
+
+    def __init__(self, every: int = 200_000, ratio: float = 0.5, warmup: int = 0) -> None:
+        _check_warmup("step_decay", warmup)
+        if every < 1 or not 0 < ratio <= 1:
+            raise ConfigError(
+                f"step_decay: every >= 1 and 0 < ratio <= 1 are needed, found every={every} and ratio={ratio}."
+            )
+        self.every, self.ratio, self.warmup = every, ratio, warmup
+
+    def shape(self, step: int, steps: int) -> float:
+        return self.ratio ** (step // self.every)
+
+
 def _check_rate(name: str, lr: float) -> None:
     if lr <= 0:
         raise ValueError(f"{name}: lr must be above 0, found {lr}.")

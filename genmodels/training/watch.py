@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..data.dataset import Dataset
 from ..model import Model
 from ..rng import generator
-from ..sampling import default_seeds, draw, request, write_picture
+from ..sampling import Written, default_seeds, draw, request, write_samples
 from ..types import Loss, NotApplicable, SupportsSample
 from . import processes
 from .console import Console, count
@@ -167,21 +166,22 @@ class Watch:
 
     def _grid(self, done: int) -> None:
         try:
-            self.console.at(done, f"samples in {self._draw(done)}")
+            path, remark = self._draw(done)
+            self.console.at(done, f"samples in {path}{f' ({remark})' if remark else ''}")
         except (NotApplicable, RuntimeError, ValueError, ArithmeticError) as error:
             # Early weights can be too wild for a solver; a picture is not worth the run.
             self.console.at(done, f"no samples: {error}")
 
-    def _draw(self, done: int) -> Path:
+    def _draw(self, done: int) -> Written:
         seeds = default_seeds(self.model, self.dataset)
         with best(self.averages, self.model):
             x, condition = draw(self.model, self.dataset, seeds, self.run.config.options("sample"))
         weights = next(iter(self.averages), "model")
         notes = request(seeds, condition, self.run.config.answer("sample"), weights, done)
-        path = write_picture(self.run.folder("samples") / f"{done:08d}", x, self.dataset, notes)
+        written = write_samples(self.run.folder("samples") / f"{done:08d}", x, self.dataset, notes)
         if self.board is not None:
-            self.board.picture(done, path)
-        return path
+            self.board.picture(done, written.path)
+        return written
 
     def close(self) -> None:
         """Nothing more will be said."""

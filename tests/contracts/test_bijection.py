@@ -12,6 +12,8 @@ ARGUMENTS = {  # what has no default; anything else is built as it is
     "repeat": {"layers": [{"name": "permutation"}, {"name": "coupling", "network": NETWORK}], "count": 2},
     "nflows": {"transform": "PiecewiseRationalQuadraticCDF", "arguments": {"tails": "linear", "tail_bound": 3.0}},
     "inverse": {"of": {"name": "coupling", "network": NETWORK}},
+    "fold": {"height": 3},
+    "row_autoregressive": {"network": {"name": "wavenet2d", "channels": 6, "layers": 3, "height_cycle": 2}},
     "multiscale": {
         "levels": [[{"name": "permutation"}, {"name": "coupling", "network": NETWORK}], [{"name": "elementwise"}]]
     },
@@ -20,7 +22,10 @@ SHAPES = [(2,), (5,), (3, 2, 4), (4, 3)]
 IMAGES = {  # what does not work on every shape
     "squeeze": [(1, 4, 4), (3, 2, 4)],
     "autoregressive": [(5,), (2,)],
+    "fold": [(12,), (3,)],
+    "row_autoregressive": [(1, 3, 4), (2, 4, 3)],
 }
+VECTORS = {"row_autoregressive": (2, 12)}  # conditions, where (2, 3) does not fit
 
 
 def usual(name, shape):
@@ -88,11 +93,12 @@ def test_gradients_reach_every_parameter(name, shape):
 @pytest.mark.parametrize("name", names(Bijection))
 @pytest.mark.parametrize("kind", ["labels", "vectors"])
 def test_the_condition_matters_where_there_is_a_network(name, kind):
-    sizes = {"num_classes": 3} if kind == "labels" else {"condition_shape": (2, 3)}
+    vectors = VECTORS.get(name, (2, 3))
+    sizes = {"num_classes": 3} if kind == "labels" else {"condition_shape": vectors}
     shape = usual(name, (5,))
     f, x = make(name, shape, **sizes), items(4, shape)
     labels = torch.tensor([0, 1, 2, 0])
-    condition = labels if kind == "labels" else items(4, (2, 3), seed=5)
+    condition = labels if kind == "labels" else items(4, vectors, seed=5)
     given, other = f(x, condition), f(x, (labels + 1) % 3 if kind == "labels" else condition + 1)
     learns = any("network" in key for key, _ in f.named_modules())
     assert ((given[0] - other[0]).flatten(1).abs().amax(1) > 1e-6).all() == learns
@@ -144,7 +150,7 @@ def test_single_precision_agrees_with_double(name, shape):
 def test_a_chain_of_it_adds_log_dets_and_reverses_the_order(name):
     shape = usual(name, (4,))
     first, x = make(name, shape), items(16, shape)
-    second = make(name, first.out_shape, scale=0.2)
+    second = make("act_norm" if name == "fold" else name, first.out_shape, scale=0.2)  # what is folded stays so
     both = Chain([first, second])
     y, one = first(x)
     z, two = second(y)

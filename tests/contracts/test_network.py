@@ -18,6 +18,7 @@ SMALL = {
     "mlp": {"hidden": (24, 24)},
     "residual_mlp": {"hidden": 24},
     "made": {"hidden": 24},
+    "wavenet2d": {"channels": 12, "layers": 3},
     "dit": {"width": 24, "depth": 2, "heads": 3},
     "unet": {"channels": 8, "multipliers": (1, 2), "blocks": 1, "heads": 2},
     "glow": {"width": 24},

@@ -102,7 +102,7 @@ def test_mistakes_are_one_message_and_status_2(answer, here, words, message):
 
 def test_lists_and_descriptions(answer):
     status, out, _ = answer(train, "--list")
-    assert status == 0 and "t_regression" in out and out.splitlines()[0].startswith("average:")
+    assert status == 0 and "t_regression" in out and out.splitlines()[0].startswith("audio_features:")
     assert "Squared distance" in answer(train, "--list", "model")[1]
     out = answer(train, "--describe", "learning_rate.one_cycle")[1]
     assert "rise" in out and "Smith & Topin" in out

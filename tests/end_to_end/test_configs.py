@@ -14,7 +14,7 @@ from genmodels.registry import resolve
 from genmodels.training.loop import train
 from genmodels.transforms import Transform
 from genmodels.types import SupportsLogProb
-from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_table
+from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_sounds, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "_base")
@@ -31,12 +31,19 @@ def archive(folder: Path) -> list[str]:
     return [f"data.path={made}", "data.checksum=ignore", "data.val=10"]
 
 
+def sounds(folder: Path) -> list[str]:
+    made = write_sounds(folder / "sounds", rate=22_050)
+    return [f"data.path={made}", "data.segment=1024", "data.val=2", "data.test=4"]
+
+
 # configurations of the user's own files: what makes such files in a folder, and the overrides that name them
 OWN_DATA = {
     "images": pictures,
     "tables": lambda folder: [f"data.path={write_table(folder / 'rows.csv')}"],
     "cifar10": archive,
+    "audio": sounds,
 }
+STEP = "model.layers[1].layers[{}].network"
 # networks of millions of parameters are cut down; what they are is tested by their count
 SMALL = {
     "cifar10/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
@@ -51,6 +58,8 @@ SMALL = {
         for k in range(3)
         for change in ("count=2", "layers[2].network.of.width=8")
     ],
+    "audio/waveflow_ljspeech": ["model.layers[1].count=1", *(f"{STEP.format(k)}.channels=4" for k in (0, 1))],
+    "audio/nanoflow_ljspeech": ["model.layers[1].count=1", *(f"{STEP.format(k)}.of.channels=4" for k in (0, 1))],
     "cifar10/nsf": ["model.layers[0].layers[1].count=1", "model.layers[0].layers[1].layers[2].network.width=8"],
 }
 
@@ -65,14 +74,16 @@ def protocol(config: Config) -> Protocol:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_configuration_travels_the_whole_way(path, tmp_path):
-    make = OWN_DATA.get(path.parent.name, lambda folder: [])
+    made_up = path.parent.name == "audio" and not path.stem.endswith("_ljspeech")
+    make = (lambda folder: []) if made_up else OWN_DATA.get(path.parent.name, lambda folder: [])
     overrides = [*TINY, *make(tmp_path), *SMALL.get(f"{path.parent.name}/{path.stem}", [])]
     config = load([path], overrides)
     assert Config(config.tree).hash == config.hash == load([path], overrides).hash
     assert set(config.protocols) <= {p.stem for p in FOLDER.glob("*.yaml")}
     run = train(config, root=tmp_path, quiet=True)
     drawn = len(config.dataset().shape) == 3 or config.dataset().shape == (2,)
-    assert [p.suffix for p in (run.path / "samples").iterdir()] == [".png" if drawn else ".npz"]
+    kinds = ["", ".png"] if path.parent.name == "audio" else [".png"] if drawn else [".npz"]  # WAV files in a folder
+    assert sorted(p.suffix for p in (run.path / "samples").iterdir()) == kinds
     full = protocol(config)
     model = run.load()
     names = ("bits_per_dim", "nll") if isinstance(model, SupportsLogProb) else ("authenticity",)

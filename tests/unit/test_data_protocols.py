@@ -25,7 +25,7 @@ from genmodels.metrics.metric import Metric
 from genmodels.registry import names, register
 from genmodels.rng import SeedNoise
 from genmodels.types import Likelihood, Shape
-from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_uci
+from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_sounds, write_uci
 from tests.evaluation_fakes import FakeRun, _Base
 
 pytestmark = pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
@@ -108,6 +108,8 @@ def files(name: str, folder: Path) -> Path:
         return write_cifar_archive(folder / "cifar-10-python.tar.gz", cifar_files())
     if name.startswith("image_folder"):
         return write_pictures(folder / "pictures", 90, 66, 70)
+    if name == "wav_folder":
+        return write_sounds(folder / "sounds", 6, 33_000, 22_050)
     return write_uci(folder / "data", name)
 
 
@@ -166,6 +168,18 @@ def test_tables_are_scored_in_nats_of_the_published_rows(name, tmp_path):
     assert row["unit"] == "nats" and found.dataset.shape == (uci.TABLES[name].dims,)
 
 
+def test_recordings_are_scored_by_the_likelihood_of_a_sample(tmp_path):
+    found = protocol("wav_folder", files("wav_folder", tmp_path / "files"))
+    data = found.dataset
+    assert data.shape == (16_000,) and data.condition_shape == (80, 63) and data.size("test") == 2
+    result = evaluate(FakeRun(tmp_path / "run", Normal(data.shape)), found, device="cpu")
+    row = next(row for row in result["metrics"] if row["name"] == "nats_per_dim")
+    x = data.take("test", torch.arange(2)).x.double()
+    expected = (x.square() + math.log(2 * math.pi)).mean() / 2  # minus the log-likelihood per sample of papers
+    assert row["value"] == pytest.approx(expected.item(), rel=1e-9) and row["unit"] == "nats/dim"
+    assert result["not_applicable"] == {}
+
+
 # ---- one hash for one set of files ----
 
 
@@ -194,6 +208,8 @@ def test_other_contents_have_another_hash(name, tmp_path):
     elif name.startswith("image_folder"):
         place = path / "class0"
         shutil.copy(place / "000.png", place / "002.png")
+    elif name == "wav_folder":
+        shutil.copy(path / "002.wav", path / "003.wav")
     else:
         shutil.rmtree(path)
         write_uci(path.parent / "data", name, rows=500)

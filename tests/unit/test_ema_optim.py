@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genmodels.registry import build, names
+from genmodels.registry import ConfigError, build, names
 from genmodels.training.ema import (
     WIDEST,
     Average,
@@ -19,7 +19,7 @@ from genmodels.training.ema import (
     exponent_of,
     std_of,
 )
-from genmodels.training.optim import SGD, Adam, Constant, Cosine, LearningRate, OneCycle
+from genmodels.training.optim import SGD, Adam, Constant, Cosine, LearningRate, OneCycle, StepDecay
 
 
 class Small(nn.Module):
@@ -280,6 +280,21 @@ def test_cosine_is_torchs(final):
 def test_cosine_at_its_corners():
     values = factors(Cosine(final=0.2), 4)
     assert values == pytest.approx([1.0, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2 + 0.4 * (1 - math.sqrt(0.5))])
+
+
+@pytest.mark.parametrize(("every", "ratio"), [(1, 0.9), (7, 0.5), (100, 0.1)])
+def test_step_decay_is_torchs(every, ratio):
+    expected = reference(torch.optim.lr_scheduler.StepLR, 30, step_size=every, gamma=ratio)
+    assert factors(StepDecay(every, ratio), 30) == pytest.approx(expected, rel=1e-12)
+
+
+def test_step_decay_at_its_corners():
+    rule = StepDecay(200_000)
+    assert [rule.factor(k, 10**6) for k in (0, 199_999, 200_000, 399_999, 400_000)] == [1, 1, 0.5, 0.5, 0.25]
+    assert factors(StepDecay(2, 0.5, warmup=4), 5) == [0.25, 0.5, 0.375, 0.5, 0.25]
+    for bad in ({"every": 0}, {"ratio": 0.0}, {"ratio": 1.5}):
+        with pytest.raises(ConfigError, match="every >= 1 and 0 < ratio <= 1"):
+            StepDecay(**bad)
 
 
 def test_warm_up_is_linear_and_reaches_one():

@@ -13,8 +13,9 @@ from PIL import Image
 from genmodels import files
 from genmodels.data import image_cache, images
 from genmodels.data.dataset import SPLITS, context
+from genmodels.data.folders import assign, find, position
 from genmodels.data.image_cache import CacheWarning
-from genmodels.data.images import ImageFolder, assign, position
+from genmodels.data.images import ImageFolder
 from genmodels.hashing import fingerprint_files
 from genmodels.registry import ConfigError
 from tests.data_files import picture, write_pictures
@@ -76,12 +77,12 @@ def test_files_are_found_by_suffix_at_any_depth(tmp_path):
     (folder / "a" / "notes.txt").touch()
     (folder / "linked").symlink_to(folder / "a")
     (folder / "a" / "b" / "loop").symlink_to(folder)
-    assert images.find(folder) == ["A.PNG", "a/b/y.tiff", "a/x.Jpeg", "z.webp"]
+    assert find(folder, images.SUFFIXES, "images") == ["A.PNG", "a/b/y.tiff", "a/x.Jpeg", "z.webp"]
     other = tmp_path / "links"
     other.mkdir()
     (other / "class").symlink_to(folder / "a")
     inside = ["class/b/loop/A.PNG", "class/b/loop/z.webp", "class/b/y.tiff", "class/x.Jpeg"]
-    assert images.find(other) == inside  # each folder once
+    assert find(other, images.SUFFIXES, "images") == inside  # each folder once
 
 
 def test_the_home_folder_is_expanded(folder, monkeypatch, tmp_path):
