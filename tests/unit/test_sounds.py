@@ -69,15 +69,15 @@ def test_a_sine_stands_at_its_level_and_frequency(amplitude):
     )
 
 
-@pytest.mark.parametrize(("n", "samples"), [(1, 20), (3, 700), (20, 512)])
+@pytest.mark.parametrize(("n", "samples"), [(1, 20), (3, 700), (20, 16_000)])
 def test_pictures_of_any_number_of_sounds_are_light(tmp_path, n, samples):
-    x = Tones(size=n, segment=samples).all("train").x
+    x = 0.3 * torch.randn(n, samples, generator=torch.Generator().manual_seed(0))  # noise makes the largest files
     dataset = from_tensors(x.repeat(3, 1), sample_rate=8000)
     path = write_picture(tmp_path / "x.y", x, dataset, {})
     assert path.name == "x.y.png" and path.stat().st_size < 200_000  # what a page of results takes in
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("L"))
-    assert len(np.unique(pixels)) > 20 and pixels.shape[1] == round(80 * (3.1 * min(n, 4) + 1.5))
+    assert len(np.unique(pixels)) > 20 and pixels.shape[1] == int(72 * (3.1 * min(n, 4) + 1.5))
     silence = write_picture(tmp_path / "z", torch.full_like(x, torch.nan), dataset, {})
     assert silence.exists()
 
