@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from .data import wav
@@ -14,7 +14,6 @@ from .data.mel import magnitudes
 
 SHOWN = 8  # sounds in a picture
 COLUMNS = 4
-COLOURS = 128
 RANGE = 80.0  # decibels between black and white
 WINDOW = 0.03  # seconds that a column of a spectrogram sees, roughly
 
@@ -42,7 +41,9 @@ def spectrogram(x: Tensor, rate: int) -> tuple[Tensor, int]:
     while window // 2 >= x.shape[1] and window > 2:
         window //= 2
     hop = max(1, min(window // 4, x.shape[1] // 64))
-    level = magnitudes(x.double().nan_to_num(0.0), window, hop, min(window // 2, x.shape[1] - 1)) / (window / 4)
+    level = magnitudes(x.double().nan_to_num(0.0, 0.0, 0.0), window, hop, min(window // 2, x.shape[1] - 1)) / (
+        window / 4
+    )
     return 20 * level.clamp(min=10 ** (-RANGE / 20 - 1)).log10(), hop
 
 
@@ -58,8 +59,10 @@ def draw_sounds(path: Path, x: Tensor, rate: int, titles: Sequence[str], notes: 
     x, total = x[:SHOWN].float().cpu(), len(x)
     columns = min(COLUMNS, max(1, len(x)))
     rows = max(1, math.ceil(len(x) / columns))
-    figure = Figure(figsize=(3.2 * columns + 0.8, 2.8 * rows + 0.2), layout="constrained")
+    width, height = 3.1 * columns + 1.5, 2.8 * rows + 0.8  # inches; margins are set, since finding them takes seconds
+    figure = Figure(figsize=(width, height))
     panels = figure.subplots(2 * rows, columns, squeeze=False, sharex=True, height_ratios=[1, 2] * rows)
+    figure.subplots_adjust(0.6 / width, 0.45 / height, 1 - 0.9 / width, 1 - 0.5 / height, 0.07, 0.3)
     levels, hop = spectrogram(x, rate)
     loudest = x.abs().nan_to_num(0.0, 0.0).amax().item()
     reach = min(max(1.05 * loudest, 0.01), 2.0)
@@ -71,22 +74,22 @@ def draw_sounds(path: Path, x: Tensor, rate: int, titles: Sequence[str], notes: 
             continue
         pair[0].set_title(titles[k], fontsize=9)
         pair[0].set_ylim(-reach, reach)
-        pair[0].plot(torch.arange(x.shape[1]) / rate, x[k], linewidth=0.4)
+        pair[0].plot(np.arange(x.shape[1]) / rate, x[k].numpy(), linewidth=0.4)
         image = _image(pair[1], levels[k], hop / rate, rate)
         pair[1].set_xlim(0, x.shape[1] / rate)
         _label(pair, left=k % columns == 0, lowest=k + columns >= len(x))
-    bar = figure.colorbar(image, ax=panels.ravel().tolist(), fraction=0.02, pad=0.01)
+    bar = figure.colorbar(image, cax=figure.add_axes((1 - 0.75 / width, 0.1, 0.15 / width, 0.8)))
     bar.set_label("dB relative to full scale", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     if total > len(x):
-        figure.suptitle(f"the first {len(x)} of {total:,}", fontsize=9)
+        figure.suptitle(f"the first {len(x)} of {total:,}", fontsize=9, y=1 - 0.1 / height)
     return _save(figure, path, notes)
 
 
 def _image(axes: Any, levels: Tensor, step: float, rate: int) -> Any:
     """A spectrogram [F, frames], a frame every `step` seconds, over kilohertz."""
     extent = (-step / 2, (levels.shape[1] - 0.5) * step, 0, rate / 2000)
-    return axes.imshow(levels, origin="lower", aspect="auto", extent=extent, vmin=-RANGE, vmax=0, cmap="magma")
+    return axes.imshow(levels.numpy(), origin="lower", aspect="auto", extent=extent, vmin=-RANGE, vmax=0, cmap="magma")
 
 
 def _label(pair: Sequence[Any], *, left: bool, lowest: bool) -> None:
@@ -98,14 +101,14 @@ def _label(pair: Sequence[Any], *, left: bool, lowest: bool) -> None:
 
 
 def _save(figure: Any, path: Path, notes: dict[str, str]) -> Path:
-    """A PNG of few colours, a third of the bytes of one in true colours."""
+    """A PNG of 128 colours, which has a third of the bytes of one in true colours."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     drawn, info = io.BytesIO(), PngInfo()
-    figure.savefig(drawn, dpi=80)
+    figure.savefig(drawn, dpi=72)
     for key, value in notes.items():
         info.add_text(key, value)
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, pnginfo=info, optimize=True)
+        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, pnginfo=info, optimize=True)
     return path

@@ -45,22 +45,22 @@ def recordings(folder):
 
 @pytest.mark.parametrize("stride", [None, 125, 700])
 def test_items_are_segments_at_every_stride(folder, stride):
-    data = read(folder, stride=stride)
+    data = read(folder, segment=460, stride=stride)  # 000.wav is five segments long
     whole = recordings(folder)
     place = {}
     for name, x in whole.items():
-        for start in range(0, len(x) - 499):
-            place[x[start : start + 500].tobytes()] = (name, start)
-    step = {"train": stride or 500, "val": 500, "test": 500}
+        for start in range(0, len(x) - 459):
+            place[x[start : start + 460].tobytes()] = (name, start)
+    step = {"train": stride or 460, "val": 460, "test": 460}
     seen = {}
     for split in SPLITS:
         found = [place[x.numpy().tobytes()] for x in everything(data, split).x]
         names = {name for name, _ in found}
-        expected = [(n, s) for n in names for s in range(0, len(whole[n]) - 499, step[split])]
+        expected = [(n, s) for n in names for s in range(0, len(whole[n]) - 459, step[split])]
         assert sorted(found) == sorted(expected) and found != sorted(found)  # all, once, in a random order
         seen[split] = names
     assert [len(seen[split]) for split in SPLITS] == [14, 3, 3] and set.union(*seen.values()) == set(whole)
-    assert data.shape == (500,) and data.sample_rate == 8000 and data.bin_width is None and data.levels is None
+    assert data.shape == (460,) and data.sample_rate == 8000 and data.bin_width is None and data.levels is None
 
 
 def test_no_recording_is_in_two_splits_and_more_files_move_none(folder):
