@@ -103,6 +103,17 @@ def test_the_kept_inverse_follows_every_change_of_the_parameters(name, change):
         torch.testing.assert_close(f.inverse(z)[0], fresh, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["conv1x1", "glow_conv1x1"])
+@pytest.mark.parametrize("buffer", ["order", "sign"])
+def test_the_kept_inverse_follows_permutations_and_signs(name, buffer):
+    f, z = make(name), items(7, 5)
+    with torch.no_grad():
+        before = f.inverse(z)[0]
+        getattr(f, buffer).copy_(f.order.roll(1) if buffer == "order" else -f.sign)
+        assert (f.inverse(z)[0] - before).abs().max() > 1e-3
+        torch.testing.assert_close(f(f.inverse(z)[0])[0], z, rtol=0, atol=1e-10)
+
+
 @every
 def test_the_kept_inverse_follows_its_parameters_into_copies_files_and_other_types(name):
     f, z = make(name), items(7, 5)
