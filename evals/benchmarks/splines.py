@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genmodels.flows.splines import durkan, rational_quadratic
+from genmodels.flows.knots import Form
+from genmodels.flows.splines import rational_quadratic
 
 from .side_by_side import Medians, medians, report
 
@@ -24,7 +25,7 @@ Spline = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 def ours(x, raw, inverse):
-    return rational_quadratic(x, durkan(raw, BOUND), BOUND, inverse=inverse)
+    return rational_quadratic(x, raw, Form(BOUND), inverse=inverse)
 
 
 def nflows(x, raw, inverse):
