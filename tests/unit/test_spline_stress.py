@@ -33,8 +33,9 @@ def hard_case(form, bins, spread, n, inverse):
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("spread", [6.0, 20.0])
 @pytest.mark.parametrize("bins", [8, 32, 64])
-@pytest.mark.parametrize("n", [2_000, pytest.param(200_000, marks=pytest.mark.slow)])
-@every_tail
+@pytest.mark.parametrize(
+    ("form", "n"), [*((form, 2_000) for form in TAILS), pytest.param(FORM, 200_000, marks=pytest.mark.slow)]
+)
 def test_extreme_parameters_stay_finite(form, n, spread, bins, inverse):
     x, raw = hard_case(form, bins, spread, n, inverse)
     x.requires_grad_(), raw.requires_grad_()
