@@ -1,10 +1,10 @@
-"""Rational-quadratic splines: CPU time of ours, nflows and zuko on the same numbers, side by side in one process.
+"""Rational-quadratic splines: CPU time and memory of ours, nflows and zuko on the same numbers, in one process.
 
     python -m evals.benchmarks.splines [--repeats 60] [--batch 4096] [--features 8] [--bins 8]
 
 Every round times each contender once, in turn, so that a busy machine slows all of them; medians over rounds are
-compared. Each contender starts from raw parameters in the layout it wants: bins last for nflows and zuko, batch last
-for ours (as our networks give them).
+compared. The memory is what autograd keeps for the backward, every storage counted once. Each contender starts from raw
+parameters in the layout it wants: bins last for nflows and zuko, batch last for ours (as our networks give them).
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genmodels.flows.splines import durkan, rational_quadratic
+from genmodels.flows.knots import Form
+from genmodels.flows.splines import rational_quadratic
 
 from .side_by_side import Medians, medians, report
 
@@ -24,7 +25,7 @@ Spline = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
 
 def ours(x, raw, inverse):
-    return rational_quadratic(x, durkan(raw, BOUND), BOUND, inverse=inverse)
+    return rational_quadratic(x, raw, Form(BOUND), inverse=inverse)
 
 
 def nflows(x, raw, inverse):
@@ -64,14 +65,33 @@ def tasks(spline: Spline, x: Tensor, raw: Tensor) -> dict[str, Callable[[], None
     }
 
 
-def measure(batch: int, features: int, bins: int, repeats: int) -> Medians:
-    """Median CPU milliseconds by task and contender."""
+def kept(spline: Spline, x: Tensor, raw: Tensor, inverse: bool) -> float:
+    """Bytes that autograd keeps for the backward, per number mapped."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = spline(x.clone().requires_grad_(), raw.clone().requires_grad_(), inverse)
+    return round(sum(found.values()) / out[0].numel(), 1)
+
+
+def measure(batch: int, features: int, bins: int, repeats: int) -> tuple[Medians, Medians]:
+    """Median CPU milliseconds by task and contender, and bytes kept per number by direction and contender."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(features, batch, generator=generator)
     raw = torch.randn(3 * bins - 1, features, batch, generator=generator)
     theirs = x.T.contiguous(), raw.permute(2, 1, 0).contiguous()
-    contenders = {"ours": tasks(ours, x, raw), "nflows": tasks(nflows, *theirs), "zuko": tasks(zuko, *theirs)}
-    return medians(contenders, repeats, warm_up=5)
+    inputs = {ours: (x, raw), nflows: theirs, zuko: theirs}
+    times = medians({f.__name__: tasks(f, *given) for f, given in inputs.items()}, repeats, warm_up=5)
+    directions = {"forward and backward": False, "inverse and backward": True}
+    memory = {
+        task: {f.__name__: kept(f, *given, inverse) for f, given in inputs.items()}
+        for task, inverse in directions.items()
+    }
+    return times, memory
 
 
 def main() -> None:
@@ -80,7 +100,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    report(measure(given.batch, given.features, given.bins, given.repeats), vars(given), RESULT)
+    times, memory = measure(given.batch, given.features, given.bins, given.repeats)
+    report(times, vars(given), RESULT, **{"bytes kept per number": memory})
+    for task, row in memory.items():
+        print(f"{task:22}" + ", ".join(f"{name} {size:g}" for name, size in row.items()) + " bytes kept per number")
 
 
 if __name__ == "__main__":

@@ -1,95 +1,21 @@
 """Monotonic rational-quadratic splines of a scalar: values, inverses, log-slopes, and gradients in closed form.
 
-Bins lie on axis 0 of every parameter and everything else follows ([K, …, N] beside inputs [..., N]): with the batch
-innermost, sums, softmaxes and look-ups run over contiguous memory. Nothing branches on values, so the same code runs
-compiled, under vmap, and without waiting for a GPU.
+Parameters lie on axis 0 and everything else follows ([P, …, N] beside inputs [..., N]): with the batch innermost, sums,
+softmaxes and look-ups run over contiguous memory. Nothing branches on values, so the same code runs compiled, under
+vmap, and without waiting for a GPU (but for the check of inputs of the `bounded` splines).
 """
 
 import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-FLOOR = 1e-3  # least width and height (as a fraction of the interval) and least derivative of `durkan`
-SLOPE = 1e-3  # limit of the derivatives of `bounded`, and of the ratio of two of its widths
+from .knots import LIMIT, Form
 
 
-class Knots(NamedTuple):
-    """A spline from (-bound, -bound) to (bound, bound) with slope 1 at both ends.
-
-    Args:
-        widths: [K, ...] > 0, summing to 2 bound over axis 0.
-        heights: [K, ...] > 0, summing to 2 bound over axis 0.
-        derivatives: [K-1, ...] > 0, the slopes at the interior knots.
-    """
-
-    widths: Tensor
-    heights: Tensor
-    derivatives: Tensor
-
-
-def _thirds(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw parameters [3K-1, ...] as widths [K, ...], heights [K, ...] and derivatives [K-1, ...], at least float32."""
-    if (len(raw) + 1) % 3 or len(raw) < 2:
-        raise ValueError(f"spline: 3K-1 raw parameters (K >= 1 bins) are needed on axis 0, found {len(raw)}.")
-    bins = (len(raw) + 1) // 3
-    return raw.to(torch.promote_types(raw.dtype, torch.float32)).split((bins, bins, bins - 1))
-
-
-def durkan(raw: Tensor, bound: float, *, identity: bool = True, scale: float = 1.0) -> Knots:
-    """Knots with floors: w = 2B (ε + (1 - Kε) softmax(c u_w)), the same for heights, d = ε + softplus(u_d + b).
-
-    Args:
-        raw: [3K-1, ...] unconstrained u_w | u_h | u_d.
-        bound: B, half the width of the interval.
-        identity: b = log(exp(1 - ε) - 1), so that zero parameters give the identity; False is the paper's b = 0.
-        scale: c; the paper divides by the root of the conditioner's width, so that training starts from even bins.
-    Raises:
-        ValueError: if axis 0 is not 3K-1 long, or if Kε > 1.
-    Source: Durkan et al. 2019 (Neural Spline Flows), section 3.1; constants of its published code.
-    """
-    widths, heights, derivatives = _thirds(raw)
-    bins = len(widths)
-    if bins * FLOOR > 1:
-        raise ValueError(f"spline: at most {int(1 / FLOOR)} bins leave room for the floor {FLOOR}, found {bins}.")
-    stretch = 2 * bound * (1 - bins * FLOOR)
-    shift = math.log(math.expm1(1 - FLOOR)) if identity else 0.0
-
-    least = raw.new_full((), 2 * bound * FLOOR, dtype=widths.dtype)
-
-    def share(u: Tensor) -> Tensor:
-        return torch.add(least, (u * scale if scale != 1 else u).softmax(0), alpha=stretch)
-
-    return Knots(share(widths), share(heights), F.softplus(derivatives + shift) + FLOOR)
-
-
-def bounded(raw: Tensor, bound: float, *, scale: float = 1.0) -> Knots:
-    """Knots from softly limited parameters: w = 2B softmax(v_w), d = exp(v_d); zero parameters give the identity.
-
-    v = u/(1 + |u/ℓ|) for derivatives and u/(1 + |2u/ℓ|) for c u_w and c u_h, with ℓ = log 1e-3: derivatives stay within
-    (1e-3, 1e3), and two widths within that ratio of each other. There are no floors; it conditions better in float32
-    and allows less sharp densities than `durkan`.
-
-    Args:
-        raw: [3K-1, ...] unconstrained u_w | u_h | u_d.
-        bound: B, half the width of the interval.
-        scale: c.
-    Source: the zuko library (MonotonicRQSTransform), in place of the floors of Durkan et al. 2019, section 3.1.
-    """
-    widths, heights, derivatives = _thirds(raw)
-    limit = -math.log(SLOPE)
-
-    def share(u: Tensor) -> Tensor:
-        u = u * scale if scale != 1 else u
-        return (u / (1 + (2 / limit * u).abs())).softmax(0) * (2 * bound)
-
-    return Knots(share(widths), share(heights), (derivatives / (1 + (derivatives / limit).abs())).exp())
-
-
-def rational_quadratic(x: Tensor, knots: Knots, bound: float, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """The spline (or its inverse) and the log of its slope, elementwise; the identity outside [-bound, bound].
+def rational_quadratic(x: Tensor, raw: Tensor, form: Form, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    """The spline (or its inverse) and the log of its slope, elementwise.
 
     In the bin from (x_k, y_k) with width w, height h, s = h/w, end slopes d_0, d_1, and ξ = (x - x_k)/w, q = ξ(1 - ξ):
 
@@ -99,97 +25,138 @@ def rational_quadratic(x: Tensor, knots: Knots, bound: float, *, inverse: bool =
     The inverse solves the quadratic for ξ in the form without cancellation; its gradient is that of the implicit
     function, so no square root is differentiated. Gradients of every order exist.
 
+    Outside [-B, B], `linear` is the identity, `bounded` is not defined, and `circular` goes on periodically, so that
+    f(x + 2B) = f(x) + 2B: a map of the circle [-B, B) with ends joined smoothly, of which -B is a fixed point.
+
     Args:
         x: [...] inputs (points y if inverse).
-        knots: widths, heights and derivatives that broadcast against [K, ...] and [K-1, ...].
-        bound: B > 0, in the units of x.
+        raw: [P, ...] parameters, see `knots.Form`, that broadcast against [P, *x.shape].
     Returns:
         The mapped points in the dtype of x, and log|dy/dx| (log|dx/dy| if inverse) in at least float32, both [...].
         NaN gives NaN.
-    Source: Durkan et al. 2019 (Neural Spline Flows), equations 4-8 and appendix A.
+    Raises:
+        ValueError: if P fits no number of bins; or, for `bounded`, if an input lies outside: reading that waits for
+            the device. Compiled or under vmap nothing is read, and inputs outside give NaN.
+    Source: Durkan et al. 2019 (Neural Spline Flows), equations 4-8 and appendix A; circular: Rezende et al. 2020
+        (Normalizing Flows on Tori and Spheres), section 2.1.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shape = torch.broadcast_shapes(x.shape, knots.widths.shape[1:])
-    full = [part.to(dtype).expand(len(part), *shape) for part in knots]
-    y, log_slope, *_ = _Spline.apply(x.to(dtype).expand(shape), *full, bound, inverse)
-    return y.to(x.dtype), log_slope
+    dtype = torch.promote_types(torch.promote_types(x.dtype, raw.dtype), torch.float32)
+    shape = torch.broadcast_shapes(x.shape, raw.shape[1:])
+    bins = form.bins(len(raw))
+    v = (inside(x, form.bound) if form.tails == "bounded" else x).to(dtype).expand(shape)
+    raw = raw.to(dtype).reshape(len(raw), *(1,) * (len(shape) + 1 - raw.ndim), *raw.shape[1:])
+    turns = 0.0
+    if form.tails == "circular":
+        turns = 2 * form.bound * ((v.detach() + form.bound) / (2 * form.bound)).floor()
+        v = v - turns
+    y, log_slope, *_ = _Spline.apply(v, raw, form, bins, inverse)
+    return (y + turns if form.tails == "circular" else y).to(x.dtype), log_slope
+
+
+def inside(x: Tensor, bound: float) -> Tensor:
+    """x, with NaN for what lies outside and cannot be read.
+
+    Raises:
+        ValueError: naming the first element outside.
+    """
+    outside = x.abs() > bound
+    if torch.compiler.is_compiling():
+        return x.masked_fill(outside, math.nan)
+    try:
+        found = bool(outside.any())
+    except RuntimeError:  # under vmap there is no single answer
+        return x.masked_fill(outside, math.nan)
+    if found:
+        at = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"spline: element {at} is {x[at].item():.6g}, outside [{-bound:g}, {bound:g}], where a spline with "
+            "tails=bounded is defined. Raise bound, scale the data, or take tails=linear."
+        )
+    return x
 
 
 class _Bin(NamedTuple):
-    """The bin of each point: its width, its mean slope s = h/w, the slopes at its ends, and the position ξ in it."""
+    """The bin of each point, stacked on axis 0: its lower corner (left, bottom), its size (width, height), and the
+    slopes at its ends. Distances are measured from -bound, so that sums of widths are knots as they stand."""
 
-    width: Tensor
-    slope: Tensor
-    first: Tensor
-    last: Tensor
-    position: Tensor
-
-
-def _look_up(values: Tensor, index: Tensor, edge: float) -> Tensor:
-    """values[index] along axis 0, and `edge` where the index is -1 or one too large."""
-    if len(values) == 0:
-        return values.new_full(index.shape[1:], edge)
-    found = values.gather(0, index.clamp(0, len(values) - 1))
-    return torch.where((index < 0) | (index >= len(values)), edge, found)[0]
+    corner: Tensor
+    size: Tensor
+    ends: Tensor
 
 
-def _locate(v: Tensor, knots: Knots, bound: float, inverse: bool) -> tuple[_Bin, Tensor, Tensor, Tensor]:
-    """The bin of each point, its lower corner, and which knots after the first lie at or below the point [K, ...].
-
-    Distances are measured from -bound, so that sums of widths are knots as they stand.
-    """
-    rights, tops, v = knots.widths.cumsum(0), knots.heights.cumsum(0), v + bound
-    passed = v >= (tops if inverse else rights)
-    index = passed[:-1].sum(0, keepdim=True)
-    left, bottom = _look_up(rights, index - 1, 0.0), _look_up(tops, index - 1, 0.0)
-    width, height = knots.widths.gather(0, index)[0], knots.heights.gather(0, index)[0]
-    first, last = _look_up(knots.derivatives, index - 1, 1.0), _look_up(knots.derivatives, index, 1.0)
-    bin = _Bin(width, height / width, first, last, v)
-    position = _solve(bin, v - bottom) if inverse else (v - left) / width
-    # knots are rounded sums, so a point at the end of its bin may miss [0, 1], and D > 0 is certain only there
-    return bin._replace(position=position.clamp(0, 1)), left, bottom, passed
+def _running_sums(sizes: Tensor) -> Tensor:
+    """sizes.cumsum(1). On a CPU, adding whole rows runs along memory, where cumsum walks across it."""
+    bins, each = sizes.shape[1], sizes[:, 0].numel()
+    if sizes.device.type != "cpu" or each < 64 * bins:
+        return sizes.cumsum(1)
+    sums = sizes.clone()
+    for k in range(1, bins):
+        sums[:, k] += sums[:, k - 1]
+    return sums
 
 
-def _solve(bin: _Bin, v: Tensor) -> Tensor:
-    """ξ at the height v above the lower corner: the root 2c/(-b - √(b² - 4ac)) of a ξ² + b ξ + c = 0."""
-    height, tension = bin.slope * bin.width, bin.first + bin.last - 2 * bin.slope
-    a = height * (bin.slope - bin.first) + v * tension
-    b = height * bin.first - v * tension
-    c = -bin.slope * v
+def _locate(v: Tensor, raw: Tensor, shares: Tensor, form: Form, bins: int, inverse: bool) -> tuple[_Bin, Tensor]:
+    """The bin of each point v >= 0 and its number [1, ...]: how many knots after the first lie at or below it."""
+    sizes = form.sizes(shares)
+    edges = _running_sums(sizes)
+    passed = v >= edges[int(inverse), :-1]
+    index = passed.sum(0, keepdim=True, dtype=torch.uint8 if bins <= 256 else torch.int16)
+    place = index.long()
+    both = place.expand(2, *place.shape)
+    full = (2, bins, *v.shape)
+    size = sizes.expand(full).gather(1, both)[:, 0]
+    corner = edges.expand(full).gather(1, (both - 1).clamp(min=0))[:, 0] * index.to(v.dtype).clamp(max=1)
+    slopes = raw[2 * bins :]
+    if len(slopes) == 0:
+        return _Bin(corner, size, torch.ones_like(size)), index
+    rows, free = form.ends(place, bins)
+    ends = form.slopes(slopes.expand(len(slopes), *v.shape).gather(0, rows))
+    return _Bin(corner, size, torch.ones_like(ends).lerp(ends, free.to(ends.dtype))), index
+
+
+def _position(v: Tensor, bin: _Bin, inverse: bool) -> Tensor:
+    """ξ of the point v; if inverse, at the height v: the root 2c/(-b - √(b² - 4ac)) of a ξ² + b ξ + c = 0."""
+    left, bottom = bin.corner
+    width, height = bin.size
+    if not inverse:
+        # knots are rounded sums, so a point at the end of its bin may miss [0, 1], and D > 0 is certain only there
+        return ((v - left) / width).clamp(0, 1)
+    v, s, (first, last) = v - bottom, height / width, bin.ends
+    bend = v * (first + last - 2 * s)
+    a, b, c = height * (s - first) + bend, height * first - bend, -s * v
     # b² - 4ac >= 0 for 0 <= v <= h because a root exists there; only rounding goes below.
     # b + √… > 0: where b <= 0, v·tension >= h d_0, so a >= h s > 0, -4ac > 0 and √… > |b|.
-    return 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())
+    return (2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())).clamp(0, 1)
 
 
-def _evaluate(bin: _Bin) -> tuple[Tensor, Tensor, Tensor]:
-    """r = (s ξ² + d_0 q)/D, the fraction of the height reached; D; and A in dy/dx = s² A/D²."""
-    xi, rest = bin.position, 1 - bin.position
-    q = xi * rest
-    denominator = bin.slope + (bin.first + bin.last - 2 * bin.slope) * q
-    numerator = bin.last * xi * xi + 2 * bin.slope * q + bin.first * rest * rest
-    return (bin.slope * xi * xi + bin.first * q) / denominator, denominator, numerator
+def _evaluate(bin: _Bin, xi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s; r = (s ξ² + d_0 q)/D, the fraction of the height reached; D; and A in dy/dx = s² A/D²."""
+    (width, height), (first, last) = bin.size, bin.ends
+    s, rest = height / width, 1 - xi
+    q, square = xi * rest, xi * xi
+    sq = s * q
+    denominator = s + (first + last) * q - 2 * sq
+    numerator = last * square + 2 * sq + first * rest * rest
+    return s, (s * square + first * q) / denominator, denominator, numerator
 
 
 class _Gradients(NamedTuple):
-    """Gradients of the input, of the lower corner (left, bottom) of its bin, and of the bin's sizes and end slopes."""
+    """Gradients of the input, of the lower corner of its bin, and of the bin's size and end slopes (stacked)."""
 
     x: Tensor
-    left: Tensor
-    bottom: Tensor
-    width: Tensor
-    height: Tensor
-    first: Tensor
-    last: Tensor
+    corner: Tensor
+    size: Tensor
+    ends: Tensor
 
 
-def _pull_back(bin: _Bin, gy: Tensor, gl: Tensor, inverse: bool) -> _Gradients:
+def _pull_back(bin: _Bin, xi: Tensor, gy: Tensor, gl: Tensor, inverse: bool) -> _Gradients:
     """Gradients from those of the mapped point (gy) and of its log-slope L (gl); the inverse by the implicit function.
 
     The inverse returns -L. With G = gy - gl ∂L/∂x, its input has the gradient G/(dy/dx), and the parameters have those
     of the forward map for -G/(dy/dx) and -gl in place of gy and gl.
     """
-    width, s, first, last, xi = bin
-    r, d, a = _evaluate(bin)
+    width, (first, last) = bin.size[0], bin.ends
+    s, r, d, a = _evaluate(bin, xi)
     rest = 1 - xi
     q, turn = xi * rest, rest - xi
     l_x = 2 * ((last * xi + s * turn - first * rest) / a - (first + last - 2 * s) * turn / d) / width
@@ -198,16 +165,14 @@ def _pull_back(bin: _Bin, gy: Tensor, gl: Tensor, inverse: bool) -> _Gradients:
         gx, gy, gl = -gy, (gl * l_x - gy) / slope, -gl
     else:
         gx = gy * slope + gl * l_x
-    gyh = gy * (s * width) / d
-    gs = gyh * (xi * xi - r * (1 - 2 * q)) + 2 * gl * (1 / s + q / a - (1 - 2 * q) / d)
+    gyh, la, ld = gy * (s * width) / d, gl / a, 2 * gl / d
+    gs = gyh * (xi * xi - r * (1 - 2 * q)) + 2 * (gl / s + la * q) - ld * (1 - 2 * q)
+    gsw = gs / width
     return _Gradients(
         x=-gy if inverse else gx,
-        left=-gx,
-        bottom=gy,
-        width=-gs * s / width - xi * gx,
-        height=gy * r + gs / width,
-        first=gyh * q * (1 - r) + gl * (rest * rest / a - 2 * q / d),
-        last=-gyh * q * r + gl * (xi * xi / a - 2 * q / d),
+        corner=torch.stack((-gx, gy)),
+        size=torch.stack((-gsw * s - xi * gx, gy * r + gsw)),
+        ends=torch.stack((gyh * q * (1 - r) + la * rest * rest - ld * q, la * xi * xi - ld * q - gyh * q * r)),
     )
 
 
@@ -220,48 +185,75 @@ class _Spline(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, inverse: bool
-    ) -> tuple[Tensor, ...]:
-        knots = Knots(widths, heights, derivatives)
-        bin, left, bottom, passed = _locate(x.clamp(-bound, bound), knots, bound, inverse)
-        r, d, a = _evaluate(bin)
-        log_slope = a.log() + 2 * (bin.slope / d).log()
-        y = left + bin.position * bin.width if inverse else bottom + r * (bin.slope * bin.width)
-        outside = x.abs() > bound
-        y = torch.where(outside, x, y - bound)
-        log_slope = torch.where(outside, 0, -log_slope if inverse else log_slope)
-        return y, log_slope, passed, *bin
+    def forward(x: Tensor, raw: Tensor, form: Form, bins: int, inverse: bool) -> tuple[Tensor, ...]:
+        bound = form.bound
+        v = x.clamp(-bound, bound) + bound
+        shares = form.shares(raw, bins)
+        bin, index = _locate(v, raw, shares, form, bins, inverse)
+        xi = _position(v, bin, inverse)
+        s, r, d, a = _evaluate(bin, xi)
+        log_slope = (a * (s / d) ** 2).log()
+        log_slope = -log_slope if inverse else log_slope
+        y = bin.corner[0] + xi * bin.size[0] if inverse else bin.corner[1] + r * bin.size[1]
+        y = y - bound
+        if form.tails == "linear":
+            outside = x.abs() > bound
+            y, log_slope = torch.where(outside, x, y), log_slope.masked_fill(outside, 0)
+        else:
+            y = y.clamp(-bound, bound)  # rounded sums may miss the ends, and the next layer refuses what lies outside
+        return y, log_slope, shares, index, *bin
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.bound, ctx.inverse = inputs[4:]
+        ctx.form, ctx.bins, ctx.inverse = inputs[2:]
         ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(*inputs[:4], *output[2:])
+        ctx.set_materialize_grads(False)  # zeros for all that is kept would take longer than the gradient
+        ctx.save_for_backward(*inputs[:2], *output[2:])
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor, gl: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, widths, heights, derivatives, passed, *bin = ctx.saved_tensors
+    def backward(ctx: Any, gy: Tensor | None, gl: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, raw, shares, index, *bin = ctx.saved_tensors
+        form, bins, bound, inverse = ctx.form, ctx.bins, ctx.form.bound, ctx.inverse
+        gy, gl = (torch.zeros_like(x) if g is None else g for g in (gy, gl))
+        bin = _Bin(*bin)
+        at = x
         if torch.is_grad_enabled():
-            knots = Knots(widths, heights, derivatives)
-            at = _Spline.apply(x, *knots, ctx.bound, True)[0] if ctx.inverse else x
-            bin, _, _, passed = _locate(at.clamp(-ctx.bound, ctx.bound), knots, ctx.bound, False)
-        outside = x.abs() > ctx.bound
-        inner = _pull_back(_Bin(*bin), gy.masked_fill(outside, 0), gl.masked_fill(outside, 0), ctx.inverse)
-        gx = torch.where(outside, gy, inner.x)
-        if not any(ctx.needs_input_grad[1:4]):
-            return gx, None, None, None, None, None
-        return gx, *_spread(inner, passed), None, None
+            at = _Spline.apply(x, raw, form, bins, True)[0] if inverse else x
+            shares = form.shares(raw, bins)
+            bin, index = _locate(at.clamp(-bound, bound) + bound, raw, shares, form, bins, False)
+        xi = _position(at.clamp(-bound, bound) + bound, bin, inverse and not torch.is_grad_enabled())
+        if form.tails == "linear":
+            outside = x.abs() > bound
+            inner = _pull_back(bin, xi, gy.masked_fill(outside, 0), gl.masked_fill(outside, 0), inverse)
+            gx = torch.where(outside, gy, inner.x)
+        else:
+            inner = _pull_back(bin, xi, gy, gl, inverse)
+            gx = inner.x
+        graw = _spread(inner, bin, index, raw, shares, form) if ctx.needs_input_grad[1] else None
+        return gx, graw, None, None, None
 
 
-def _spread(inner: _Gradients, passed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of all widths, heights and interior derivatives from those of the bin of each point.
+def _spread(inner: _Gradients, bin: _Bin, index: Tensor, raw: Tensor, shares: Tensor, form: Form) -> Tensor:
+    """Gradients of all raw parameters from those of the bin of each point.
 
-    A knot is the sum of the bins below it, so every bin below the point's own has the gradient of the lower corner.
+    A knot is the sum of the bins below it, so every bin below the point's own has the gradient of the lower corner:
+    G_j = g_corner for j < k, g_size for j = k, 0 above. Through the softmax, p (G - ⟨G, p⟩) with
+    ⟨G, p⟩ = g_corner Σ_{j<k} p_j + g_size p_k, both known from the corner and the size.
     """
-    index = passed[:-1].sum(0, keepdim=True)
-    widths = (passed * inner.left).scatter_(0, index, inner.width[None])  # at x = B too, which passes the last knot
-    heights = (passed * inner.bottom).scatter_(0, index, inner.height[None])
-    slopes = inner.x.new_zeros(len(passed) + 1, *inner.x.shape)
-    slopes.scatter_(0, torch.cat((index, index + 1)), torch.stack((inner.first, inner.last)))
-    return widths, heights, slopes[1:-1]
+    bins = shares.shape[1]
+    stretch, least = form.stretch(bins), 2 * form.bound * form.floor
+    near = index.to(shares.dtype)
+    share, below = (bin.size - least) / stretch, (bin.corner - least * near) / stretch
+    corner, size = inner.corner * (stretch * form.scale), inner.size * (stretch * form.scale)
+    mean = corner * below + size * share
+    out = mean.new_zeros(len(raw), *mean.shape[1:])
+    row = torch.arange(bins, device=index.device, dtype=shares.dtype).reshape(bins, *(1,) * (index.ndim - 1))
+    logits, place = out[: 2 * bins].unflatten(0, (2, bins)), index.long()
+    logits.add_((near - row).clamp(0, 1)).mul_(corner[:, None]).sub_(mean[:, None]).mul_(shares)
+    logits.scatter_add_(1, place.expand(2, *place.shape), (share * size)[:, None])
+    if not form.floor:
+        logits.div_((1 + (2 / LIMIT * form.scale * raw[: 2 * bins].unflatten(0, (2, bins))).abs()) ** 2)
+    if len(raw) > 2 * bins:
+        rows, free = form.ends(place, bins)
+        out[2 * bins :].scatter_add_(0, rows, inner.ends * form.slopes_gradient(bin.ends) * free.to(mean.dtype))
+    return out.sum_to_size(raw.shape)
