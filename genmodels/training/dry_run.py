@@ -34,6 +34,7 @@ def dry_run(config: Config, root: Path) -> str:
             f"run        {root / config.name} (hash {config.hash}): {status}; nothing is written now"
             f"{', but for data.cache' if config.tree['data'].get('cache') else ''}",
             f"data       {sizes} items of {step.dataset.shape}",
+            *(f"           {line}" for line in step.dataset.checks()),
             f"model      {sum(p.numel() for p in step.model.parameters()):,} parameters",
             *_table(step.model),
             f"loss       {loss:.4f} at initialisation, of {len(batch)} items",

@@ -10,6 +10,7 @@ NETWORK = {"name": "residual_mlp", "hidden": 16, "blocks": 1}
 ARGUMENTS = {  # what has no default; anything else is built as it is
     "repeat": {"layers": [{"name": "permutation"}, {"name": "spline_coupling", "network": NETWORK}], "count": 2},
     "nflows": {"transform": "PiecewiseRationalQuadraticCDF", "arguments": {"tails": "linear", "tail_bound": 3.0}},
+    "zuko": {"flow": "NSF", "arguments": {"transforms": 1, "bins": 4, "hidden_features": [16]}},
     "inverse": {"of": {"name": "spline_coupling", "network": NETWORK}},
     "multiscale": {
         "levels": [[{"name": "permutation"}, {"name": "spline_coupling", "network": NETWORK}], [{"name": "spline"}]]
