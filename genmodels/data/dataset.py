@@ -113,7 +113,7 @@ class Dataset(ABC):
         return {}
 
     def checks(self) -> list[str]:
-        """What the data say of themselves beside published numbers, a line each; shown before training (`--dry-run`)."""
+        """What the data say of themselves beside published numbers, a line each (shown by `--dry-run`)."""
         return []
 
     def batches(self, split: Split, batch_size: int) -> Iterator[Batch]:

@@ -105,7 +105,7 @@ class ZukoBijection(Bijection):
     def _check_shape(self) -> None:
         like = next((v for v in self.state_dict().values() if v.is_floating_point()), torch.zeros(()))
         try:
-            z, log_det = self._call(like.new_full((2, *self.shape), 0.5), None, inverse=False)
+            _, log_det = self._call(like.new_full((2, *self.shape), 0.5), None, inverse=False)
         except (RuntimeError, TypeError, IndexError, AttributeError, ValueError) as error:
             width = self.num_classes or (math.prod(self.condition_shape) if self.condition_shape else 0)
             raise ValueError(
