@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..networks.made import MADE
 from ..networks.mlp import ResidualMLP
 from ..networks.network import Network
 from ..networks.resnet import ResNet
+from .autoregressive import Autoregressive
 from .bijection import Bijection
 from .coupling import Coupling
 from .elementwise import ActNorm, Elementwise
@@ -133,23 +135,48 @@ def _coupling_rows(layer: Coupling) -> _Rows:
 
 def _names(network: Network) -> dict[str, str]:
     """Our prefixes of names and theirs, of the residual networks of both."""
-    if not isinstance(network, (ResidualMLP, ResNet)):
+    if not isinstance(network, (ResidualMLP, ResNet, MADE)):
         raise ValueError(
-            f"nflows: of the networks, residual_mlp and resnet have a counterpart, found {network.registered_name}."
+            "nflows: of the networks, residual_mlp, resnet and made have a counterpart, found "
+            f"{network.registered_name}."
         )
     if network.embeddings.active:
         raise ValueError("nflows: a network with a condition is built in another way there; its weights do not fit.")
-    inner = "conv_layers" if isinstance(network, ResNet) else "linear_layers"
     names = {"first.": "initial_layer.", "head.": "final_layer."}
+    if isinstance(network, MADE):
+        inner = "blocks.{0}.linear_layers.{1}." if network.residual else "blocks.{2}.linear."
+        inner = {f"layers.{k}.": inner.format(k // 2, k % 2, k) for k in range(len(network.layers))}
+        return {**names, **inner}
+    inner = "conv_layers" if isinstance(network, ResNet) else "linear_layers"
     for k in range(len(network.blocks)):
         names |= {f"blocks.{k}.first.": f"blocks.{k}.{inner}.0.", f"blocks.{k}.second.": f"blocks.{k}.{inner}.1."}
         names[f"blocks.{k}.norms."] = f"blocks.{k}.batch_norm_layers."
     return names
 
 
+def _masks(network: MADE, rows: _Rows) -> State:
+    """What their masked layers keep beside weights: masks, and degrees, which only their constructor reads."""
+    hidden, last = network.input_mask.sum(1).long(), network.places.argsort() + 1
+    each = network.out_shape[0] // len(last)
+    masks = {"initial_layer": (network.input_mask, hidden)}
+    for theirs in list(_names(network).values())[2:]:
+        masks[theirs.rstrip(".")] = (network.hidden_mask, hidden)
+    masks["final_layer"] = (rows.theirs(network.output_mask, False), last.repeat_interleave(each))
+    return {
+        f"{name}.{key}": value
+        for name, pair in masks.items()
+        for key, value in zip(("mask", "degrees"), pair, strict=True)
+    }
+
+
+def _weights(network: Network) -> State:
+    """All but the order of a `made` that drew one, which their masks tell."""
+    return {key: value for key, value in network.state_dict().items() if key != "order"}
+
+
 def _network_out(network: Network, rows: _Rows, prefix: str) -> State:
     found, names = {}, _names(network)
-    for key, value in network.state_dict().items():
+    for key, value in _weights(network).items():
         start = next(start for start in names if key.startswith(start))
         value = rows.theirs(value, key.endswith("bias")) if start == "head." else value
         found[f"{prefix}{names[start]}{key.removeprefix(start)}"] = value
@@ -158,7 +185,7 @@ def _network_out(network: Network, rows: _Rows, prefix: str) -> State:
 
 def _network_in(network: Network, rows: _Rows, theirs: State, prefix: str) -> State:
     found, names = {}, _names(network)
-    for key in network.state_dict():
+    for key in _weights(network):
         start = next(start for start in names if key.startswith(start))
         value = theirs[f"{prefix}{names[start]}{key.removeprefix(start)}"]
         found[key] = rows.ours(value, key.endswith("bias")) if start == "head." else value
@@ -201,6 +228,31 @@ def _coupling_in(layer: Coupling, theirs: State) -> State:
     return {**found, "own.raw": _free_in(layer.own, own)["raw"]}
 
 
+def _autoregressive_rows(layer: Autoregressive) -> _Rows:
+    count = layer.shape[0]
+    if isinstance(layer.map, Affine):
+        if layer.map.form != "softplus":
+            raise ValueError(f"nflows: an affine autoregressive layer has form: softplus, found {layer.map.form}.")
+        shift = torch.zeros(2, count, dtype=torch.float64)
+        shift[1] = SHIFT
+        return _Rows(torch.arange(2 * count).reshape(count, 2).flip(1).T.flatten(), shift.flatten())
+    if layer.scale != 1.0:
+        raise ValueError("nflows: the splines of its autoregressive layers have scale_logits: false, found true.")
+    return _spline_rows(layer.map, count)
+
+
+def _autoregressive_out(layer: Autoregressive) -> State:
+    rows, start = _autoregressive_rows(layer), "autoregressive_net."
+    found = _network_out(layer.network, rows, start)
+    return {**found, **{f"{start}{key}": value for key, value in _masks(layer.network, rows).items()}}
+
+
+def _autoregressive_in(layer: Autoregressive, theirs: State) -> State:
+    network = _network_in(layer.network, _autoregressive_rows(layer), theirs, "autoregressive_net.")
+    own = {key: value for key, value in layer.state_dict().items() if key == "network.order"}
+    return {**own, **{f"network.{key}": value for key, value in network.items()}}
+
+
 class Pair(NamedTuple):
     """Our layer as their weights, and their weights as a state dict of our layer; both without a prefix."""
 
@@ -214,5 +266,6 @@ LAYERS: dict[type[Bijection], Pair] = {
     Conv1x1: Pair(_conv_out, _conv_in),
     ActNorm: Pair(_act_norm_out, _act_norm_in),
     Elementwise: Pair(_free_out, _free_in),
+    Autoregressive: Pair(_autoregressive_out, _autoregressive_in),
     Coupling: Pair(_coupling_out, _coupling_in),
 }

@@ -97,6 +97,20 @@ def paper(**more):
     return [step for k in range(5) for step in (*LINEAR, coupling(k % 2 == 0, **more))] + LINEAR
 
 
+MADE = {"name": "made", "hidden": HIDDEN, "blocks": 2}
+
+
+def masked_spline():
+    return T.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+        D, HIDDEN, num_blocks=2, num_bins=BINS, tails="linear", tail_bound=3.0
+    )
+
+
+def masked(**more):
+    layer = {"name": "autoregressive", "network": MADE, "map": SPLINE, **more}
+    return [step for _ in range(5) for step in (*LINEAR, layer)] + LINEAR
+
+
 IMAGE = (2, 4, 4)
 CONV = {"name": "resnet", "width": HIDDEN, "blocks": 1, "batch_norm": True}
 
@@ -153,6 +167,22 @@ CASES = {
             ]
         ),
         [{"name": "inverse", "of": {"name": "elementwise", "map": SPLINE}}, {"name": "act_norm"}],
+        (D,),
+    ),
+    "autoregressive": (lambda: steps(*(masked_spline() for _ in range(5))), masked(), (D,)),
+    "autoregressive, identity": (
+        lambda: steps(*(masked_spline() for _ in range(5))),
+        masked(map={**SPLINE, "identity": True}),
+        (D,),
+    ),
+    "maf": (
+        lambda: steps(*(T.MaskedAffineAutoregressiveTransform(D, HIDDEN, num_blocks=2) for _ in range(5))),
+        masked(map={"name": "affine", "form": "softplus"}),
+        (D,),
+    ),
+    "maf of plain layers": (
+        lambda: T.MaskedAffineAutoregressiveTransform(D, HIDDEN, num_blocks=3, use_residual_blocks=False),
+        masked(map={"name": "affine", "form": "softplus"}, network={**MADE, "residual": False, "blocks": 3})[2:3],
         (D,),
     ),
     "image": (image_flow, [{"name": "multiscale", "levels": [IMAGE_LEVEL, IMAGE_LEVEL]}], IMAGE),
@@ -286,7 +316,10 @@ def test_differences_are_listed_layer_by_layer_and_nothing_is_changed():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"name": "coupling", "network": {"name": "mlp"}}, "residual_mlp and resnet have a counterpart, found mlp"),
+        (
+            {"name": "coupling", "network": {"name": "mlp"}},
+            "residual_mlp, resnet and made have a counterpart, found mlp",
+        ),
         (
             {
                 "name": "coupling",
@@ -300,6 +333,8 @@ def test_differences_are_listed_layer_by_layer_and_nothing_is_changed():
             "form: sigmoid, found exp",
         ),
         ({"name": "coupling", "network": NETWORK, "scale_logits": False}, "scale_logits: true, found false"),
+        ({"name": "autoregressive", "scale_logits": True}, "scale_logits: false, found true"),
+        ({"name": "autoregressive", "map": {"name": "affine", "form": "sigmoid"}}, "form: softplus, found sigmoid"),
         ({"name": "conv1x1"}, "OneByOneConvolution takes images"),
         ({"name": "nflows", "transform": "Tanh"}, "layers.bijections.0 (nflows) has no counterpart"),
     ],
@@ -307,6 +342,14 @@ def test_differences_are_listed_layer_by_layer_and_nothing_is_changed():
 def test_layers_without_a_counterpart_are_named(layer, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         export_nflows(ours([layer]))
+
+
+def test_another_order_of_the_variables_is_exported_in_the_masks_but_not_loaded():
+    layer = {"name": "autoregressive", "map": SPLINE, "network": {**MADE, "order": "random"}}
+    flow, theirs, x = ours([layer]), their(masked_spline), items()
+    refused(flow, theirs.state_dict(), "initial_layer.mask differs")
+    theirs.load_state_dict(export_nflows(flow, like=theirs.state_dict()))
+    torch.testing.assert_close(theirs.log_prob(x), flow.log_prob(x), rtol=0, atol=1e-10)
 
 
 def test_networks_with_conditions_are_refused():
