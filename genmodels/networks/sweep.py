@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Staircase:
-    """A linear layer W h + b of which columns (of W) and rows become known in steps: those of step t need no later ones.
+    """A linear layer W h + b of which columns (of W) and rows become known in steps, rows by the columns so far.
 
     Steps are grouped: what earlier groups contribute to a group is one product, so that the small product of each step
     reads only the columns of its own group. Every weight is used at most once.
