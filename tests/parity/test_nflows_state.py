@@ -380,7 +380,7 @@ def test_the_example_of_the_documentation():
 
 @pytest.mark.parametrize("kind", ["", "_ar"])
 def test_the_recipe_of_a_table_is_the_flow_of_the_paper(kind):
-    """MINIBOONE as the paper's code builds it, from its own functions of nflows: every tensor and mask has its place."""
+    """MINIBOONE as the paper's code builds it, with nflows: every tensor and mask has its place."""
     dims, bins, hidden = 43, 4, 64 if kind else 32
 
     def layer(i):
