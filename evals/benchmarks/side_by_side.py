@@ -15,8 +15,13 @@ Medians = dict[str, dict[str, float]]  # task -> contender -> milliseconds
 
 
 def medians(contenders: Mapping[str, Tasks], repeats: int, warm_up: int = 2) -> Medians:
-    """Median CPU milliseconds of every task of every contender; they take turns, so that noise meets all alike."""
-    times = {task: {name: [] for name in contenders} for task in next(iter(contenders.values()))}
+    """Median CPU milliseconds of every task of every contender that has it; they take turns, so that noise meets all.
+
+    The first contender has every task.
+    """
+    times = {
+        task: {name: [] for name, own in contenders.items() if task in own} for task in next(iter(contenders.values()))
+    }
     for round_ in range(-warm_up, repeats):
         for task, row in times.items():
             for name, seconds in row.items():
@@ -34,8 +39,8 @@ def report(found: Medians, size: Mapping[str, int], path: Path, **more: Any) -> 
         size: what was measured: batch, repeats, …
         more: further facts for the file.
     """
-    others = [name for name in next(iter(found.values())) if name != "ours"]
-    ratios = {task: {n: round(row[n] / row["ours"], 2) for n in others} for task, row in found.items()}
+    others = [name for name in dict.fromkeys(n for row in found.values() for n in row) if name != "ours"]
+    ratios = {task: {n: round(row[n] / row["ours"], 2) for n in others if n in row} for task, row in found.items()}
     result = {
         "what": "median CPU milliseconds of one call, one thread, float32",
         "size": dict(size),
@@ -52,10 +57,12 @@ def report(found: Medians, size: Mapping[str, int], path: Path, **more: Any) -> 
     heads = (
         "".join(f"{name:>11}" for name in ("ours", *others)) + "  ms" + "".join(f"{n + '/ours':>16}" for n in others)
     )
-    print(f"{'':22}{heads}")
+    wide = max(22, *(len(task) + 1 for task in found))
+    print(f"{'':{wide}}{heads}")
     for task, row in found.items():
-        times = "".join(f"{row[name]:11.2f}" for name in ("ours", *others))
-        print(f"{task:22}{times}    " + "".join(f"{ratios[task][name]:16.2f}" for name in others))
+        times = "".join(f"{row[name]:11.2f}" if name in row else f"{'':11}" for name in ("ours", *others))
+        rows = "".join(f"{ratios[task][name]:16.2f}" if name in row else f"{'':16}" for name in others)
+        print(f"{task:{wide}}{times}    {rows}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}")

@@ -124,6 +124,10 @@ class Dataset(ABC):
         """Exact bits/dim of simple models on the test split by name, to read a model's number against."""
         return {}
 
+    def checks(self) -> list[str]:
+        """What the data say of themselves beside published numbers, a line each (shown by `--dry-run`)."""
+        return []
+
     def batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
         """One pass over a split in order."""
         for rows in torch.arange(self.size(split)).split(batch_size):

@@ -15,6 +15,7 @@ from ..registry import ConfigError, register
 from ..schema import near
 from ..types import Condition, Shape
 from .bijection import Bijection
+from .context import context_vectors
 
 ACTIVATIONS = ("celu", "elu", "gelu", "leaky_relu", "mish", "relu", "selu", "silu", "softplus", "tanh")
 
@@ -148,7 +149,7 @@ class NflowsBijection(Bijection):
         if len(x) == 0:  # nflows looks at the extremes of its inputs
             return x.reshape(0, *shape), x.new_zeros(0, dtype=torch.float64)
         try:
-            y, log_det = function(x, self._context(condition, x))
+            y, log_det = function(x, context_vectors(condition, x, self.num_classes, self.condition_shape))
         except InputOutsideDomain as error:
             raise ValueError(_outside(error)) from error
         except InverseNotAvailable as error:
@@ -159,17 +160,6 @@ class NflowsBijection(Bijection):
                 "float64, or a spline of genmodels (`coupling`, `elementwise`), which does not fail."
             ) from error
         return y, log_det.to(x.device, torch.float64)
-
-    def _context(self, condition: Condition | None, x: Tensor) -> Tensor | None:
-        """[B, width], or None for a transform without context."""
-        if self.num_classes is not None:
-            none = torch.full((len(x),), self.num_classes, device=x.device)
-            labels = none if condition is None else condition
-            return F.one_hot(labels, self.num_classes + 1)[:, :-1].to(x.dtype)
-        if self.condition_shape is not None:
-            width = math.prod(self.condition_shape)
-            return x.new_zeros(len(x), width) if condition is None else condition.flatten(1).to(x.dtype)
-        return None
 
     @torch.no_grad()
     def _measure(self) -> Shape:

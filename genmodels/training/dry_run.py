@@ -35,6 +35,7 @@ def dry_run(config: Config, root: Path) -> str:
             f"run        {root / config.name} (hash {config.hash}): {status}; nothing is written now"
             f"{', but for data.cache' if config.tree['data'].get('cache') else ''}",
             f"data       {sizes} items of {step.dataset.shape}",
+            *(f"           {line}" for line in step.dataset.checks()),
             f"model      {_parameters(step.model)}",
             *_table(step.model),
             f"loss       {loss:.4f} at initialisation, of {len(batch)} items",

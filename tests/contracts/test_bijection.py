@@ -11,6 +11,7 @@ ARGUMENTS = {  # what has no default; anything else is built as it is
     "autoregressive": {"network": {"name": "made", "hidden": 8, "blocks": 1}},
     "repeat": {"layers": [{"name": "permutation"}, {"name": "coupling", "network": NETWORK}], "count": 2},
     "nflows": {"transform": "PiecewiseRationalQuadraticCDF", "arguments": {"tails": "linear", "tail_bound": 3.0}},
+    "zuko": {"flow": "NSF", "arguments": {"transforms": 1, "passes": 2, "bins": 4, "hidden_features": [16]}},
     "inverse": {"of": {"name": "coupling", "network": NETWORK}},
     "fold": {"height": 3},
     "row_autoregressive": {"network": {"name": "wavenet2d", "channels": 6, "layers": 3, "height_cycle": 2}},
@@ -100,7 +101,7 @@ def test_the_condition_matters_where_there_is_a_network(name, kind):
     labels = torch.tensor([0, 1, 2, 0])
     condition = labels if kind == "labels" else items(4, vectors, seed=5)
     given, other = f(x, condition), f(x, (labels + 1) % 3 if kind == "labels" else condition + 1)
-    learns = any("network" in key for key, _ in f.named_modules())
+    learns = any("network" in key or "hyper" in key for key, _ in f.named_modules())
     assert ((given[0] - other[0]).flatten(1).abs().amax(1) > 1e-6).all() == learns
     torch.testing.assert_close(f.inverse(given[0], condition)[0], x, rtol=0, atol=1e-10)
     rows = [f(x[i : i + 1], condition[i : i + 1]) for i in range(4)]

@@ -88,15 +88,6 @@ def test_the_density_integrates_to_one(noise, map):
     assert abs(mass(make(layers=layers, noise=noise), -8, 8, 400) - 1) < 2e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_the_density_of_a_large_flow_integrates_to_one(noise):
-    network = {"name": "residual_mlp", "hidden": 64, "blocks": 2}
-    coupling = {"name": "coupling", "map": {"name": "rational_quadratic", "identity": False}, "network": network}
-    layers = [{"name": "permutation"}, {"name": "lu_linear"}, coupling] * 4
-    assert abs(mass(make(layers=layers, noise=noise), -8, 8, 800) - 1) < 2e-3
-
-
 @pytest.mark.parametrize("shape", [(3,), (2, 2, 3)])
 @pytest.mark.parametrize("conditional", [False, True])
 def test_log_prob_is_the_change_of_variables(shape, conditional):
@@ -335,42 +326,6 @@ def test_it_learns_a_gaussian():
     covariance = torch.cov(x.T, correction=0).double()
     best = 0.5 * torch.logdet(covariance) + 1 + math.log(2 * math.pi)
     assert 0 <= -flow.log_prob(x).mean().item() - best.item() < 1e-3
-
-
-@pytest.mark.slow
-def test_a_spline_flow_learns_a_bent_gaussian():
-    """x2 = x1²/2 + 0.3 noise has log p = -1.6339 nats on average; small flows of other libraries reach -1.65."""
-    network = {"name": "residual_mlp", "hidden": 64, "blocks": 2}
-    layers = [{"name": "permutation", "order": "reverse"}, {"name": "lu_linear"}]
-    layers = [*layers, {"name": "coupling", "network": network}] * 4
-    flow = make((2,), layers, 0.0).float().train()
-    optimizer = torch.optim.Adam(flow.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
-
-    def draw(n, g):
-        first, noise = torch.randn(2, n, generator=g)
-        return torch.stack((first, 0.5 * first**2 + 0.3 * noise), 1)
-
-    g = torch.Generator().manual_seed(0)
-    for _ in range(600):
-        optimizer.zero_grad()
-        flow.loss(Batch(draw(512, g))).value.mean().backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
-    x = draw(20_000, torch.Generator().manual_seed(1))
-    first, second = x.double().unbind(1)
-    normal = torch.distributions.Normal(0.0, 1.0)
-    truth = normal.log_prob(first) + normal.log_prob((second - 0.5 * first**2) / 0.3) - math.log(0.3)
-    gap = (truth - flow.eval().log_prob(x).detach()).mean().item()
-    assert 0 < gap < 0.03
-
-
-@pytest.mark.slow
-def test_a_flow_compiles_to_one_graph():
-    flow, x = make((4,)), items(16, 4)
-    compiled = torch.compile(flow.layers, fullgraph=True)
-    torch.testing.assert_close(compiled(x), flow.layers(x), rtol=1e-9, atol=1e-9)
 
 
 def test_layers_run_under_vmap():

@@ -20,5 +20,5 @@ def test_importing_the_package_imports_nothing_heavy_and_sets_nothing():
     assert done.returncode == 0, done.stderr
     before, after, modules = json.loads(done.stdout)
     assert before == after
-    heavy = {"accelerate", "diffusers", "transformers", "nflows", "matplotlib", "sklearn", "scipy", "h5py"}
+    heavy = {"accelerate", "diffusers", "transformers", "nflows", "zuko", "matplotlib", "sklearn", "scipy", "h5py"}
     assert heavy & set(modules) == set(), "import heavy packages inside the functions that use them"

@@ -1,15 +1,22 @@
 """The five published tables: what is done to their rows, and the files they come from."""
 
+import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 
+from genmodels.baselines import Gaussian
+from genmodels.config import Config
 from genmodels.data import uci
 from genmodels.data.uci import TABLES, UCI, OtherRows
 from genmodels.registry import ConfigError
+from genmodels.training.dry_run import dry_run
+from genmodels.transforms import Identity
 from tests.data_files import gas_columns, hepmass_rows, write_uci
 
 SPLITS = ("train", "val", "test")
@@ -206,7 +213,7 @@ def test_prepared_rows_without_a_rule_need_the_published_sizes(table, tmp_path, 
     np.save(tmp_path / f"{table.upper()}.npy", x)
     with pytest.raises(ConfigError, match=rf"has 60 rows, but the splits of '{table}' add up to"):
         read(table, tmp_path)
-    monkeypatch.setitem(TABLES, table, uci.Published(TABLES[table].files, x.shape[1], (40, 5, 15)))
+    monkeypatch.setitem(TABLES, table, replace(TABLES[table], sizes=(40, 5, 15)))
     data = read(table, tmp_path)
     for split, part in zip(SPLITS, (x[:40], x[40:45], x[45:]), strict=True):
         np.testing.assert_array_equal(rows(data, split), part)
@@ -278,3 +285,85 @@ def test_damaged_files_are_named(tmp_path):
         ConfigError, match="needs the arrays train, validation and test; it holds those of: train, test"
     ):
         read("bsds300", tmp_path)
+
+
+@every
+def test_files_with_other_columns_are_refused(table, tmp_path):
+    """One column too many in each of the published formats."""
+    folder = write_uci(tmp_path, table)
+    file = folder / {"bsds300": "BSDS300"}.get(table, table) / TABLES[table].files[0 if table != "gas" else 1]
+    message = f"gives rows of {TABLES[table].dims + 1} numbers, but '{table}' has {TABLES[table].dims}"
+    if file.suffix == ".npy":
+        x = np.load(file)
+        np.save(file, np.c_[x, np.random.RandomState(0).rand(len(x))])
+        message = "9 columns, but the published" if table == "power" else message
+    elif file.suffix == ".csv":
+        for path in file.parent.glob("*.csv"):
+            lines = path.read_text().splitlines()
+            more = ["extra", *map(str, np.random.RandomState(0).rand(len(lines) - 1))]
+            last = path.name == "1000_test.csv"  # it has one more column at its end anyway
+            parts = [line.rsplit(",", 1) if last else [line] for line in lines]
+            path.write_text(
+                "\n".join(",".join([part[0], new, *part[1:]]) for part, new in zip(parts, more, strict=True))
+            )
+    else:
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(file, "w") as made:
+            for split in ("train", "validation", "test"):
+                made[split] = np.random.RandomState(0).rand(50, 64)
+    with pytest.raises(ConfigError, match=message):
+        read(table, folder)
+
+
+# ---- the Gaussian of the published results ----
+
+
+def gaussian_of(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean log-density of y under the Gaussian with the moments of x, by another package."""
+    return multivariate_normal(x.mean(0), np.cov(x, rowvar=False)).logpdf(y).mean()
+
+
+@every
+def test_the_gaussian_is_that_of_scipy_and_of_the_model_gaussian(table, tmp_path):
+    data = read(table, write_uci(tmp_path, table))
+    found = uci.gaussian_log_likelihood(data, batch_size=37)
+    train, test = (rows(data, split).astype(np.float64) for split in ("train", "test"))
+    assert found == pytest.approx(gaussian_of(train, test), abs=1e-9)
+    model = Gaussian(shape=data.shape, transform=Identity(), bin_width=None)
+    model.prepare([data.all("train")], generator=torch.Generator())
+    # the model keeps mean and root in float32
+    assert model.log_prob(data.all("test").x).mean().item() == pytest.approx(found, abs=2e-4)
+
+
+def test_on_gaussian_rows_it_is_minus_the_entropy(tmp_path, monkeypatch):
+    """Prepared rows are read as they are; -E log N(x; m, S) = (D log 2πe + log|S|)/2, here with |S| = 0.09."""
+    root = np.array([[1.0, 0.0], [0.8, 0.3]])
+    x = 5 + np.random.RandomState(0).randn(100_000, 2) @ root.T
+    monkeypatch.setitem(TABLES, "power", replace(TABLES["power"], dims=2))
+    np.save(tmp_path / "POWER.npy", x)
+    entropy = math.log(2 * math.pi * math.e) + math.log(0.3)
+    # 10,000 test rows of standard deviation 1
+    assert uci.gaussian_log_likelihood(read("power", tmp_path)) == pytest.approx(-entropy, abs=0.04)
+
+
+def test_a_dry_run_prints_the_gaussian_beside_the_published_value(tmp_path):
+    data = {"name": "uci", "table": "power", "path": str(write_uci(tmp_path, "power"))}
+    config = Config({"data": data, "model": {"name": "gaussian"}, "train": {"steps": 0}, "name": "x"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OtherRows)
+        text = dry_run(config, tmp_path / "runs")
+        value = uci.gaussian_log_likelihood(read("power", tmp_path))
+    assert f"gives {value:.2f} nats a test row, published -7.74 (difference {value + 7.74:+.2f})" in text
+
+
+def test_published_gaussians_are_those_of_the_paper():
+    assert [TABLES[table].gaussian for table in TABLES] == [-7.74, -3.58, -27.93, -37.24, 96.67]
+
+
+def test_a_singular_covariance_is_told(tmp_path):
+    x = np.random.RandomState(0).randn(2000, 6)
+    x[:, 5] = x[:, :5].sum(1)
+    np.save(tmp_path / "POWER.npy", x.astype(np.float32).astype(np.float64))
+    data = read("power", tmp_path)
+    data.hold("train", data.all("train")[:5])  # fewer rows than columns
+    assert data.checks() == ["no Gaussian fits the training rows: their covariance is singular (published -7.74 nats)"]
