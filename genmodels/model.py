@@ -26,10 +26,13 @@ class Model(nn.Module, ABC):
         unused_parameters: True if a loss may leave some parameters without gradient (an expert that no item of the
             batch needs, a part that is not trained yet). Several processes then look for them in every step, which a
             loss whose backward pass itself accumulates into parameters does not allow.
+        progress: how far training has come at a step, from 0 before the first to 1 after the last, for losses with a
+            schedule (KL warm-up, annealed penalties); 1 outside training, where schedules are at their end.
     """
 
     shape: Shape
     conditional: bool = False
+    progress: float = 1.0
     differentiates_twice: ClassVar[bool] = False
     unused_parameters: ClassVar[bool] = False
 

@@ -81,9 +81,22 @@ def chain(layers: tuple[Callable[..., Bijection], ...], shape: Shape, **context:
     return Chain(built)
 
 
+class Scope:
+    """What the copies of repeated layers share, by key: the estimators of `shared` networks."""
+
+    def __init__(self) -> None:
+        self.held: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is held under a key; made by the first who asks."""
+        if key not in self.held:
+            self.held[key] = make()
+        return self.held[key]
+
+
 @register(Bijection, "repeat")
 class Repeat(Chain):
-    """The same layers `count` times, each copy with parameters of its own."""
+    """The same layers `count` times, each copy with parameters of its own, except for what `shared` networks share."""
 
     def __init__(
         self,
@@ -98,7 +111,7 @@ class Repeat(Chain):
             raise ValueError(
                 f"repeat: at least one layer and a count of at least 1 are needed, found {len(layers)} and {count}."
             )
-        context = {"num_classes": num_classes, "condition_shape": condition_shape}
+        context = {"num_classes": num_classes, "condition_shape": condition_shape, "scope": Scope()}
         super().__init__(list(chain(layers * count, shape, **context).bijections))
 
 

@@ -4,68 +4,74 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..networks.network import Network
-from ..registry import register
-from ..types import Condition, Shape, sum_items
+from ..networks.network import Network, zero_head
+from ..registry import ConfigError, register
+from ..types import Condition, Shape
 from .bijection import Bijection
-from .elementwise import Parametrization, Spline, check_spline, knots_of, transform_items
+from .elementwise import Elementwise, transform_items
+from .monotone import Monotone, RationalQuadratic
 
-Split = Literal["half", "alternating"]
 
-
+@register(Bijection, "coupling")
 class Coupling(Bijection):
-    """Splits the first axis of an item (components, or channels of an image) and calls a network on one part.
+    """z_t = g(x_t; θ(x_k)) with an increasing map g of each number; z_k = x_k, or g(x_k) with free parameters.
 
-    The network maps the kept part [B, C_k, …] to [B, P·C_t, …], P parameters for each number of the transformed part,
-    parameter-major. It is called once per evaluation, in either direction.
+    log_det = Σ log|dz_t/dx_t| (+ Σ log|dz_k/dx_k|). The first axis of an item (components, or channels of an image) is
+    split into the kept part k and the transformed part t. The network maps x_k [B, C_k, …] to [B, P·C_t, …], P
+    parameters for each number of x_t, parameter-major; it sees x_k before the free map, and is called once per
+    evaluation, in either direction.
 
     Args:
-        network: builder of the conditioner.
-        parameters: P.
-        split: "half" keeps the first half of the axis, "alternating" its even places.
+        network: builder of the conditioner. Where its output has the batch innermost in memory (as that of `mlp` and of
+            `residual_mlp` has), no copy is made.
+        map: g. Layers start with the network's `head`, where it has one, at zero if the map's `identity` asks for it.
+        split: "half" keeps the first half of the components or channels, "alternating" the even ones.
+        mask: places of the transformed part along the first axis, instead of `split`. After `squeeze`, the places 1 and
+            2 of every four are the checkerboard of the image before it.
         swap: keep and transform the other way round.
-        identity: start the network's last layer (its attribute `head`, where it has one) at zero.
+        unconditional: give the kept part maps of its own.
+        scale_logits: divide what the map calls logits by the root of the network's `width`, where it has one.
+    Raises:
+        ConfigError: if a part is empty, or a mask names places that there are not, or one twice.
+    Source: Dinh et al. 2017 (Real NVP), section 3; Durkan et al. 2019 (Neural Spline Flows), section 3.2, appendix B.
     """
 
     def __init__(
         self,
         network: Callable[..., Network],
-        parameters: int,
-        split: Split,
-        swap: bool,
-        identity: bool,
+        map: Monotone = RationalQuadratic(),  # noqa: B008 (stateless)
+        split: Literal["half", "alternating"] = "half",
+        mask: tuple[int, ...] | None = None,
+        swap: bool = False,
+        unconditional: bool = False,
+        scale_logits: bool = True,
+        *,
         shape: Shape,
         num_classes: int | None,
         condition_shape: Shape | None,
     ) -> None:
         super().__init__()
-        self.shape, self.parameters_each = tuple(shape), parameters
-        if not self.shape or self.shape[0] < 2:
-            raise ValueError(
-                f"{self.registered_name}: the first axis of the items must hold at least 2 numbers to split, found "
-                f"shape={self.shape}. Put `flatten` before it, or use `spline` for single numbers."
-            )
-        places = torch.arange(self.shape[0])
-        second = places >= self.shape[0] // 2 if split == "half" else places % 2 == 1
-        second = ~second if swap else second
+        self.shape, self.map = tuple(shape), map
+        second = _transformed(self.shape, split, mask, swap)
+        places, rest = torch.arange(len(second)), self.shape[1:]
         self.register_buffer("kept", places[~second], persistent=False)
         self.register_buffer("transformed", places[second], persistent=False)
         self.register_buffer("order", torch.cat((self.kept, self.transformed)).argsort(), persistent=False)
-        rest = self.shape[1:]
         self.network = network(
             in_shape=(len(self.kept), *rest),
-            out_shape=(parameters * len(self.transformed), *rest),
+            out_shape=(map.parameters * len(self.transformed), *rest),
             timed=False,
             num_classes=num_classes,
             condition_shape=condition_shape,
         )
-        head = getattr(self.network, "head", None)
-        if identity and isinstance(head, nn.Module):
-            for parameter in head.parameters():
-                nn.init.zeros_(parameter)
+        if map.identity:
+            zero_head(self.network)
+        width = getattr(self.network, "width", None) if scale_logits else None
+        self.scale = 1.0 if width is None else width**-0.5
+        kept = (len(self.kept), *rest)
+        self.own = Elementwise(map, shape=kept, num_classes=None, condition_shape=None) if unconditional else None
 
     def part(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The kept and the transformed part of x."""
@@ -74,62 +80,9 @@ class Coupling(Bijection):
     def join(self, kept: Tensor, transformed: Tensor) -> Tensor:
         return torch.cat((kept, transformed), 1).index_select(1, self.order)
 
-
-@register(Bijection, "spline_coupling")
-class SplineCoupling(Coupling):
-    """z_t = RQS(x_t; θ(x_k)) with rational-quadratic splines; z_k = x_k, or RQS(x_k) with free parameters.
-
-    log_det = Σ log|dz_t/dx_t| (+ Σ log|dz_k/dx_k|). The conditioner sees x_k before the free spline.
-
-    Args:
-        network: builder of the conditioner. Where its output has the batch innermost in memory (as that of `mlp` and of
-            `residual_mlp` has), no copy is made.
-        bins: K.
-        bound: the splines act on [-bound, bound], in model units, and are the identity outside.
-        unconditional: give the kept part splines of its own.
-        split: "half" keeps the first half of the components or channels, "alternating" the even ones.
-        swap: keep and transform the other way round.
-        parametrization: how parameters become knots, see `splines.durkan` and `splines.bounded`.
-        identity: start as the identity: zero the network's `head`, and shift the raw derivatives (durkan) so that zero
-            parameters give the identity. False is the paper's start.
-        scale_logits: divide raw widths and heights by the root of the network's `width`, where it has one.
-    Source: Durkan et al. 2019 (Neural Spline Flows), sections 3.1, 3.2 and appendix B.
-    """
-
-    def __init__(
-        self,
-        network: Callable[..., Network],
-        bins: int = 8,
-        bound: float = 3.0,
-        unconditional: bool = False,
-        split: Split = "half",
-        swap: bool = False,
-        parametrization: Parametrization = "durkan",
-        identity: bool = True,
-        scale_logits: bool = True,
-        *,
-        shape: Shape,
-        num_classes: int | None,
-        condition_shape: Shape | None,
-    ) -> None:
-        check_spline("spline_coupling", bins, bound)
-        super().__init__(network, 3 * bins - 1, split, swap, identity, shape, num_classes, condition_shape)
-        self.bound, self.parametrization, self.identity = bound, parametrization, identity
-        width = getattr(self.network, "width", None) if scale_logits else None
-        self.scale = 1.0 if width is None else width**-0.5
-        kept = (len(self.kept), *self.shape[1:])
-        own = Spline(bins, bound, parametrization, shape=kept, num_classes=None, condition_shape=None)
-        self.own = own if unconditional else None
-
-    def _transform(self, x: Tensor, kept: Tensor, condition: Condition | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        out = self.network(None, kept, condition)
-        raw = rearrange(out, "b (p c) ... -> p c ... b", p=self.parameters_each).contiguous()
-        knots = knots_of(raw, self.bound, self.parametrization, self.identity, self.scale)
-        return transform_items(x, knots, self.bound, inverse)
-
     def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
         kept, x = self.part(x)
-        z, log_det = self._transform(x, kept, condition, False)
+        z, log_det = transform_items(self.map, x, self.network(None, kept, condition), scale=self.scale)
         if self.own is not None:
             kept, more = self.own(kept)
             log_det = log_det + more
@@ -140,45 +93,33 @@ class SplineCoupling(Coupling):
         log_det = 0.0
         if self.own is not None:
             kept, log_det = self.own.inverse(kept)
-        x, more = self._transform(z, kept, condition, True)
+        out = self.network(None, kept, condition)
+        x, more = transform_items(self.map, z, out, inverse=True, scale=self.scale)
         return self.join(kept, x), log_det + more
 
+    def initialize(self, x: Tensor, condition: Condition | None = None) -> None:
+        self.network.initialize(self.part(x)[0], condition)
 
-@register(Bijection, "affine_coupling")
-class AffineCoupling(Coupling):
-    """z_t = scale(x_k) ⊙ x_t + shift(x_k), z_k = x_k; scale = sigmoid(a + 2) + 1e-3, log_det = Σ log scale.
 
-    Args:
-        network: builder of the conditioner, which gives shift | a.
-        split: "half" keeps the first half of the components or channels, "alternating" the even ones.
-        swap: keep and transform the other way round.
-        identity: start the network's `head` at zero, so that the first map is x_t ↦ 0.88 x_t.
-    Source: Dinh et al. 2017 (Real NVP), section 3.2, with the scale of Durkan et al. 2019 (Neural Spline Flows).
-    """
-
-    def __init__(
-        self,
-        network: Callable[..., Network],
-        split: Split = "half",
-        swap: bool = False,
-        identity: bool = True,
-        *,
-        shape: Shape,
-        num_classes: int | None,
-        condition_shape: Shape | None,
-    ) -> None:
-        super().__init__(network, 2, split, swap, identity, shape, num_classes, condition_shape)
-
-    def _scale_shift(self, kept: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
-        shift, a = self.network(None, kept, condition).chunk(2, 1)
-        return torch.sigmoid(a + 2) + 1e-3, shift
-
-    def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
-        kept, x = self.part(x)
-        scale, shift = self._scale_shift(kept, condition)
-        return self.join(kept, scale * x + shift), sum_items(scale.log())
-
-    def inverse(self, z: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
-        kept, z = self.part(z)
-        scale, shift = self._scale_shift(kept, condition)
-        return self.join(kept, (z - shift) / scale), -sum_items(scale.log())
+def _transformed(shape: Shape, split: str, mask: tuple[int, ...] | None, swap: bool) -> Tensor:
+    """[C] bool: which places of the first axis are transformed."""
+    count = shape[0] if shape else 0
+    places = torch.arange(count)
+    if mask is None:
+        second = places >= count // 2 if split == "half" else places % 2 == 1
+    elif len(set(mask)) < len(mask) or not all(0 <= place < count for place in mask):
+        raise ConfigError(
+            f"coupling: mask must name different places of 0 … {count - 1} along the first axis of items of shape "
+            f"{list(shape)}, found {list(mask)}."
+        )
+    else:
+        second = (places[:, None] == torch.tensor(mask, dtype=torch.long)).any(1)
+    second = ~second if swap else second
+    if not 0 < int(second.sum()) < count:
+        chosen = f"split={split}" if mask is None else f"mask={list(mask)}"
+        raise ConfigError(
+            f"coupling: {chosen} leaves a part empty: of items of shape {list(shape)} it keeps "
+            f"{count - int(second.sum())} and transforms {int(second.sum())} places of the first axis. Put `flatten` "
+            "before it, or use `elementwise` for single numbers."
+        )
+    return second

@@ -1,7 +1,6 @@
-"""Bijections that act on each component by itself: channel-wise normalisation and splines."""
+"""Bijections that act on each component by itself: channel-wise normalisation and increasing maps."""
 
 import math
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -10,9 +9,7 @@ from torch import Tensor, nn
 from ..registry import register
 from ..types import Condition, Shape
 from .bijection import Bijection
-from .splines import Knots, bounded, durkan, rational_quadratic
-
-Parametrization = Literal["durkan", "bounded"]
+from .monotone import Monotone, RationalQuadratic
 
 
 def per_channel(shape: Shape, where: str) -> Shape:
@@ -70,56 +67,43 @@ class ActNorm(Bijection):
         return (z - self.shift) * (-self.log_scale).exp(), -self._log_det(z)
 
 
-def knots_of(raw: Tensor, bound: float, parametrization: Parametrization, identity: bool, scale: float = 1.0) -> Knots:
-    """The knots of raw parameters in one of the two parametrisations of `splines`."""
-    if parametrization == "bounded":
-        return bounded(raw, bound, scale=scale)
-    return durkan(raw, bound, identity=identity, scale=scale)
+def transform_items(
+    map: Monotone, x: Tensor, raw: Tensor, *, inverse: bool = False, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """x [B, C, …] through `map` with the raw parameters [B, P·C, …] of a network, parameter-major.
 
-
-def transform_items(x: Tensor, knots: Knots, bound: float, inverse: bool) -> tuple[Tensor, Tensor]:
-    """x [B, C, …] through splines with knots [K, C, …, B]; returns y [B, C, …] and log_det [B] in float64."""
+    Returns:
+        y [B, C, …] and log_det [B] in float64.
+    """
+    raw = rearrange(raw, "b (p c) ... -> p c ... b", p=map.parameters).contiguous()
     inner = rearrange(x, "b c ... -> c ... b").contiguous()
-    y, log_slope = rational_quadratic(inner, knots, bound, inverse=inverse)
+    y, log_slope = map(inner, raw, inverse=inverse, scale=scale)
     return rearrange(y, "c ... b -> b c ..."), log_slope.flatten(0, -2).sum(0, dtype=torch.float64)
 
 
-def check_spline(where: str, bins: int, bound: float) -> None:
-    if bins < 1 or not 0 < bound < math.inf:
-        raise ValueError(f"{where}: at least one bin and a bound > 0 are needed, found bins={bins} and bound={bound}.")
+@register(Bijection, "elementwise")
+class Elementwise(Bijection):
+    """z_i = g(x_i) with an increasing map g for each component, or each channel of an image, and free parameters.
 
-
-@register(Bijection, "spline")
-class Spline(Bijection):
-    """z_i = rational-quadratic spline of x_i, one per component, or per channel of an image, with free parameters.
-
-    It starts as the identity and stays it outside [-bound, bound].
-
-    Args:
-        bins: K.
-        bound: half the width of the interval, in model units.
-        parametrization: how parameters become knots, see `splines.durkan` and `splines.bounded`.
-    Source: Durkan et al. 2019 (Neural Spline Flows), section 3.1.
+    Parameters start at zero, where the map is the identity or near it.
     """
 
     def __init__(
         self,
-        bins: int = 8,
-        bound: float = 3.0,
-        parametrization: Parametrization = "durkan",
+        map: Monotone = RationalQuadratic(),  # noqa: B008 (stateless)
         *,
         shape: Shape,
         num_classes: int | None,
         condition_shape: Shape | None,
     ) -> None:
         super().__init__()
-        check_spline("spline", bins, bound)
-        self.shape, self.bound, self.parametrization = tuple(shape), bound, parametrization
-        self.raw = nn.Parameter(torch.zeros(3 * bins - 1, *per_channel(self.shape, "spline"), 1))
-        knots_of(self.raw, bound, parametrization, True)
+        self.shape, self.map = tuple(shape), map
+        self.raw = nn.Parameter(torch.zeros(map.parameters, *per_channel(self.shape, "elementwise"), 1))
 
     def _map(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        return transform_items(x, knots_of(self.raw, self.bound, self.parametrization, True), self.bound, inverse)
+        inner = rearrange(x, "b c ... -> c ... b").contiguous()
+        y, log_slope = self.map(inner, self.raw, inverse=inverse)
+        return rearrange(y, "c ... b -> b c ..."), log_slope.flatten(0, -2).sum(0, dtype=torch.float64)
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
         return self._map(x, False)

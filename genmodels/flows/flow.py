@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 
 from ..distributions import Distribution, StandardNormal
 from ..model import Model, check_labels
+from ..networks.encoders import ConditionEncoder
 from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..transforms import Transform
@@ -30,6 +31,7 @@ class NormalizingFlow(Model):
         base: law of the latent, standard normal if not given.
         conditional: whether the layers see the condition of the data (labels, embeddings); otherwise it is ignored in
             training, and refused elsewhere.
+        encoder: what turns the condition, once per call, into what the layers see instead of it.
     Raises:
         ValueError: if there is no layer, or if a conditional flow meets data without conditions.
     Source: Papamakarios et al. 2021 (Normalizing flows for probabilistic modeling and inference), section 2.
@@ -40,6 +42,7 @@ class NormalizingFlow(Model):
         layers: tuple[Callable[..., Bijection], ...],
         base: Callable[..., Distribution] | None = None,
         conditional: bool = False,
+        encoder: Callable[..., ConditionEncoder] | None = None,
         *,
         shape: Shape,
         num_classes: int | None,
@@ -53,11 +56,18 @@ class NormalizingFlow(Model):
         if conditional and num_classes is None and condition_shape is None:
             raise ValueError("flow: conditional=True, but the data set has no conditions. Set conditional: false.")
         self.shape, self.conditional, self.bin_width = tuple(shape), conditional, bin_width
-        sizes = {"num_classes": num_classes, "condition_shape": condition_shape}
+        if encoder is not None and not conditional:
+            raise ValueError(
+                "flow: an encoder of conditions was given to an unconditional flow. Set conditional: true."
+            )
         self.num_classes = num_classes if conditional else None
+        sizes = {"num_classes": self.num_classes, "condition_shape": condition_shape if conditional else None}
+        self.encoder = encoder and encoder(shape=self.shape, **sizes)
+        if self.encoder is not None:
+            sizes = {"num_classes": None, "condition_shape": tuple(self.encoder.out_shape)}
         self.transform = transform
         self.model_shape = transform.out_shape(self.shape)
-        self.layers = chain(layers, self.model_shape, **(sizes if conditional else dict.fromkeys(sizes)))
+        self.layers = chain(layers, self.model_shape, **sizes)
         self.base = (base or StandardNormal)(shape=self.layers.out_shape)
 
     @property
@@ -84,7 +94,7 @@ class NormalizingFlow(Model):
         training = self.training
         self.eval()  # dropout would measure another map than the one that is used
         y, _ = self._to_model_space(batch.x, BatchNoise(len(batch), generator=generator, device=self.device))
-        self.layers.initialize(y, condition)
+        self.layers.initialize(y, self._encoded(condition))
         nll = -self._log_prob(batch.x, condition, BatchNoise(len(batch), generator=generator, device=self.device))
         self.train(training)
         return {"nll": nll.mean()}
@@ -151,12 +161,12 @@ class NormalizingFlow(Model):
         self.check_items(x, "encode")
         condition = self._checked(condition, len(x), "encode")
         y, _ = self._to_model_space(x, None)
-        return self.layers(y, condition)[0]
+        return self.layers(y, self._encoded(condition))[0]
 
     def decode(self, z: Tensor, *, condition: Condition | None = None) -> Tensor:
         """[B, *shape] item in data units of a latent: decode(encode(x)) = x."""
         condition = self._checked(condition, len(z), "decode")
-        y, _ = self.layers.inverse(z.to(self.dtype), condition)
+        y, _ = self.layers.inverse(z.to(self.dtype), self._encoded(condition))
         return self.transform.inverse(y)
 
     def _to_model_space(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
@@ -166,8 +176,11 @@ class NormalizingFlow(Model):
     def _log_prob(self, x: Tensor, condition: Condition | None, noise: Noise | None) -> Tensor:
         self.check_items(x, "flow")
         y, log_volume = self._to_model_space(x, noise)
-        z, log_det = self.layers(y, condition)
+        z, log_det = self.layers(y, self._encoded(condition))
         return self.base.log_prob(z) + log_det + log_volume
+
+    def _encoded(self, condition: Condition | None) -> Condition | None:
+        return condition if self.encoder is None or condition is None else self.encoder(condition)
 
     def _checked(self, condition: Condition | None, n: int, where: str) -> Condition | None:
         """The condition, if it is given exactly where the flow needs one."""

@@ -156,7 +156,7 @@ class NflowsBijection(Bijection):
         except AssertionError as error:
             raise ValueError(
                 f"nflows: {_culprit(error.__traceback__)[0]} failed a check of its own, in a spline by rounding. Use "
-                "float64, or a spline of genmodels (`spline_coupling`, `spline`), which does not fail."
+                "float64, or a spline of genmodels (`coupling`, `elementwise`), which does not fail."
             ) from error
         return y, log_det.to(x.device, torch.float64)
 

@@ -1,7 +1,7 @@
 """Fully connected networks: plain and residual. Items are flattened on the way in and shaped on the way out."""
 
 import math
-from abc import abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..registry import register
 from ..types import Condition, Shape
 from .embeddings import ConditionEmbedding, TimeEmbedding
-from .network import Network, check_timed
+from .network import Modulation, Network, Shareable, Site, check_timed, zero_head
 
 Activation = Literal["silu", "relu", "gelu", "tanh"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -48,7 +48,7 @@ class Embeddings(nn.Module):
         return out if self.time is None else out + self.time(t, len(like))
 
 
-class _Dense(Network):
+class _Dense(Shareable):
     """What both networks share: flattening, embeddings, and the head.
 
     Attributes:
@@ -59,19 +59,20 @@ class _Dense(Network):
     def __init__(self, width: int, in_shape: Shape, out_shape: Shape, zero_init: bool) -> None:
         super().__init__()
         self.width, self.in_shape, self.out_shape = width, tuple(in_shape), tuple(out_shape)
-        self.head = Head(width, math.prod(out_shape))
+        self.head = self.new_head()
         if zero_init:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+            zero_head(self)
 
-    @abstractmethod
-    def features(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
-        """[B, width] what the head reads, from flattened items x [B, prod(in_shape)]."""
+    def new_head(self) -> nn.Module:
+        return Head(self.width, math.prod(self.out_shape))
 
-    def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
+    def finish(self, head: nn.Module, features: Tensor) -> Tensor:
+        return head(features).reshape(len(features), *self.out_shape)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """[B, prod(in_shape)] the items x [B, *in_shape] as rows."""
         self.check_items(x)
-        x = x.reshape(len(x), math.prod(self.in_shape))
-        return self.head(self.features(t, x, condition)).reshape(len(x), *self.out_shape)
+        return x.reshape(len(x), math.prod(self.in_shape))
 
 
 @register(Network, "mlp")
@@ -105,21 +106,34 @@ class MLP(_Dense):
             raise ValueError(f"mlp: at least one hidden layer of at least one unit is needed, found hidden={hidden}.")
         super().__init__(hidden[-1], in_shape, out_shape, zero_init)
         self.embeddings = Embeddings(hidden[0], timed=timed, num_classes=num_classes, condition_shape=condition_shape)
+        self.sites = tuple(Site(size, size) for size in hidden)
         sizes = (math.prod(in_shape), *hidden)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
 
-    def features(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
+    def features(
+        self,
+        t: Tensor | None,
+        x: Tensor,
+        condition: Condition | None = None,
+        modulation: Sequence[Modulation] | None = None,
+    ) -> Tensor:
+        h = self.flat(x)
         embedding = self.embeddings(t, x, condition)
-        h = self.layers[0](x)
-        h = self.dropout(self.activation(h + embedding if self.embeddings.active else h))
-        for layer in self.layers[1:]:
-            h = self.dropout(self.activation(layer(h)))
+        for i, layer in enumerate(self.layers):
+            bias, gate = (None, None) if modulation is None else modulation[i]
+            h = layer(h)
+            h = h + embedding if i == 0 and self.embeddings.active else h
+            h = self.activation(h if bias is None else h + bias)
+            h = self.dropout(h if gate is None else h * (1 + gate))
         return h
 
 
 class _Block(nn.Module):
-    """h + gate ⊙ W_2 drop(act(W_1 act(h))), gate = sigmoid(W_e e) where there is an embedding e, else 1."""
+    """h + gate ⊙ W_2 drop(act(W_1 act(h))), gate = sigmoid(W_e e) where there is an embedding e, else 1.
+
+    Modulation adds its bias to W_1 act(h) and multiplies what is added to h.
+    """
 
     def __init__(self, hidden: int, activation: Activation, dropout: float, gated: bool) -> None:
         super().__init__()
@@ -129,9 +143,11 @@ class _Block(nn.Module):
         nn.init.uniform_(self.second.weight, -1e-3, 1e-3)
         nn.init.uniform_(self.second.bias, -1e-3, 1e-3)
 
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        change = self.second(self.dropout(self.activation(self.first(self.activation(h)))))
-        return h + (change if self.gate is None else change * torch.sigmoid(self.gate(embedding)))
+    def forward(self, h: Tensor, embedding: Tensor, bias: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        change = self.first(self.activation(h))
+        change = self.second(self.dropout(self.activation(change if bias is None else change + bias)))
+        change = change if self.gate is None else change * torch.sigmoid(self.gate(embedding))
+        return h + (change if gate is None else change * (1 + gate))
 
 
 @register(Network, "residual_mlp")
@@ -172,14 +188,21 @@ class ResidualMLP(_Dense):
             raise ValueError(f"residual_mlp: hidden >= 1 and blocks >= 0 are needed, found {hidden} and {blocks}.")
         super().__init__(hidden, in_shape, out_shape, zero_init)
         self.embeddings = Embeddings(hidden, timed=timed, num_classes=num_classes, condition_shape=condition_shape)
+        self.sites = (Site(hidden, hidden),) * blocks
         self.first = nn.Linear(math.prod(in_shape), hidden)
         gated = self.embeddings.active
         self.blocks = nn.ModuleList(_Block(hidden, activation, dropout, gated) for _ in range(blocks))
 
-    def features(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
+    def features(
+        self,
+        t: Tensor | None,
+        x: Tensor,
+        condition: Condition | None = None,
+        modulation: Sequence[Modulation] | None = None,
+    ) -> Tensor:
+        h = self.first(self.flat(x))
         embedding = self.embeddings(t, x, condition)
-        h = self.first(x)
         h = h + embedding if self.embeddings.active else h
-        for block in self.blocks:
-            h = self.recompute(block, h, embedding)
+        for i, block in enumerate(self.blocks):
+            h = self.recompute(block, h, embedding, *(() if modulation is None else modulation[i]))
         return h

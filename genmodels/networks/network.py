@@ -5,9 +5,9 @@ What a run decides about arithmetic and memory is set on a model with `set_autoc
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class Network(nn.Module, ABC):
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
         """[B, *out_shape] from t of shape [] or [B] (None if not timed), x [B, *in_shape] and a condition [B, *]."""
 
+    def initialize(self, x: Tensor, condition: Condition | None = None) -> None:
+        """Set what depends on data (normalisations inside) from one batch x [B, *in_shape], once; called in `prepare`."""
+
     def check_items(self, x: Tensor) -> None:
         """Raises ValueError unless x is [B, *in_shape]."""
         if tuple(x.shape[1:]) != tuple(self.in_shape) or x.ndim == 0:
@@ -69,6 +72,65 @@ class Network(nn.Module, ABC):
                 f"{self.registered_name}: x has shape {list(x.shape)}, but this network was built for "
                 f"[{', '.join(map(str, ('B', *self.in_shape)))}]. Build it with in_shape=x.shape[1:]."
             )
+
+
+class Site(NamedTuple):
+    """A place in a network where it can be told which of several steps it serves, with its numbers of channels.
+
+    Args:
+        bias: of what is added to a layer's pre-activation.
+        gate: of what multiplies the layer's branch.
+    """
+
+    bias: int
+    gate: int
+
+
+class Modulation(NamedTuple):
+    """What a site receives: a bias [site.bias], and a gate [site.gate] of which 0 changes nothing; None for neither."""
+
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Shareable(Network):
+    """A network of which several steps of a flow can use one trunk: `out = finish(head, features(t, x, condition))`.
+
+    Attributes:
+        sites: where modulation enters, one for each layer or block.
+        head: the last layer, which a step may replace by one of its own.
+    """
+
+    sites: tuple[Site, ...]
+    head: nn.Module
+
+    @abstractmethod
+    def features(
+        self,
+        t: Tensor | None,
+        x: Tensor,
+        condition: Condition | None = None,
+        modulation: Sequence[Modulation] | None = None,
+    ) -> Tensor:
+        """What the head reads, for x [B, *in_shape], with one modulation per site or none."""
+
+    @abstractmethod
+    def new_head(self) -> nn.Module:
+        """Another head with a start of its own."""
+
+    @abstractmethod
+    def finish(self, head: nn.Module, features: Tensor) -> Tensor:
+        """[B, *out_shape] from features, by this head or another one."""
+
+    def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
+        return self.finish(self.head, self.features(t, x, condition))
+
+
+def zero_head(network: Network) -> None:
+    """Zero the parameters of the last layer of a network (its attribute `head`), where it has one."""
+    head = getattr(network, "head", None)
+    for parameter in head.parameters() if isinstance(head, nn.Module) else ():
+        nn.init.zeros_(parameter)
 
 
 def check_images(name: str, in_shape: Shape, out_shape: Shape) -> None:

@@ -1,18 +1,23 @@
 """A residual convolutional network on images of one size: the conditioner of image flows."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import init
 
 from ..registry import ConfigError, register
 from ..types import Condition, Shape
 from .mlp import ACTIVATIONS, Activation, Embeddings
-from .network import Network
+from .network import Modulation, Network, Shareable, Site, zero_head
 
 EPS = 1e-3  # added to the variances of batch normalisation
 
 
 class _Block(nn.Module):
-    """h + gate ⊙ W_2 * drop(act(norm(W_1 * act(norm(h))))), gate = sigmoid(W_e e) where there is an e, else 1."""
+    """h + gate ⊙ W_2 * drop(act(norm(W_1 * act(norm(h))))), gate = sigmoid(W_e e) where there is an e, else 1.
+
+    Modulation adds its bias, per channel, to W_1 * act(norm(h)) and multiplies what is added to h.
+    """
 
     def __init__(self, width: int, activation: Activation, dropout: float, batch_norm: bool, gated: bool) -> None:
         super().__init__()
@@ -23,14 +28,16 @@ class _Block(nn.Module):
         init.uniform_(self.second.weight, -1e-3, 1e-3)
         init.uniform_(self.second.bias, -1e-3, 1e-3)
 
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, h: Tensor, embedding: Tensor, bias: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         change = self.first(self.activation(self.norms[0](h)))
+        change = change if bias is None else change + bias[:, None, None]
         change = self.second(self.dropout(self.activation(self.norms[1](change))))
-        return h + (change if self.gate is None else change * self.gate(embedding).sigmoid()[..., None, None])
+        change = change if self.gate is None else change * self.gate(embedding).sigmoid()[..., None, None]
+        return h + (change if gate is None else change * (1 + gate)[:, None, None])
 
 
 @register(Network, "resnet")
-class ResNet(Network):
+class ResNet(Shareable):
     """Pre-activation residual blocks of two 3x3 convolutions between two 1x1 convolutions, at one resolution.
 
     h = W_0 * x + b_0 + e; per block h = h + sigmoid(W_e e) ⊙ W_2 * drop(act(norm(W_1 * act(norm(h))))); then
@@ -81,12 +88,24 @@ class ResNet(Network):
         self.first = nn.Conv2d(in_shape[0], width, 1)
         gated = self.embeddings.active
         self.blocks = nn.ModuleList(_Block(width, activation, dropout, batch_norm, gated) for _ in range(blocks))
-        self.head = nn.Conv2d(width, out_shape[0], 1)
+        self.sites = (Site(width, width),) * blocks
+        self.head = self.new_head()
         if zero_init:
-            init.zeros_(self.head.weight)
-            init.zeros_(self.head.bias)
+            zero_head(self)
 
-    def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
+    def new_head(self) -> nn.Module:
+        return nn.Conv2d(self.width, self.out_shape[0], 1)
+
+    def finish(self, head: nn.Module, features: Tensor) -> Tensor:
+        return head(features)
+
+    def features(
+        self,
+        t: Tensor | None,
+        x: Tensor,
+        condition: Condition | None = None,
+        modulation: Sequence[Modulation] | None = None,
+    ) -> Tensor:
         if tuple(x.shape[1:]) != self.in_shape:
             raise ValueError(
                 f"resnet: x has shape {list(x.shape)}, but this network was built for "
@@ -95,6 +114,6 @@ class ResNet(Network):
         embedding = self.embeddings(t, x, condition)
         h = self.first(x)
         h = h + embedding[..., None, None] if self.embeddings.active else h
-        for block in self.blocks:
-            h = block(h, embedding)
-        return self.head(h)
+        for i, block in enumerate(self.blocks):
+            h = block(h, embedding, *(() if modulation is None else modulation[i]))
+        return h

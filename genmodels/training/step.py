@@ -65,6 +65,7 @@ class Step:
         """Step number `step`, counted from 0, over the micro-batches of this process."""
         torch.manual_seed(fold(self.seed, "step", step, self.rank))  # dropout; losses draw from their own generator
         self.wrapped.train()
+        self.model.progress = step / self.settings.steps
         mean, logs = torch.zeros((), dtype=torch.float64, device=self.model.device), []
         for part, batch in enumerate(batches):
             last = part == len(batches) - 1  # replicas exchange gradients once a step
@@ -75,6 +76,7 @@ class Step:
                     self.backward(value)
             mean = mean + value.detach().double()
             logs.append(loss.logs)
+        self.model.progress = 1.0
         norm, problem = self.update(step, mean)
         return Outcome(mean, mean_logs(logs) | ({"grad_norm": norm} if self.parameters else {}), problem)
 

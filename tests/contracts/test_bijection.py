@@ -8,11 +8,11 @@ from genmodels.registry import ConfigError, build, names, resolve
 
 NETWORK = {"name": "residual_mlp", "hidden": 16, "blocks": 1}
 ARGUMENTS = {  # what has no default; anything else is built as it is
-    "repeat": {"layers": [{"name": "permutation"}, {"name": "spline_coupling", "network": NETWORK}], "count": 2},
+    "repeat": {"layers": [{"name": "permutation"}, {"name": "coupling", "network": NETWORK}], "count": 2},
     "nflows": {"transform": "PiecewiseRationalQuadraticCDF", "arguments": {"tails": "linear", "tail_bound": 3.0}},
-    "inverse": {"of": {"name": "spline_coupling", "network": NETWORK}},
+    "inverse": {"of": {"name": "coupling", "network": NETWORK}},
     "multiscale": {
-        "levels": [[{"name": "permutation"}, {"name": "spline_coupling", "network": NETWORK}], [{"name": "spline"}]]
+        "levels": [[{"name": "permutation"}, {"name": "coupling", "network": NETWORK}], [{"name": "elementwise"}]]
     },
 }
 SHAPES = [(2,), (5,), (3, 2, 4), (4, 3)]
@@ -162,8 +162,8 @@ def test_a_coupling_keeps_one_part_and_transforms_the_other(name, split, swap):
 
 
 def test_a_free_spline_on_the_kept_part_comes_after_the_network_has_seen_it():
-    f, x = make("spline_coupling", (5,), unconditional=True, scale=0.4), items(8, (5,))
-    plain = make("spline_coupling", (5,), scale=0.4)
+    f, x = make("coupling", (5,), unconditional=True, scale=0.4), items(8, (5,))
+    plain = make("coupling", (5,), scale=0.4)
     plain.load_state_dict({k: v for k, v in f.state_dict().items() if not k.startswith("own")})
     z, log_det = f(x)
     expected, expected_log_det = plain(x)
@@ -174,12 +174,12 @@ def test_a_free_spline_on_the_kept_part_comes_after_the_network_has_seen_it():
     torch.testing.assert_close(f.inverse(z)[0], x, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["spline_coupling", "spline", "lu_linear", "act_norm"])
-@pytest.mark.parametrize("parametrization", ["durkan", "bounded"])
-def test_layers_start_as_the_identity(name, parametrization):
-    if "spline" not in name and parametrization == "bounded":
-        pytest.skip("no splines here")
-    more = {"parametrization": parametrization} if "spline" in name else {}
+BOUNDED = {"map": {"name": "rational_quadratic", "parametrization": "bounded"}}
+STARTS = [("lu_linear", {}), ("act_norm", {}), *((n, m) for n in ("coupling", "elementwise") for m in ({}, BOUNDED))]
+
+
+@pytest.mark.parametrize(("name", "more"), STARTS)
+def test_layers_start_as_the_identity(name, more):
     f, x = make(name, (3, 2, 4), scale=0.0, **more), items(16, (3, 2, 4))
     z, log_det = f(x)
     # parameters are made in float32; only the diagonal of U starts at a number that has no exact form there
@@ -243,12 +243,16 @@ def test_act_norm_refuses_a_batch_of_one():
 
 
 def test_errors_name_the_way_out():
-    with pytest.raises(ValueError, match="flatten"):
-        make("spline_coupling", (1, 8, 8))
+    with pytest.raises(ConfigError, match="flatten"):
+        make("coupling", (1, 8, 8))
     with pytest.raises(ValueError, match="bound > 0"):
-        make("spline", (3,), bound=0.0)
+        make("elementwise", (3,), map={"name": "rational_quadratic", "bound": 0.0})
     with pytest.raises(ValueError, match="at most 1000 bins"):
-        make("spline", (3,), bins=1001)
+        make("elementwise", (3,), map={"name": "rational_quadratic", "bins": 1001})
+    with pytest.raises(ConfigError, match="leaves a part empty"):
+        make("coupling", (4,), mask=[0, 1, 2, 3])
+    with pytest.raises(ConfigError, match="different places of 0 … 3"):
+        make("coupling", (4,), mask=[1, 4])
     with pytest.raises(ValueError, match="count of at least 1"):
         make("repeat", (3,), count=0)
 

@@ -16,7 +16,11 @@ from genmodels.solvers.step_size import PI
 from genmodels.types import Batch, SupportsEncode, SupportsLogProb, SupportsSample
 from tests.oracles import MIXTURE, grid
 
-SPLINES = {"name": "spline_coupling", "bins": 6, "network": {"name": "residual_mlp", "hidden": 24, "blocks": 1}}
+SPLINES = {
+    "name": "coupling",
+    "map": {"name": "rational_quadratic", "bins": 6},
+    "network": {"name": "residual_mlp", "hidden": 24, "blocks": 1},
+}
 FLOW = [{"name": "repeat", "count": 2, "layers": ["act_norm", "lu_linear", SPLINES]}]
 RESIDUAL = {"name": "residual_mlp", "hidden": 24}
 DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
@@ -227,7 +231,7 @@ def test_training_reaches_the_entropy_of_a_mixture(name, tmp_path):
     from genmodels.training.loop import train
 
     network = {"name": "residual_mlp", "hidden": 64, "blocks": 2}
-    coupling = {"name": "spline_coupling", "network": network}
+    coupling = {"name": "coupling", "network": network}
     models = {
         "flow": {"layers": [{"name": "repeat", "count": 4, "layers": ["lu_linear", coupling]}]},
         "diffusion": {"network": network},

@@ -13,8 +13,13 @@ resnet = pytest.importorskip("nflows.nn.nets.resnet")
 
 WIDTH, BINS, BLOCKS, DROPOUT = 6, 3, 2, 0.25
 NETWORK = {"name": "resnet", "width": WIDTH, "blocks": BLOCKS, "batch_norm": True, "dropout": DROPOUT}
-SPLINE = {"name": "spline_coupling", "bins": BINS, "swap": True, "identity": False, "network": NETWORK}
-AFFINE = {"name": "affine_coupling", "swap": True, "identity": False, "network": NETWORK}
+SPLINE = {
+    "name": "coupling",
+    "map": {"name": "rational_quadratic", "bins": BINS, "identity": False},
+    "swap": True,
+    "network": NETWORK,
+}
+AFFINE = {**SPLINE, "map": {"name": "affine", "identity": False}}
 
 
 def items(n, *shape, seed=0, spread=1.5):
@@ -88,7 +93,7 @@ LOADERS = {
 
 def load(ours, theirs):
     """The layers with parameters come in the same order on both sides."""
-    known = {"act_norm", "conv1x1", "spline_coupling", "affine_coupling"}
+    known = {"act_norm", "conv1x1", "coupling"}
     mine = [m for m in ours.modules() if getattr(m, "registered_name", None) in known]
     for a, b in zip(mine, [m for m in theirs.modules() if type(m) in LOADERS], strict=True):
         LOADERS[type(b)](a, b)

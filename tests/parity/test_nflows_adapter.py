@@ -197,7 +197,7 @@ def test_layers_of_both_kinds_follow_one_another_through_changes_of_shape():
         "act_norm",
         "flatten",
         {"name": "nflows", "transform": "MaskedAffineAutoregressiveTransform", "arguments": {"hidden_features": 40}},
-        {"name": "spline_coupling", "network": NETWORK},
+        {"name": "coupling", "network": NETWORK},
     ]
     layers = [lambda node=resolve(Bijection, node, ""), **context: build(Bijection, node, **context) for node in nodes]
     torch.manual_seed(0)

@@ -63,7 +63,11 @@ def test_a_coupling_in_the_papers_form_is_that_of_nflows(unconditional):
     """The same conditioner gives the same map: masks, order of parameters, scaling of logits, order of operations."""
     couplings = pytest.importorskip("nflows.transforms.coupling")
     torch.manual_seed(0)
-    layer = {"name": "spline_coupling", "bins": 6, "split": "alternating", "identity": False}
+    layer = {
+        "name": "coupling",
+        "map": {"name": "rational_quadratic", "bins": 6, "identity": False},
+        "split": "alternating",
+    }
     layer |= {"unconditional": unconditional, "network": {"name": "residual_mlp", "hidden": 10}}
     node = resolve(Bijection, layer, "test")
     ours = build(Bijection, node, shape=(5,), num_classes=None, condition_shape=None).double()

@@ -20,7 +20,11 @@ from genmodels.types import Batch
 
 CIFAR = Path(__file__).parents[2] / "configs" / "cifar10" / "nsf.yaml"
 RESNET = {"name": "resnet", "width": 8, "blocks": 1}
-STEP = [{"name": "act_norm"}, {"name": "conv1x1"}, {"name": "spline_coupling", "bins": 3, "network": RESNET}]
+STEP = [
+    {"name": "act_norm"},
+    {"name": "conv1x1"},
+    {"name": "coupling", "map": {"name": "rational_quadratic", "bins": 3}, "network": RESNET},
+]
 RAMP = torch.arange(16.0).reshape(1, 1, 4, 4)
 
 
@@ -200,7 +204,7 @@ def test_blocks_start_near_zero_and_the_head_does_where_asked():
     assert f.head.weight.abs().max() > 0.1 and f.width == 8
     assert network(zero_init=True)(None, items(2, 3, 4, 6)).abs().max() == 0
     # a coupling finds head and width: it starts as the identity and scales its logits
-    coupling = bijection({"name": "spline_coupling", "network": {**RESNET, "batch_norm": True}}, (4, 4, 4)).eval()
+    coupling = bijection({"name": "coupling", "network": {**RESNET, "batch_norm": True}}, (4, 4, 4)).eval()
     x = items(2, 4, 4, 4)
     torch.testing.assert_close(coupling(x)[0], x, rtol=0, atol=1e-12)
     assert coupling.scale == 8**-0.5
@@ -301,7 +305,7 @@ def test_the_cifar_model_has_the_published_number_of_parameters(bits, coupling, 
     if coupling == "affine":
         width = 64 if bits == 5 else 96
         net = f"{{name: resnet, width: {width}, blocks: 3, batch_norm: true, dropout: 0.2}}"
-        overrides = [f"{LAYERS}[2]={{name: affine_coupling, swap: true, network: {net}}}"]
+        overrides = [f"{LAYERS}[2]={{name: coupling, map: affine, swap: true, network: {net}}}"]
     model, _ = cifar(overrides)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == published == by_hand
     assert model.layers.out_shape == (192, 4, 4)

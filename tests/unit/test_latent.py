@@ -144,7 +144,11 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 DIFFUSION = {"name": "diffusion", "network": {"name": "unet", "channels": 8, "multipliers": [1, 2], "blocks": 1}}
-COUPLING = {"name": "affine_coupling", "network": {"name": "unet", "channels": 8, "multipliers": [1], "blocks": 1}}
+COUPLING = {
+    "name": "coupling",
+    "map": "affine",
+    "network": {"name": "unet", "channels": 8, "multipliers": [1], "blocks": 1},
+}
 FLOW = {"name": "flow", "layers": [COUPLING, {**COUPLING, "swap": True}]}
 
 

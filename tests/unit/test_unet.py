@@ -92,14 +92,14 @@ def test_every_level_sees_the_whole_image():
     assert change(network) > 1e-6
 
 
-@pytest.mark.parametrize("coupling", ["spline_coupling", "affine_coupling"])
-def test_it_conditions_a_coupling_that_starts_as_it_should(coupling):
+@pytest.mark.parametrize("map", ["rational_quadratic", "affine"])
+def test_it_conditions_a_coupling_that_starts_as_it_should(map):
     network = {"name": "unet", "channels": 8, "multipliers": [1, 2], "blocks": 1, "heads": 2}
-    node = {"name": coupling, "network": network}
+    node = {"name": "coupling", "map": map, "network": network}
     layer = build(Bijection, node, shape=(5, 4, 8), num_classes=None, condition_shape=None).double()
     x = randn(3, 5, 4, 8)
     z, log_det = layer(x)
-    if coupling == "spline_coupling":
+    if map == "rational_quadratic":
         assert layer.network.out_shape == (23 * 3, 4, 8) and layer.scale == 8**-0.5
         torch.testing.assert_close(z, x, rtol=0, atol=1e-6)
     with torch.no_grad():
