@@ -112,7 +112,7 @@ class Mixture(Observation):
 class GaussianMixture(Mixture):
     """Σ_k w_k N(x; m_k, s_k²).
 
-    Source: Uria et al. 2013 (RNADE), section 3; Bishop 1994 (Mixture density networks).
+    Source: Uria et al. 2013 (RNADE), section 3.
     """
 
     def standard(self, z: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class ObservationModel(Model):
         return observed * self.cell if self.binary else self.transform.inverse(observed)
 
     def check_scored(self, x: Tensor, where: str) -> None:
-        """Raises ValueError for items of another shape or off the two levels, NotApplicable where data have no density."""
+        """Raises ValueError for items of another shape or off the two levels, NotApplicable if there is no density."""
         self.check_items(x, where)
         if self.binary and not ((x == 0) | (x == self.cell)).all():
             raise ValueError(

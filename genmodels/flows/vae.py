@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -27,11 +28,9 @@ class LatentLaw(nn.Module):
         latent: size of z.
     """
 
-    def __init__(self, layers: tuple[Callable[..., Bijection], ...], latent: int, where: str, **conditions: int) -> None:
+    def __init__(self, layers: tuple[Callable[..., Bijection], ...], latent: int, **conditions: Any) -> None:
         super().__init__()
         self.layers: Chain | None = chain(layers, (latent,), **conditions) if layers else None
-        if self.layers is not None and self.layers.out_shape != (latent,):
-            raise ValueError(f"vae: the layers of the {where} must keep the shape [{latent}] of the latent.")
 
     def forward_layers(self, z: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         return (z, z.new_zeros(len(z), dtype=torch.float64)) if self.layers is None else self.layers(z, condition)
@@ -41,12 +40,18 @@ class LatentLaw(nn.Module):
             return z, z.new_zeros(len(z), dtype=torch.float64)
         return self.layers.inverse(z, condition)
 
+    def initialize(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        """Let the layers set what depends on data from their inputs z [B, latent]; returns what they make of it."""
+        if self.layers is not None:
+            self.layers.initialize(z, condition)
+        return self.forward_layers(z, condition)[0]
+
 
 class Prior(LatentLaw):
     """p(z) = N(f(z); 0, I) |det ∂f/∂z|: one pass of the layers f scores, their inverse samples."""
 
-    def __init__(self, layers: tuple[Callable[..., Bijection], ...], latent: int, **conditions: int) -> None:
-        super().__init__(layers, latent, "prior", **conditions)
+    def __init__(self, layers: tuple[Callable[..., Bijection], ...], latent: int, **conditions: Any) -> None:
+        super().__init__(layers, latent, **conditions)
         self.base = StandardNormal(shape=(latent,))
 
     def log_prob(self, z: Tensor, condition: Tensor | None) -> Tensor:
@@ -70,13 +75,18 @@ class Posterior(LatentLaw):
     """
 
     def __init__(self, layers: tuple[Callable[..., Bijection], ...], latent: int, context: int) -> None:
-        super().__init__(layers, latent, "posterior", num_classes=None, condition_shape=(context,))
+        super().__init__(layers, latent, num_classes=None, condition_shape=(context,))
         self.head = nn.Linear(context, 2 * latent)
+
+    def gaussian(self, eps: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """w = m + s eps and log s, both [B, latent]."""
+        mean, log_std = self.head(context).to(eps.dtype).chunk(2, 1)
+        return mean + log_std.exp() * eps, log_std
 
     def sample(self, eps: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """z [B, latent] made of standard normal eps [B, latent], and log q(z|context) [B] float64."""
-        mean, log_std = self.head(context).to(eps.dtype).chunk(2, 1)
-        z, log_det = self.forward_layers(mean + log_std.exp() * eps, context)
+        w, log_std = self.gaussian(eps, context)
+        z, log_det = self.forward_layers(w, context)
         return z, sum_items(-0.5 * eps.square() - log_std - HALF_LOG_TWO_PI) - log_det
 
     def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
@@ -106,8 +116,7 @@ class VAE(ObservationModel):
         conditional: whether encoder, prior and decoder see the condition of the data (labels, embeddings).
         warm_up: share of the training steps over which m rises; 0 for m = 1.
     Raises:
-        ValueError: if a size or share is out of its range, if layers change the shape of the latent, or if a
-            conditional model meets data without conditions.
+        ValueError: if a size or share is out of its range, or if a conditional model meets data without conditions.
     Source: Kingma & Welling 2014 (Auto-encoding variational Bayes), section 2; Durkan et al. 2019 (Neural Spline
         Flows), section 5.2, for flows as prior and posterior.
     """
@@ -176,22 +185,25 @@ class VAE(ObservationModel):
         self.eval()  # dropout would measure another map than the one that is used
         condition = self.checked(batch.condition if self.conditional else None, len(batch), "prepare")
         noise, x = BatchNoise(len(batch), generator=generator, device=self.device), batch.x.to(self.device)
-        context = self._context(self.observed(x, noise)[0], x, condition)
-        mean, log_std = self.posterior.head(context).chunk(2, 1)
-        w = mean + log_std.exp() * noise.normal(self.latent, dtype=self.dtype)
-        for law, value, given in ((self.posterior, w, context), (self.prior, None, condition)):
-            if law.layers is not None:
-                z = self.posterior.forward_layers(w, context)[0] if value is None else value
-                law.layers.initialize(z, given)
+        y = self._encoder_input(self.observed(x, noise if self.dequantised else None)[0], x)
+        self.encoder.initialize(y, condition)
+        context = self.encoder(None, y, condition)
+        w = self.posterior.gaussian(noise.normal(self.latent, dtype=self.dtype), context)[0]
+        z = self.posterior.initialize(w, context)
+        self.prior.initialize(z, condition)
+        self.decoder.initialize(z, condition)
         self.train(training)
         return {}
 
     # ---- one draw of the latent --------------------------------------------------------------------------------------
 
+    def _encoder_input(self, observed: Tensor, x: Tensor) -> Tensor:
+        """[B, *model shape]; two levels enter where the transform puts the middles of their cells."""
+        return self.transform(x.to(self.dtype), None)[0].to(self.dtype) if self.binary else observed
+
     def _context(self, observed: Tensor, x: Tensor, condition: Tensor | None) -> Tensor:
-        """[B, context]; two levels enter where the transform puts the middles of their cells."""
-        y = self.transform(x.to(self.dtype), None)[0] if self.binary else observed
-        return self.encoder(None, y.to(self.dtype), condition)
+        """[B, context]."""
+        return self.encoder(None, self._encoder_input(observed, x), condition)
 
     def _terms(self, x: Tensor, condition: Tensor | None, noise: Noise) -> tuple[Tensor, Tensor]:
         """[B] float64 log p(x|z) in data units and log q(z|x) - log p(z), for one z ~ q(z|x) per item."""
@@ -253,9 +265,7 @@ class VAE(ObservationModel):
         stderr = (values - value).detach().exp().std(0) / math.sqrt(draws)
         return Likelihood(value, "bound", stderr)
 
-    def _terms_of_draws(
-        self, x: Tensor, condition: Tensor | None, noise: Noise, draws: int
-    ) -> tuple[Tensor, Tensor]:
+    def _terms_of_draws(self, x: Tensor, condition: Tensor | None, noise: Noise, draws: int) -> tuple[Tensor, Tensor]:
         """As `_terms`, [draws·B], draw by draw; an encoder whose input does not change is called once."""
         observations, eps = [], []
         for _ in range(draws):  # draw by draw, so that item i sees the same numbers however many draws are at once
@@ -309,9 +319,7 @@ class VAE(ObservationModel):
         return torch.cat(drawn)
 
     @torch.no_grad()
-    def posterior_sample(
-        self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None
-    ) -> Tensor:
+    def posterior_sample(self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None) -> Tensor:
         """[B, latent] z ~ q(z|x), one for each item x [B, *shape], from its seed (0 … B-1 if not given)."""
         self.check_items(x, "posterior_sample")
         condition = self.checked(condition, len(x), "posterior_sample")
