@@ -41,7 +41,7 @@ class Coupling(Bijection):
     def __init__(
         self,
         network: Callable[..., Network],
-        map: Monotone = RationalQuadratic(),  # noqa: B008 (stateless)
+        map: Monotone = RationalQuadratic(),
         split: Literal["half", "alternating"] = "half",
         mask: tuple[int, ...] | None = None,
         swap: bool = False,

@@ -90,7 +90,7 @@ class Elementwise(Bijection):
 
     def __init__(
         self,
-        map: Monotone = RationalQuadratic(),  # noqa: B008 (stateless)
+        map: Monotone = RationalQuadratic(),
         *,
         shape: Shape,
         num_classes: int | None,

@@ -63,7 +63,7 @@ class Network(nn.Module, ABC):
         """[B, *out_shape] from t of shape [] or [B] (None if not timed), x [B, *in_shape] and a condition [B, *]."""
 
     def initialize(self, x: Tensor, condition: Condition | None = None) -> None:
-        """Set what depends on data (normalisations inside) from one batch x [B, *in_shape], once; called in `prepare`."""
+        """Set what depends on data (norms inside) from one batch x [B, *in_shape], once; called in `prepare`."""
 
     def check_items(self, x: Tensor) -> None:
         """Raises ValueError unless x is [B, *in_shape]."""

@@ -8,6 +8,7 @@ from genmodels.registry import ConfigError, build, names, resolve
 
 NETWORK = {"name": "residual_mlp", "hidden": 16, "blocks": 1}
 ARGUMENTS = {  # what has no default; anything else is built as it is
+    "autoregressive": {"network": {"name": "made", "hidden": 8, "blocks": 1}},
     "repeat": {"layers": [{"name": "permutation"}, {"name": "coupling", "network": NETWORK}], "count": 2},
     "nflows": {"transform": "PiecewiseRationalQuadraticCDF", "arguments": {"tails": "linear", "tail_bound": 3.0}},
     "inverse": {"of": {"name": "coupling", "network": NETWORK}},
@@ -16,7 +17,10 @@ ARGUMENTS = {  # what has no default; anything else is built as it is
     },
 }
 SHAPES = [(2,), (5,), (3, 2, 4), (4, 3)]
-IMAGES = {"squeeze": [(1, 4, 4), (3, 2, 4)]}  # what does not work on every shape
+IMAGES = {  # what does not work on every shape
+    "squeeze": [(1, 4, 4), (3, 2, 4)],
+    "autoregressive": [(5,), (2,)],
+}
 
 
 def usual(name, shape):

@@ -396,7 +396,7 @@ def network(name, in_shape=(3,), out_shape=(5,), timed=False, num_classes=None, 
 def test_dense_networks_end_in_their_head_with_the_batch_innermost(name):
     f, x = network(name, (3, 2, 4), (6, 4)), items(7, 3, 2, 4)
     out = f(None, x)
-    h = f.features(None, x.flatten(1))
+    h = f.features(None, x)
     assert h.shape == (7, f.width) and isinstance(f.head, nn.Linear)
     torch.testing.assert_close(out, nn.functional.linear(h, f.head.weight, f.head.bias).reshape(7, 6, 4))
     assert out.movedim(0, -1).is_contiguous()

@@ -16,6 +16,7 @@ every = pytest.mark.parametrize("name", NETWORKS)
 SMALL = {
     "mlp": {"hidden": (24, 24)},
     "residual_mlp": {"hidden": 24},
+    "made": {"hidden": 24},
     "dit": {"width": 24, "depth": 2, "heads": 3},
     "unet": {"channels": 8, "multipliers": (1, 2), "blocks": 1, "heads": 2},
     "diffusers_unet": {
@@ -26,6 +27,7 @@ SMALL = {
 }  # fmt: skip
 IMAGE = (3, 8, 12)
 SQUARE = {"diffusers_dit"}  # of the networks for images, those that take no others
+VECTORS = {"made"}  # those for vectors, whose last number steers nothing
 LABELS_ONLY = {"diffusers_dit"}  # those without vectors as conditions
 LABELS = torch.tensor([0, 1, 2, 3, 1])  # of 3 classes; 3 is "none"
 TIMES = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
@@ -33,6 +35,8 @@ TIMES = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
 
 def image(name: str, channels: int = 3) -> tuple[int, ...]:
     """The shape of images that a network is tested on: neither square nor small, where it can be."""
+    if name in VECTORS:
+        return (4 << channels // 2,)  # so that what comes out is a multiple of what goes in
     return (channels, 8, 8) if name in SQUARE else (channels, *IMAGE[1:])
 
 
@@ -68,7 +72,7 @@ def make(
 @every
 @pytest.mark.parametrize(("before", "after", "small"), [(3, 3, False), (3, 5, False), (1, 2, True)])
 def test_shapes_are_those_it_was_told(name, before, after, small):
-    in_shape, out_shape = ((c, 4, 4) if small else image(name, c) for c in (before, after))
+    in_shape, out_shape = ((c, 4, 4) if small and name not in VECTORS else image(name, c) for c in (before, after))
     network, x = make(name, in_shape, out_shape), randn(5, *in_shape)
     assert network(TIMES, x, LABELS).shape == (5, *out_shape)
     assert network(TIMES[2], x, LABELS).shape == (5, *out_shape)
@@ -90,12 +94,13 @@ def test_gradients_reach_every_parameter(name, timed, num_classes, condition_sha
     network(TIMES if timed else None, x, condition).square().sum().backward()
     silent = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert silent == []
-    assert (x.grad.abs() > 0).all(), "every pixel counts"
+    seen = x.grad[:, :-1] if name in VECTORS else x.grad
+    assert (seen.abs() > 0).all(), "every pixel counts"
 
 
 @every
 def test_derivatives_are_right(name):
-    shape = (1, 4, 4) if name in SQUARE else (1, 2, 4)
+    shape = (1, 4, 4) if name in SQUARE else image(name) if name in VECTORS else (1, 2, 4)
     network, x = make(name, in_shape=shape), randn(2, *shape).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: network(TIMES[1:3], x, LABELS[:2]), (x,))
 
@@ -162,7 +167,7 @@ def test_single_and_double_precision_agree(name):
 @every
 def test_what_does_not_fit_is_refused(name):
     network, x = make(name), randn(5, *image(name))
-    with pytest.raises(ValueError, match=rf"x has shape \[5, 3, 12, 7\].*built for \[B, 3, 8, {x.shape[3]}\]"):
+    with pytest.raises(ValueError, match=rf"x has shape \[5, 3, 12, 7\].*built for \[B, {', '.join(map(str, x.shape[1:]))}\]"):
         network(TIMES, x.new_zeros(5, 3, 12, 7), LABELS)
     with pytest.raises(ValueError, match="timed=False"):
         network(None, x, LABELS)

@@ -175,7 +175,8 @@ def test_every_paper_once_with_what_is_used_of_it():
     text = cite(load([ROOT / "configs/digits/nsf.yaml"]).tree)
     found = parse(text)
     assert {"durkan2019neural", "dinh2017density", "theis2016note", "kingma2015adam"} < found.keys()
-    assert "\n% bijection.coupling: section 3.2, appendix B\n@inproceedings{durkan2019neural,\n" in text
+    used = "\n% bijection.coupling: section 3.2, appendix B\n% monotone.rational_quadratic: section 3.1\n"
+    assert used + "@inproceedings{durkan2019neural,\n" in text
     assert "\n\n% optimizer.adam\n@inproceedings{kingma2015adam,\n" in text
     assert all(entries()[key].text in text for key in found if key != "genmodels")
 

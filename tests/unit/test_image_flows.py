@@ -228,7 +228,8 @@ def trained_flow(**more):
     """A small image flow with batch norms and dropout, after a few steps of training."""
     layers = [{"name": "squeeze"}, *STEP, *STEP]
     for k in (3, 6):
-        layers[k] = {**layers[k], "identity": False, "network": {**RESNET, "batch_norm": True, "dropout": 0.2}}
+        spline = {**layers[k]["map"], "identity": False}
+        layers[k] = {**layers[k], "map": spline, "network": {**RESNET, "batch_norm": True, "dropout": 0.2}}
     torch.manual_seed(0)
     node = {"name": "flow", "layers": layers, **more}
     sizes = {"num_classes": None, "condition_shape": None, "bin_width": None, "transform": Affine(0.0, 2.0)}
@@ -264,7 +265,7 @@ def test_a_flow_with_batch_norms_is_one_map_in_eval_mode():
 
 LAYERS = "model.layers[0].layers[1].layers"
 FIVE_BITS = ["data.bits=5", "data.transform.parts[0].levels=32", "data.transform.parts[1].loc=16"]
-FIVE_BITS += ["data.transform.parts[1].scale=32", f"{LAYERS}[2].bins=2", f"{LAYERS}[2].network.width=64"]
+FIVE_BITS += ["data.transform.parts[1].scale=32", f"{LAYERS}[2].map.bins=2", f"{LAYERS}[2].network.width=64"]
 
 
 def cifar(overrides=()):
