@@ -63,8 +63,11 @@ class MaskedAutoencoder(OrderedModel):
         self.any_order = order == "any"
         if not isinstance(self.network, MADE):
             raise ValueError(f"made: the masked network `made` is needed, found '{self.network.registered_name}'.")
-        if self.any_order and self.network.places.tolist() != list(range(self.dims)):
-            raise ValueError("made: the order `any` needs a network of the natural order. Leave out the network's order.")
+        order_of = getattr(self.network, "order", torch.empty(0)).tolist()  # none where it is an adjacency
+        if self.any_order and order_of != list(range(self.dims)):
+            raise ValueError(
+                "made: order: any needs a network of the natural order. Leave out the network's own order."
+            )
 
     def raw(self, x: Tensor, condition: Tensor | None, order: Tensor | None) -> Tensor:
         if order is None:

@@ -174,8 +174,8 @@ class NADE(OrderedModel):
     Raises:
         ValueError: if there is no hidden unit, if the list is no order, if the law does not fit the data, or if a
             conditional model meets data without conditions.
-    Source: Larochelle & Murray 2011 (NADE), section 3; Uria et al. 2013 (RNADE), section 3; Uria et al. 2014 (A Deep and
-        Tractable Density Estimator), section 3, for training on any order.
+    Source: Larochelle & Murray 2011 (NADE), section 3; Uria et al. 2013 (RNADE), section 3; Uria et al. 2014 (A Deep
+        and Tractable Density Estimator), section 3, for training on any order.
     """
 
     def __init__(

@@ -45,12 +45,12 @@ class Observation(ABC):
 
 @register(Observation, "bernoulli")
 class Bernoulli(Observation):
-    """P(x = 1) = sigmoid(raw), for x in {0, 1}."""
+    """P(x = 1) = sigmoid(raw), so that log p(x) = log sigmoid((2x - 1) raw) for x in {0, 1}."""
 
     parameters, binary = 1, True
 
     def log_prob(self, x: Tensor, raw: Tensor) -> Tensor:
-        return x * raw[0] - F.softplus(raw[0])
+        return F.logsigmoid((2 * x - 1) * raw[0])  # softplus would be off by 2e-9 from 20 on
 
     def sample(self, raw: Tensor, u: Tensor) -> Tensor:
         return (u[0] < raw[0].sigmoid()).to(raw.dtype)
@@ -130,7 +130,7 @@ class LogisticMixture(Mixture):
     """
 
     def standard(self, z: Tensor) -> Tensor:
-        return -z - 2 * F.softplus(-z)
+        return F.logsigmoid(z) + F.logsigmoid(-z)
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.logit(u)

@@ -25,6 +25,7 @@ FLOW = [{"name": "repeat", "count": 2, "layers": ["act_norm", "lu_linear", SPLIN
 RESIDUAL = {"name": "residual_mlp", "hidden": 24}
 DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
 VAE = {"encoder": RESIDUAL, "decoder": RESIDUAL, "latent": 2, "context": 8}
+MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
     "flow": [
@@ -45,6 +46,18 @@ EXAMPLES = {
         ("contract_plane", {**VAE, "conditional": True}),
         ("contract_images", {**VAE, "prior": FLOW}),
         ("contract_bits", {**VAE, "posterior": FLOW}),
+    ],
+    "nade": [
+        ("contract_bits", {"hidden": 16}),
+        ("contract_bits", {"hidden": 16, "order": "any", "conditional": True}),
+        ("contract_plane", {"hidden": 16, "activation": "relu", "rescale": True, "conditional": True}),
+        ("contract_images", {"hidden": 16, "order": "random", "observation": {"name": "logistic_mixture", **TWO}}),
+    ],
+    "made": [
+        ("contract_bits", {"network": MADE, "order": "any"}),
+        ("contract_bits", {"network": MADE, "conditional": True}),
+        ("contract_plane", {"network": MADE, "observation": {"name": "gaussian_mixture", **TWO}}),
+        ("contract_images", {"network": {**MADE, "hidden": 288}, "observation": {"name": "gaussian_mixture", **TWO}}),
     ],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
