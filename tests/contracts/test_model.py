@@ -24,6 +24,8 @@ SPLINES = {
 FLOW = [{"name": "repeat", "count": 2, "layers": ["act_norm", "lu_linear", SPLINES]}]
 RESIDUAL = {"name": "residual_mlp", "hidden": 24}
 DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
+VAE = {"encoder": RESIDUAL, "decoder": RESIDUAL, "latent": 2, "context": 8}
+MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
     "flow": [
@@ -38,6 +40,24 @@ EXAMPLES = {
             {"network": RESIDUAL, "schedule": "trigonometric", "prediction": "v"},
         ),
         ("contract_images", {"network": DIT, "prediction": "edm", "schedule": "edm", "times": "log_normal"}),
+    ],
+    "vae": [
+        ("contract_plane", {**VAE, "prior": FLOW, "posterior": FLOW}),
+        ("contract_plane", {**VAE, "conditional": True}),
+        ("contract_images", {**VAE, "prior": FLOW}),
+        ("contract_bits", {**VAE, "posterior": FLOW}),
+    ],
+    "nade": [
+        ("contract_bits", {"hidden": 16}),
+        ("contract_bits", {"hidden": 16, "order": "any", "conditional": True}),
+        ("contract_plane", {"hidden": 16, "activation": "relu", "rescale": True, "conditional": True}),
+        ("contract_images", {"hidden": 16, "order": "random", "observation": {"name": "logistic_mixture", **TWO}}),
+    ],
+    "made": [
+        ("contract_bits", {"network": MADE, "order": "any"}),
+        ("contract_bits", {"network": MADE, "conditional": True}),
+        ("contract_plane", {"network": MADE, "observation": {"name": "gaussian_mixture", **TWO}}),
+        ("contract_images", {"network": {**MADE, "hidden": 288}, "observation": {"name": "gaussian_mixture", **TWO}}),
     ],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
@@ -81,6 +101,17 @@ def data_sets():
             for split, n in {"train": 40, "val": 4, "test": 4}.items():
                 noise = BatchNoise(n, generator=generator("contract", split))
                 self.hold(split, Batch((noise.uniform(3, 8, 12) * 4).floor(), condition=noise.normal(5)))
+
+    @registry.register(Dataset, "contract_bits")
+    class Bits(InMemory):
+        """Random levels 0 and 1 on 1x2x3 pixels, in three classes."""
+
+        shape, num_classes, levels, bin_width = (1, 2, 3), 3, 2, 1.0
+
+        def __init__(self) -> None:
+            for split, n in {"train": 200, "val": 4, "test": 4}.items():
+                noise = BatchNoise(n, generator=generator("contract", split))
+                self.hold(split, Batch((noise.uniform(1, 2, 3) < 0.4).float(), condition=torch.arange(n) % 3))
 
     @registry.register(Dataset, "contract_mixture")
     class Mixture(InMemory):
@@ -180,6 +211,8 @@ def test_density_of_the_plane_integrates_to_one(name, k):
     options = {"controller": PI(rtol=1e-3, atol=1e-3)} if name == "diffusion" else {}
     c = torch.zeros(len(points), dtype=torch.int64) if model.conditional else None
     with torch.no_grad():
+        if model.likelihood(points[:1], condition=None if c is None else c[:1]).kind == "bound":
+            pytest.skip("a bound has no mass of its own")
         total = model.double().log_prob(points, condition=c, **options).exp().sum() * area
     # a midpoint rule at 0.3 resolves the mixture's narrowest width, 0.3, to 1e-3; step control here is good to 1e-3
     assert abs(float(total) - 1) < 5e-3
