@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..networks.shared import Scope
 from ..registry import kind, register
 from ..types import Condition, Shape
 
@@ -79,19 +80,6 @@ def chain(layers: tuple[Callable[..., Bijection], ...], shape: Shape, **context:
         built.append(layer(shape=shape, **context))
         shape = built[-1].out_shape
     return Chain(built)
-
-
-class Scope:
-    """What the copies of repeated layers share, by key: the estimators of `shared` networks."""
-
-    def __init__(self) -> None:
-        self.held: dict[Any, Any] = {}
-
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is held under a key; made by the first who asks."""
-        if key not in self.held:
-            self.held[key] = make()
-        return self.held[key]
 
 
 @register(Bijection, "repeat")

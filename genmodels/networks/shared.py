@@ -9,11 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..flows.bijection import Scope
 from ..registry import ConfigError, names, register
 from ..schema import MEMBERS
 from ..types import Condition, Shape
 from .network import Modulation, Network, Shareable
+
+
+class Scope:
+    """What the copies of repeated layers share, by key: the estimators of `shared` networks."""
+
+    def __init__(self) -> None:
+        self.held: dict[Any, Any] = {}
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is held under a key; made by the first who asks."""
+        if key not in self.held:
+            self.held[key] = make()
+        return self.held[key]
 
 
 class _Trunk(NamedTuple):

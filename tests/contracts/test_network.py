@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from genmodels.flows.bijection import Scope
 from genmodels.networks.dit import Block, DiT, positions
 from genmodels.networks.embeddings import ConditionEmbedding
 from genmodels.networks.network import Network, networks, set_autocast
+from genmodels.networks.shared import Scope
 from genmodels.registry import ConfigError, build, names
 
 NETWORKS = names(Network)

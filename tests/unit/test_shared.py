@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from genmodels.flows.bijection import Bijection, Scope
+from genmodels.flows.bijection import Bijection
 from genmodels.metrics.cost import count_evaluations, inference_parameters, num_parameters
 from genmodels.networks.network import Modulation, Network, Shareable, Site, set_autocast
-from genmodels.networks.shared import Shared, _another, fold_embeddings
+from genmodels.networks.shared import Scope, Shared, _another, fold_embeddings
 from genmodels.registry import ConfigError, build, resolve
 
 RESIDUAL = {"name": "residual_mlp", "hidden": 12, "blocks": 2}

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from genmodels.config import read
-from genmodels.flows.bijection import Bijection, Scope, chain
+from genmodels.flows.bijection import Bijection, chain
 from genmodels.flows.waveflow import fold
 from genmodels.metrics.cost import count_evaluations
 from genmodels.model import Model
 from genmodels.networks.network import set_autocast
-from genmodels.networks.shared import fold_embeddings
+from genmodels.networks.shared import Scope, fold_embeddings
 from genmodels.networks.weight_norm import fold_weight_norm
 from genmodels.registry import Builder, ConfigError, build, resolve
 from genmodels.transforms import Identity
