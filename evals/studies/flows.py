@@ -1,0 +1,129 @@
+"""The published comparisons of flows: train, evaluate, publish.
+
+    python -m evals.studies.flows toy2d digits patches audio latent [--jobs 2] [--root runs/flows] [--publish]
+
+A study is a list of ordinary runs, each a configuration with overrides under one protocol. Runs that are finished are
+not trained again, so the same command continues a study. `--publish` copies results to evals/results/, from which
+`python -m evals.leaderboard` makes the board; densities and the cost of sharing are drawn by `evals.density` and
+`evals.studies.sharing`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from genmodels.config import read
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANES = ("moons", "checkerboard", "spirals", "rings", "eight_gaussians")
+DEPTHS = (4, 8, 16)
+VARIANTS = {  # of one network for all steps: what differs from the configuration, at its place
+    "naive": {"embedding": 0, "inject": "[]", "projection": "shared"},
+    "decomp": {"embedding": 0, "inject": "[]"},
+    "nanoflow": {},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run: its name, its configuration file, the protocol that scores it, and overrides."""
+
+    name: str
+    config: str
+    protocol: str
+    overrides: tuple[str, ...] = ()
+
+
+def sharing(config: str, layer: str, variant: str) -> tuple[str, ...]:
+    """Overrides that give the `shared` network at `layer` of a configuration another variant, or the steps a network
+    each ("unshared")."""
+    place = f"{layer}.network"
+    if variant != "unshared":
+        return tuple(f"{place}.{key}={value}" for key, value in VARIANTS[variant].items())
+    node = read(ROOT / "configs" / f"{config}.yaml")
+    for key in place.replace("]", "").replace("[", ".").split("."):
+        node = node[int(key) if key.isdigit() else key]
+    inner = ", ".join(f"{key}: {value}" for key, value in node["of"].items())
+    return (f"{place}={{{inner}}}",)
+
+
+def toy2d() -> Iterator[Plan]:
+    """Four flows of the plane with eight steps, whose networks are their own or shared, on five densities."""
+    layers = {"nsf": 1, "nsf_ar": 1, "maf": 2, "realnvp": 2}
+    for plane in PLANES:
+        for flow, index in layers.items():
+            for variant in ("unshared", *VARIANTS):
+                config = f"toy2d/nanoflow_{flow}"
+                own = sharing(config, f"model.layers[0].layers[{index}]", variant)
+                yield Plan(f"{plane}-{flow}-{variant}", config, plane, (f"data={plane}", *own))
+
+
+def digits() -> Iterator[Plan]:
+    """Class-conditional flows of digits: of vectors and of images, and spline couplings shared at three depths."""
+    for flow in ("nsf", "nsf_ar", "maf", "realnvp", "nsf_image", "glow"):
+        yield Plan(f"digits-{flow}", f"digits/{flow}", "digits")
+    yield from depths("digits/nanoflow", "digits", "model.layers[1]", 2)
+
+
+def patches() -> Iterator[Plan]:
+    """Flows of natural patches: couplings, autoregressive layers, and couplings shared at three depths."""
+    yield from depths("patches/nanoflow", "natural_patches", "model.layers[0]", 2)
+    yield Plan("patches-nsf_ar", "patches/nsf_ar", "natural_patches")
+
+
+def depths(config: str, protocol: str, repeat: str, index: int) -> Iterator[Plan]:
+    for depth in DEPTHS:
+        for variant in ("unshared", *VARIANTS):
+            own = sharing(config, f"{repeat}.layers[{index}]", variant)
+            name = f"{config.partition('/')[0]}-nsf-k{depth}-{variant}"
+            yield Plan(name, config, protocol, (f"{repeat}.count={depth}", *own))
+
+
+def audio() -> Iterator[Plan]:
+    """WaveFlow and NanoFlow on synthesised notes."""
+    for flow in ("waveflow", "nanoflow", "waveflow_mel"):
+        yield Plan(f"tones-{flow}", f"audio/{flow}", "tones")
+
+
+def latent() -> Iterator[Plan]:
+    """Digits in black and white: autoencoders with Gaussian and flow laws of the latent, NADE and MADE."""
+    for model in ("vae", "vae_nsf", "nade", "made"):
+        yield Plan(f"binary-{model}", f"digits/{model}", "binary_digits")
+
+
+STUDIES: dict[str, Callable[[], Iterator[Plan]]] = {f.__name__: f for f in (toy2d, digits, patches, audio, latent)}
+
+
+def carry_out(plan: Plan, root: Path, threads: int, publish: bool) -> None:
+    """Train a run to its end and evaluate it, in processes of their own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    train = ["train.py", f"configs/{plan.config}.yaml", f"name={plan.name}", *plan.overrides, "--root", str(root)]
+    score = ["-m", "evals.evaluate", str(root / plan.name), "--protocol", plan.protocol]
+    for command in (train, [*score, "--publish"] if publish else score):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{plan.name}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    print(plan.name, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", choices=STUDIES)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--root", type=Path, default=Path("runs/flows"))
+    parser.add_argument("--publish", action="store_true", help="copy the results to evals/results")
+    given = parser.parse_args()
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    plans = [plan for study in given.studies for plan in STUDIES[study]()]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for future in [pool.submit(carry_out, plan, given.root, threads, given.publish) for plan in plans]:
+            future.result()
+
+
+if __name__ == "__main__":
+    main()

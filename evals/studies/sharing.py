@@ -1,0 +1,84 @@
+"""What sharing one network among the steps of a flow costs and saves: likelihood against parameters, as a picture.
+
+    python -m evals.studies.sharing
+
+Reads the published results of `evals.studies.flows` (digits, patches) and writes evals/results/sharing.png and
+evals/results/sharing.md.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from genmodels.evaluation.results import read
+from genmodels.files import write_text
+
+from .flows import DEPTHS, VARIANTS
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+STUDIES = {"digits": ("bits_per_dim", "bits/dim"), "natural_patches": ("nll", "nats")}
+KINDS = ("unshared", *VARIANTS)
+COLOURS = dict(zip(KINDS, ("#000000", "#D55E00", "#E69F00", "#0072B2"), strict=True))
+Row = dict[str, Any]
+
+
+def rows(protocol: str) -> list[Row]:
+    """One row a run of the study: depth, variant, parameters in training and at inference, value, standard error."""
+    metric, found = STUDIES[protocol][0], []
+    for path in sorted((RESULTS / protocol).glob("*/*.json")):
+        result = read(path)[0]
+        named = re.fullmatch(r".*-k(\d+)-(\w+)", result["run"])
+        if named is None or named[2] not in KINDS:
+            continue
+        estimate = next(m for m in result["metrics"] if m["name"] == metric)
+        model = result["model"]
+        counts = (model["parameters"], model.get("x-inference_parameters", model["parameters"]))
+        found.append((int(named[1]), named[2], *counts, estimate["value"], estimate["stderr"]))
+    names = ("depth", "variant", "parameters", "at inference", "value", "stderr")
+    return [dict(zip(names, row, strict=True)) for row in sorted(found, key=lambda row: (row[0], KINDS.index(row[1])))]
+
+
+def table(protocol: str) -> str:
+    unit = STUDIES[protocol][1]
+    head = f"| {protocol}: steps K | variant | parameters | at inference | {unit} ↓ |\n|---:|:---|---:|---:|---:|\n"
+    lines = [
+        f"| {r['depth']} | {r['variant']} | {r['parameters']:,} | {r['at inference']:,} | {r['value']:.4g} ± "
+        f"{r['stderr']:.2g} |"
+        for r in rows(protocol)
+    ]
+    return head + "\n".join(lines)
+
+
+def draw(path: Path) -> None:
+    """Likelihood against parameters, one line a variant, one panel a data set; ring sizes grow with the depth."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(STUDIES), figsize=(4.6 * len(STUDIES), 3.6), layout="constrained")
+    for panel, (protocol, (_, unit)) in zip(panels, STUDIES.items(), strict=True):
+        found = rows(protocol)
+        for kind in KINDS:
+            line = [r for r in found if r["variant"] == kind]
+            x, y, e = ([r[key] for r in line] for key in ("parameters", "value", "stderr"))
+            panel.errorbar(x, y, e, color=COLOURS[kind], marker="o", markersize=4, capsize=2, lw=1.2, label=kind)
+            for r in line:
+                place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7, "color": COLOURS[kind]}
+                panel.annotate(f"K = {r['depth']}", (r["parameters"], r["value"]), **place)
+        panel.set(xscale="log", xlabel="trained parameters", ylabel=f"test {unit} (lower is better)", title=protocol)
+        panel.grid(alpha=0.3, lw=0.5)
+    panels[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def main() -> None:
+    missing = [name for name in STUDIES if len(rows(name)) < len(DEPTHS) * len(KINDS)]
+    if missing:
+        raise SystemExit(f"sharing: results of {missing} are not complete. Run: python -m evals.studies.flows --publish")
+    write_text(RESULTS / "sharing.md", "\n\n".join(map(table, STUDIES)) + "\n")
+    draw(RESULTS / "sharing.png")
+    print(RESULTS / "sharing.png")
+
+
+if __name__ == "__main__":
+    main()
