@@ -74,7 +74,9 @@ def draw(path: Path) -> None:
 def main() -> None:
     missing = [name for name in STUDIES if len(rows(name)) < len(DEPTHS) * len(KINDS)]
     if missing:
-        raise SystemExit(f"sharing: results of {missing} are not complete. Run: python -m evals.studies.flows --publish")
+        raise SystemExit(
+            f"sharing: {missing} are not complete. Run: python -m evals.studies.flows digits patches --publish"
+        )
     write_text(RESULTS / "sharing.md", "\n\n".join(map(table, STUDIES)) + "\n")
     draw(RESULTS / "sharing.png")
     print(RESULTS / "sharing.png")
