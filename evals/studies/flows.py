@@ -53,7 +53,7 @@ def sharing(config: str, layer: str, variant: str) -> tuple[str, ...]:
 
 
 def toy2d() -> Iterator[Plan]:
-    """Four flows of the plane, deep enough that sharing matters, with networks of their own or shared, on five densities."""
+    """Four deep flows of the plane, with networks of their own or shared, on five densities."""
     layers = {"nsf": 1, "nsf_ar": 1, "maf": 2, "realnvp": 2}
     for plane in PLANES:
         for flow, index in layers.items():
