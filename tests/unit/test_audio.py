@@ -215,6 +215,16 @@ def test_pitches_fill_their_range():
     assert abs(octave.mean() - 1.5) < 4 * 0.866 / 20 and abs(octave.std() - 0.866) < 0.08
 
 
+def test_no_harmonic_is_folded_back():
+    """Notes above a quarter of the rate have one harmonic: all power lies around one frequency."""
+    power = torch.fft.rfft(notes(300, 4000, 2000, generator("f")) * torch.hann_window(4000)).abs().square()
+    f = torch.arange(power.shape[1]) * 2000 / 4000
+    first = f[(power > 0.01 * power.amax(1, keepdim=True)).double().argmax(1)]
+    high = first > 520
+    apart = (f - f[power.argmax(1)][:, None]).abs() > 60  # vibrato reaches 9 Hz, its side bands a few times 7 Hz more
+    assert high.sum() > 50 and ((power * apart).sum(1) / power.sum(1))[high].mean() < 0.02  # the noise of quiet notes
+
+
 def test_tones_are_what_was_asked_for():
     data = Tones(size=30, segment=256, condition=None)
     assert [data.size(s) for s in SPLITS] == [30, 3, 3] and data.shape == (256,) and data.sample_rate == 8000
