@@ -120,11 +120,30 @@ def test_hidden_channels_that_do_not_vary_keep_their_scale():
     assert all(v.isfinite().all() for v in f.state_dict().values())
 
 
-def test_a_flow_starts_its_networks_from_what_reaches_them():
-    torch.manual_seed(0)
+def glow_flow(seed=0):
+    torch.manual_seed(seed)
     sizes = {"num_classes": None, "condition_shape": None, "bin_width": None, "transform": Affine(0.0, 2.0)}
     node = {"name": "flow", "layers": [{"name": "multiscale", "prior": GLOW, "levels": LEVELS["levels"]}]}
-    flow = build(Model, node, shape=(1, 4, 4), **sizes).double()
+    return build(Model, node, shape=(1, 4, 4), **sizes).double()
+
+
+def test_the_start_from_data_travels_in_a_checkpoint_and_is_made_nowhere_else():
+    """One process prepares, all others load what it saved; no forward pass, in training neither, starts anything."""
+    one, two, batch = glow_flow(0), glow_flow(1), Batch(5 * items(64, 1, 4, 4) + 2)
+    fresh = copy.deepcopy(two.state_dict())
+    two.train().loss(batch)
+    assert all(torch.equal(value, fresh[key]) for key, value in two.state_dict().items())
+    one.prepare([batch], generator=torch.Generator().manual_seed(0))
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(one.log_prob(batch.x), two.log_prob(batch.x))
+    flags = [value for key, value in two.state_dict().items() if key.endswith("initialized")]
+    assert len(flags) == 8 and all(flags), "two act_norms and six hidden layers"
+    two.prepare([Batch(items(64, 1, 4, 4))], generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(value, one.state_dict()[key]) for key, value in two.state_dict().items())
+
+
+def test_a_flow_starts_its_networks_from_what_reaches_them():
+    flow = glow_flow()
     flow.prepare([Batch(5 * items(64, 1, 4, 4) + 2)], generator=torch.Generator().manual_seed(0))
     seen = []
     hidden = [m for m in flow.modules() if hasattr(m, "log_scale") and hasattr(m, "weight")]
