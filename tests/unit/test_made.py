@@ -138,6 +138,27 @@ def test_modulation_of_one_kind_alone_and_of_nothing():
     torch.testing.assert_close(half, first, rtol=0, atol=0)  # gates of -1 switch the blocks off
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_features_equal_the_formula_written_out(residual):
+    network, x, labels = make(5, num_classes=3, residual=residual), randn(7, 5), torch.tensor([0, 1, 2, 3, 1, 0, 2])
+    told, act = modulation(network), torch.tanh
+    first, *layers = [
+        lambda h, k=k, m=m: h @ (k.weight * m).T + k.bias
+        for k, m in [(network.first, network.input_mask), *((k, network.hidden_mask) for k in network.layers)]
+    ]
+    e = network.embeddings.condition.table(labels)
+    h = first(x) + e
+    if residual:
+        for i, (bias, gate) in enumerate(told):
+            change = layers[2 * i + 1](act(layers[2 * i](act(h)) + bias))
+            h = h + change * torch.sigmoid(network.gates[i](e)) * (1 + gate)
+    else:
+        h = act(h + told[0].bias) * (1 + told[0].gate)
+        for layer, (bias, gate) in zip(layers, told[1:], strict=True):
+            h = act(layer(h) + bias) * (1 + gate)
+    torch.testing.assert_close(network.features(None, x, labels, told), h, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("count", "hidden"), [(16, 48), (64, 128)])
 @pytest.mark.parametrize("condition_shape", [None, (3,)])
 def test_the_sweep_multiplies_no_more_than_a_dense_pass(count, hidden, condition_shape):
@@ -186,6 +207,12 @@ def test_gradients_through_the_sweep_are_those_of_one_pass(checkpointing, residu
 def both(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return network(None, x), swept(network, x, None, x)
+
+
+def test_second_layers_of_blocks_start_near_zero():
+    network = make(5, moved=0.0)
+    assert all(0 < p.abs().max() <= 1e-3 for layer in network.layers[1::2] for p in layer.parameters())
+    assert all(layer.weight.abs().max() > 0.1 for layer in [*network.layers[::2], network.first, network.head])
 
 
 def test_a_drawn_order_is_part_of_the_state_and_no_other_is():
