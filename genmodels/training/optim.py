@@ -41,16 +41,33 @@ class Adam(Optimizer):
         self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
     ) -> None:
         _check_rate("adam", lr)
-        if not all(0 <= beta < 1 for beta in betas) or eps <= 0 or weight_decay < 0:
-            raise ConfigError(
-                "adam: 0 <= betas < 1, eps > 0 and weight_decay >= 0 are needed, found "
-                f"betas={list(betas)}, eps={eps}, weight_decay={weight_decay}."
-            )
+        _check_adam("adam", betas, eps, weight_decay)
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         parameters = list(parameters)
         return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, **kernel(parameters))
+
+
+@register(Optimizer, "adamax")
+class Adamax(Optimizer):
+    """Adam with the largest recent gradient in place of the root of its mean square.
+
+    m = β₁ m + (1 - β₁) g, u = max(β₂ u, |g| + ε), θ ← θ - lr/(1 - β₁ᵏ) m/u at step k = 1, 2, …, with
+    g = ∇θ + weight_decay θ.
+
+    Source: Kingma & Ba 2015, section 7.1.
+    """
+
+    def __init__(
+        self, lr: float = 2e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        _check_rate("adamax", lr)
+        _check_adam("adamax", betas, eps, weight_decay)
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+
+    def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adamax(list(parameters), self.lr, self.betas, self.eps, self.weight_decay, foreach=True)
 
 
 @register(Optimizer, "sgd")
@@ -176,6 +193,14 @@ class StepDecay(LearningRate):
 def _check_rate(name: str, lr: float) -> None:
     if lr <= 0:
         raise ValueError(f"{name}: lr must be above 0, found {lr}.")
+
+
+def _check_adam(name: str, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    if not all(0 <= beta < 1 for beta in betas) or eps <= 0 or weight_decay < 0:
+        raise ConfigError(
+            f"{name}: 0 <= betas < 1, eps > 0 and weight_decay >= 0 are needed, found "
+            f"betas={list(betas)}, eps={eps}, weight_decay={weight_decay}."
+        )
 
 
 def _check_warmup(name: str, warmup: int) -> None:

@@ -19,7 +19,7 @@ from genmodels.training.ema import (
     exponent_of,
     std_of,
 )
-from genmodels.training.optim import SGD, Adam, Constant, Cosine, LearningRate, OneCycle, StepDecay
+from genmodels.training.optim import SGD, Adam, Adamax, Constant, Cosine, LearningRate, OneCycle, StepDecay
 
 
 class Small(nn.Module):
@@ -309,6 +309,23 @@ def test_every_rule_stays_between_zero_and_one(name):
     rule = build(LearningRate, name)
     for steps in (1, 2, 10, 1000):
         assert all(0 <= value <= 1 for value in factors(rule, steps))
+
+
+def test_adamax_is_its_recursion():
+    """Kingma & Ba, algorithm 2, with a penalty on the weights in the gradient."""
+    theta = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = Adamax(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.01).over([theta])
+    expected, m, u = theta.detach().clone(), 0.0, torch.zeros(2, dtype=torch.float64)
+    for k in range(1, 6):
+        optimizer.zero_grad()
+        (theta**3).sum().backward()
+        g = 3 * expected**2 + 0.01 * expected
+        m, u = 0.8 * m + 0.2 * g, torch.maximum(0.9 * u, g.abs() + 1e-3)
+        expected = expected - 0.1 / (1 - 0.8**k) * m / u
+        optimizer.step()
+        torch.testing.assert_close(theta.detach(), expected, rtol=1e-12, atol=0)
+    with pytest.raises(ConfigError, match=r"adamax: 0 <= betas < 1.*found betas=\[0.9, 1.0\]"):
+        Adamax(betas=(0.9, 1.0))
 
 
 def test_rates_must_be_positive():
