@@ -125,7 +125,7 @@ class MADE(Shareable):
     def _structure(self, depends: Tensor) -> None:
         """Masks and the steps of `sweep` for a matrix of dependencies."""
         rank = dependencies.ranks(depends)
-        sets = dependencies.distinct(depends, rank, self.embeddings.active)
+        sets = dependencies.distinct(depends, self.embeddings.active)
         if len(sets) > self.width:
             raise ConfigError(
                 f"made: the variables depend on {len(sets)} different sets of variables, which takes as many hidden "

@@ -106,6 +106,7 @@ def test_layers_start_as_the_identity_unless_the_map_does_not_ask_for_it(network
     torch.testing.assert_close(log_det, torch.zeros(7).double(), rtol=0, atol=1e-5)
     other = make(5, num_classes, 0.0, {"name": "rational_quadratic", "identity": False}, **network)
     assert (other(x, labels)[0] - x).abs().max() > 1e-2
+    assert other.network.head.weight.abs().max() > 0.1, "the network's own start"
 
 
 def test_logits_are_divided_by_the_root_of_the_width_if_asked():
