@@ -222,7 +222,7 @@ def test_no_harmonic_is_folded_back():
     first = f[(power > 0.01 * power.amax(1, keepdim=True)).double().argmax(1)]
     high = first > 520
     apart = (f - f[power.argmax(1)][:, None]).abs() > 60  # vibrato reaches 9 Hz, its side bands a few times 7 Hz more
-    assert high.sum() > 50 and ((power * apart).sum(1) / power.sum(1))[high].mean() < 0.02  # the noise of quiet notes
+    assert high.sum() > 30 and ((power * apart).sum(1) / power.sum(1))[high].mean() < 0.02  # the noise of quiet notes
 
 
 def test_tones_are_what_was_asked_for():
