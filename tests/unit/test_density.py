@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
 from genmodels.data.dataset import Dataset
 from genmodels.distributions import StandardNormal
@@ -83,6 +86,9 @@ def test_it_is_drawn_for_few_and_many(count, known, tmp_path, monkeypatch):
     assert len(picture.panels[1].caption) == 1 + known
     text = picture.draw(tmp_path / "new" / "d.svg").read_text()
     assert text.count("<image") >= count  # the colour bar is one more
+    axes = Figure().subplots()
+    picture._panel(axes, picture.panels[1], ScalarMappable(Normalize(0, 1)))
+    assert axes.images[0].origin == "lower" and axes.images[0].get_extent() == list(picture.window.extent)
 
 
 def test_mistakes_are_explained():
