@@ -190,7 +190,18 @@ def test_draws_of_a_mixture_follow_its_distribution_function(law):
         math.exp(w) * family.cdf(v, m, math.exp(s)) for w, m, s in zip(log_w, means, log_s, strict=True)
     )
     assert stats.kstest(x.numpy(), cdf).pvalue > 1e-4  # one seed in 10 000 fails
-    assert torch.equal(uniforms(BatchNoise(3, generator=generator("draws"))) > 0, torch.ones(2, 3).bool())
+
+
+@pytest.mark.parametrize("law", [GaussianMixture(2), LogisticMixture(2)])
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2.0**-24])
+def test_the_least_and_the_largest_uniform_number_give_finite_draws(law, extreme):
+    class Ends(BatchNoise):
+        def uniform(self, *shape, dtype=torch.float32):
+            return torch.full((self.n, *shape), extreme, dtype=dtype)
+
+    u = uniforms(Ends(3), 2)
+    assert u.shape == (2, 3, 2) and 0 < u.min() and u.max() < 1
+    assert law.sample(torch.zeros(law.parameters, 3, 2), u).isfinite().all()
 
 
 def test_every_observation_has_extreme_values_that_stay_finite():
