@@ -154,6 +154,16 @@ def test_orders_of_their_own_are_those_of_each_item_alone():
     torch.testing.assert_close(model.raw(x, None, orders), torch.cat(alone, 1), rtol=0, atol=1e-12)
 
 
+def test_the_weights_of_made_belong_to_the_numbers_in_every_order():
+    """It is then the network that has this order itself, with the same weights."""
+    model, x = bits("made any", 6), strings(6)[::5]
+    for k in range(3):
+        order = model.some_order(k)
+        other = make({"name": "made", "network": {**NETWORK, "order": order.tolist()}}, (6,), levels=2, bin_width=1.0)
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model.raw(x, None, order), other.raw(x, None, None), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_mixtures_are_those_of_torch_and_scipy(k):
     g = torch.Generator().manual_seed(k)
