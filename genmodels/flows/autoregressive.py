@@ -37,7 +37,7 @@ class Autoregressive(Bijection):
     def __init__(
         self,
         network: Callable[..., Network] = MADE,
-        map: Monotone = RationalQuadratic(),  # noqa: B008 (stateless)
+        map: Monotone = RationalQuadratic(),
         scale_logits: bool = False,
         *,
         shape: Shape,

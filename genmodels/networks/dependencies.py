@@ -80,15 +80,14 @@ def times(sets: Tensor, rank: Tensor) -> Tensor:
     return torch.where(sets, rank + 1, 0).amax(1)
 
 
-def distinct(depends: Tensor, rank: Tensor, empty: bool) -> Tensor:
-    """[S, D] bool: the different rows of `depends`, by the time at which they are known.
+def distinct(depends: Tensor, empty: bool) -> Tensor:
+    """[S, D] bool: the different rows of `depends`, in lexicographic order (of the natural order: by size).
 
     Args:
         empty: keep the empty set; it is kept anyway where there is no other.
     """
     sets = depends.unique(dim=0)
-    sets = sets if empty or not depends.any() else sets[sets.any(1)]
-    return sets[times(sets, rank).argsort(stable=True)]
+    return sets if empty or not depends.any() else sets[sets.any(1)]
 
 
 def contains(larger: Tensor, smaller: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class MADE(Shareable):
             variable i may depend. It may have no cycle; its diagonal is ignored.
         zero_init: start the last layer (`head`) at zero.
     Raises:
-        ConfigError: if the items in or out are no vectors, or the outputs no multiple of the inputs; if the order or the
-            adjacency cannot be; if there are fewer hidden units than sets to see.
+        ConfigError: if the items in or out are no vectors, or the outputs no multiple of the inputs; if the order or
+            the adjacency cannot be; if there are fewer hidden units than sets to see.
     Source: Germain et al. 2015 (MADE), section 3; Durkan et al. 2019 (Neural Spline Flows), appendix B.1.
     """
 
@@ -77,7 +77,6 @@ class MADE(Shareable):
         self.residual = residual
         self._check_shapes()
         self.embeddings = Embeddings(hidden, timed=timed, num_classes=num_classes, condition_shape=condition_shape)
-        self._kept: dict[tuple[int, str], tuple[Tensor, tuple, Tensor]] = {}
         self._structure(self._depends(order, adjacency))
         self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
         self.first = nn.Linear(*self.in_shape, hidden)
@@ -104,9 +103,7 @@ class MADE(Shareable):
                 f"{self.in_shape[0]} variables. Use mlp or residual_mlp, or put `flatten` before the layer."
             )
 
-    def _depends(
-        self, order: str | tuple[int, ...], adjacency: tuple[tuple[int, ...], ...] | None
-    ) -> Tensor:
+    def _depends(self, order: str | tuple[int, ...], adjacency: tuple[tuple[int, ...], ...] | None) -> Tensor:
         """[D, D] bool: which variables steer which."""
         count = self.in_shape[0]
         if adjacency is not None:
@@ -128,7 +125,7 @@ class MADE(Shareable):
     def _structure(self, depends: Tensor) -> None:
         """Masks and the steps of `sweep` for a matrix of dependencies."""
         rank = dependencies.ranks(depends)
-        sets = dependencies.distinct(depends, rank, self.embeddings.active)
+        sets = dependencies.distinct(depends, self.embeddings.active)
         if len(sets) > self.width:
             raise ConfigError(
                 f"made: the variables depend on {len(sets)} different sets of variables, which takes as many hidden "
@@ -257,39 +254,13 @@ class MADE(Shareable):
         return Sweep(self.places, self.sizes, stairs, factors, combine, like)
 
     def _masked(self, weight: Tensor, mask: str) -> Tensor:
-        return self._keep(weight, mask, lambda: weight * getattr(self, mask))
+        # not kept between calls: fused optimizers change weights without a trace in their version counters
+        return weight * getattr(self, mask)
 
     def _sorted(self, weight: Tensor, mask: str, rows: Tensor, columns: Tensor) -> Tensor:
-        def make() -> Tensor:
-            return (weight * getattr(self, mask)).index_select(0, rows).index_select(1, columns)
-
-        return self._keep(weight, f"sorted {mask}", make)
-
-    def _keep(self, weight: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives; in eval mode without gradients it is kept until the weight changes."""
-        plain = isinstance(weight, nn.Parameter) and not weight.is_inference()
-        if self.training or torch.is_grad_enabled() or not plain or torch.compiler.is_compiling():
-            return make()
-        stamp = (weight._version, weight.data_ptr())
-        owner, found, value = self._kept.get((id(weight), key), (None, None, None))
-        if owner is not weight or found != stamp:
-            value = make()
-            self._kept[id(weight), key] = (weight, stamp, value)
-        return value
-
-    def train(self, mode: bool = True) -> "MADE":
-        self._kept.clear()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "MADE":
-        self._kept.clear()
-        return super()._apply(*args, **kwargs)
+        return self._masked(weight, mask).index_select(0, rows).index_select(1, columns)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        self._kept.clear()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if f"{prefix}order" in state_dict:
             self._structure(dependencies.from_order(self.order.tolist(), "made"))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}

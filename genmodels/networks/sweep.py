@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Staircase:
-    """A linear layer W h + b of which columns (of W) and rows become known in steps: those of step t need no later ones.
+    """A linear layer W h + b of which columns (of W) and rows become known in steps, rows by the columns so far.
 
     Steps are grouped: what earlier groups contribute to a group is one product, so that the small product of each step
     reads only the columns of its own group. Every weight is used at most once.
@@ -27,28 +27,42 @@ class Staircase:
         starts = range(0, len(rows), group)
         self.rows = [rows[start : start + group] for start in starts]
         self.columns = [sum(columns[start : start + group]) for start in starts]
+        self.width = sum(columns)
         sizes = [sum(part) for part in self.rows]
         self.weights, self.biases = weight.split(sizes), bias.split(sizes)
-        self.group, self.step = group, 0
+        self.group, self.step, self.known = group, 0, 0
+        self.buffer: Tensor | None = None
 
     def __call__(self, columns: Tensor) -> Tensor:
         """The rows [rows[t], N] of step t = 0, 1, …, from the columns [columns[t], N] that became known."""
         group, step = divmod(self.step, self.group)
+        if self.step == 0 and not torch.is_grad_enabled():  # backward needs columns that nobody writes to
+            self.buffer = columns.new_empty(self.width, columns.shape[1])
         if step == 0:
             self._open(group, columns)
-        else:
-            self.recent = torch.cat((self.recent, columns))
+        self._append(columns, step == 0)
         self.step += 1
         return torch.addmm(self.partial[step], self.steps[step][:, : len(self.recent)], self.recent)
 
     def _open(self, group: int, columns: Tensor) -> None:
-        self.earlier = columns[:0] if group == 0 else torch.cat((self.earlier, self.recent))
-        self.recent = columns
-        known, rows = len(self.earlier), self.rows[group]
+        if group == 0:
+            self.earlier = columns[:0]
+        else:
+            self.earlier = torch.cat((self.earlier, self.recent)) if self.buffer is None else self.buffer[: self.known]
+        self.start, rows = self.known, self.rows[group]
         weight, bias = self.weights[group], self.biases[group]
-        partial = torch.addmm(bias, weight[:, :known], self.earlier) if known else bias
+        partial = torch.addmm(bias, weight[:, : self.start], self.earlier) if self.start else bias
         self.partial = partial.split(rows)
-        self.steps = weight[:, known : known + self.columns[group]].split(rows)
+        self.steps = weight[:, self.start : self.start + self.columns[group]].split(rows)
+
+    def _append(self, columns: Tensor, first: bool) -> None:
+        end = self.known + len(columns)
+        if self.buffer is None:
+            self.recent = columns if first else torch.cat((self.recent, columns))
+        else:
+            self.buffer[self.known : end] = columns
+            self.recent = self.buffer[self.start : end]
+        self.known = end
 
 
 class Sweep:

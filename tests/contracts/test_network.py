@@ -167,7 +167,9 @@ def test_single_and_double_precision_agree(name):
 @every
 def test_what_does_not_fit_is_refused(name):
     network, x = make(name), randn(5, *image(name))
-    with pytest.raises(ValueError, match=rf"x has shape \[5, 3, 12, 7\].*built for \[B, {', '.join(map(str, x.shape[1:]))}\]"):
+    with pytest.raises(
+        ValueError, match=rf"x has shape \[5, 3, 12, 7\].*built for \[B, {', '.join(map(str, x.shape[1:]))}\]"
+    ):
         network(TIMES, x.new_zeros(5, 3, 12, 7), LABELS)
     with pytest.raises(ValueError, match="timed=False"):
         network(None, x, LABELS)
