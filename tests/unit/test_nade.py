@@ -154,6 +154,16 @@ def test_orders_of_their_own_are_those_of_each_item_alone():
     torch.testing.assert_close(model.raw(x, None, orders), torch.cat(alone, 1), rtol=0, atol=1e-12)
 
 
+def test_the_weights_of_made_belong_to_the_numbers_in_every_order():
+    """It is then the network that has this order itself, with the same weights."""
+    model, x = bits("made any", 6), strings(6)[::5]
+    for k in range(3):
+        order = model.some_order(k)
+        other = make({"name": "made", "network": {**NETWORK, "order": order.tolist()}}, (6,), levels=2, bin_width=1.0)
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model.raw(x, None, order), other.raw(x, None, None), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("k", [1, 4])
 def test_mixtures_are_those_of_torch_and_scipy(k):
     g = torch.Generator().manual_seed(k)
@@ -190,7 +200,18 @@ def test_draws_of_a_mixture_follow_its_distribution_function(law):
         math.exp(w) * family.cdf(v, m, math.exp(s)) for w, m, s in zip(log_w, means, log_s, strict=True)
     )
     assert stats.kstest(x.numpy(), cdf).pvalue > 1e-4  # one seed in 10 000 fails
-    assert torch.equal(uniforms(BatchNoise(3, generator=generator("draws"))) > 0, torch.ones(2, 3).bool())
+
+
+@pytest.mark.parametrize("law", [GaussianMixture(2), LogisticMixture(2)])
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2.0**-24])
+def test_the_least_and_the_largest_uniform_number_give_finite_draws(law, extreme):
+    class Ends(BatchNoise):
+        def uniform(self, *shape, dtype=torch.float32):
+            return torch.full((self.n, *shape), extreme, dtype=dtype)
+
+    u = uniforms(Ends(3), 2)
+    assert u.shape == (2, 3, 2) and 0 < u.min() and u.max() < 1
+    assert law.sample(torch.zeros(law.parameters, 3, 2), u).isfinite().all()
 
 
 def test_every_observation_has_extreme_values_that_stay_finite():

@@ -172,11 +172,11 @@ def test_the_importance_weighted_bound_rises_to_the_likelihood_found_by_quadratu
     x = BITS.repeat(300, 1)  # 300 independent bounds of each string
     with torch.no_grad():
         means = [model.likelihood(x, draws=k).value.reshape(300, 8) for k in (1, 4, 32)]
-        many = model.likelihood(BITS, draws=20_000)
+        many = model.likelihood(BITS, draws=4000)
     gaps = [(exact - m.mean(0)) for m in means]
     assert (gaps[0] > gaps[1]).all() and (gaps[1] > gaps[2]).all() and (gaps[2] > -0.01).all()
     assert gaps[0].min() > 0.02  # the bound of one draw is loose here
-    assert ((many.value - exact).abs() < 4 * many.stderr).all() and many.stderr.max() < 0.05
+    assert ((many.value - exact).abs() < 4 * many.stderr).all() and many.stderr.max() < 0.1
 
 
 def test_samples_of_bits_have_the_mass_found_by_quadrature():
@@ -206,11 +206,11 @@ def test_dequantised_data_get_a_bound_on_their_mass():
         model.posterior.head.weight.copy_(torch.tensor([[0.8], [0.0]]))
         model.posterior.head.bias.copy_(torch.tensor([0.0, -0.3]))
         x = torch.arange(3, dtype=torch.float64)[:, None]
-        found = model.likelihood(x, draws=20_000)
+        found = model.likelihood(x, draws=4000)
         one = model.likelihood(x.repeat(500, 1)).value.reshape(500, 3).mean(0)
     law = stats.norm(1.5 + 1.5 * b, 1.5 * math.hypot(w, s))
     exact = torch.tensor(law.cdf([1, 2, 3]) - law.cdf([0, 1, 2])).log()
-    assert ((found.value - exact).abs() < 4 * found.stderr).all() and found.stderr.max() < 0.03
+    assert ((found.value - exact).abs() < 4 * found.stderr).all() and found.stderr.max() < 0.06
     assert (one < exact).all()
 
 
