@@ -169,6 +169,11 @@ def _as_node(hint: Any, default: Any) -> Any:
     cls = default if isinstance(default, type) else type(default)
     if MEMBERS[base].get(vars(cls).get("registered_name")) is not cls:
         raise TypeError(f"a default of a {base.__name__} argument must be a registered component, found {default!r}")
+    if default is not cls and repr(vars(default)) != repr(vars(cls())):
+        raise TypeError(
+            f"a default {cls.__name__} with arguments of its own would lose them in a configuration, which names it "
+            "alone. Make the default None, or one that is built without arguments."
+        )
     return {"name": cls.registered_name}
 
 

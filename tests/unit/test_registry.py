@@ -352,6 +352,24 @@ def test_a_default_component_must_be_registered(fake):
     assert "must be a registered component" in refused(fake.FakeNet, User)
 
 
+def test_a_default_component_must_be_what_its_name_builds(fake):
+    """Its arguments would be lost: a configuration keeps the name alone."""
+
+    @register(fake.FakeSchedule, "bent")
+    class Bent(fake.FakeSchedule):
+        def __init__(self, by: float = 1.0) -> None:
+            self.by = by
+
+    class Plain(fake.FakeNet):
+        def __init__(self, schedule: fake.FakeSchedule = Bent()) -> None: ...
+
+    class User(fake.FakeNet):
+        def __init__(self, schedule: fake.FakeSchedule = Bent(2.0)) -> None: ...
+
+    register(fake.FakeNet, "plain user")(Plain)
+    assert "would lose them" in refused(fake.FakeNet, User)
+
+
 def test_an_argument_of_a_kind_without_members_is_a_node(fake):
     @kind
     class FakeEmpty: ...
