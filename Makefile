@@ -49,6 +49,9 @@ board: $(READY)
 
 benchmarks: $(READY)
 	$(PY) -m evals.benchmarks.splines
+	$(PY) -m evals.benchmarks.training_step
+	$(PY) -m evals.benchmarks.autoregressive
+	$(PY) -m evals.benchmarks.waveflow
 	$(PY) -m evals.benchmarks.solvers
 	$(PY) -m evals.benchmarks.image_flows
 	$(PY) -m evals.benchmarks.networks

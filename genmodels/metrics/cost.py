@@ -57,7 +57,7 @@ def count_evaluations(model: nn.Module) -> Iterator[Evaluations]:
 def num_parameters(model: nn.Module, trainable: bool = False) -> int:
     """Number of parameters, tied ones counted once."""
     storages = {
-        (p.untyped_storage().data_ptr(), p.storage_offset(), p.shape): p.numel()
+        (id(p) if p.is_meta else p.untyped_storage().data_ptr(), p.storage_offset(), p.shape): p.numel()
         for p in model.parameters()
         if p.numel() and (p.requires_grad or not trainable)
     }

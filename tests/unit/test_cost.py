@@ -59,6 +59,7 @@ def test_tied_parameters_count_once():
     model = nn.ModuleList([a, b])
     assert num_parameters(model) == 12 + 4 + 4
     assert num_parameters(model, trainable=True) == 12 + 4
+    assert num_parameters(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).to("meta")) == 24  # where nothing has a place
 
 
 # ---- operations: two for a multiply-add, counted by hand ---------------------------------------------------------
