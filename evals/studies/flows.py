@@ -20,7 +20,7 @@ from pathlib import Path
 from genmodels.config import read
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANES = ("moons", "checkerboard", "spirals", "rings", "eight_gaussians")
+PLANES = ("moons", "checkerboard")
 DEPTHS = (4, 8, 16)
 VARIANTS = {  # of one network for all steps: what differs from the configuration, at its place
     "naive": {"embedding": 0, "inject": "[]", "projection": "shared"},
@@ -53,7 +53,7 @@ def sharing(config: str, layer: str, variant: str) -> tuple[str, ...]:
 
 
 def toy2d() -> Iterator[Plan]:
-    """Four deep flows of the plane, with networks of their own or shared, on five densities."""
+    """Four deep flows of the plane, with networks of their own or shared, on two densities."""
     layers = {"nsf": 1, "nsf_ar": 1, "maf": 2, "realnvp": 2}
     for plane in PLANES:
         for flow, index in layers.items():
