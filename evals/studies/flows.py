@@ -22,7 +22,8 @@ from genmodels.evaluation.evaluate import publish
 from genmodels.evaluation.results import read as read_result
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANES = ("moons", "checkerboard")
+PLANES = ("checkerboard", "moons")
+BUDGET = "train.steps=1000"  # of the many runs that compare ways of sharing
 DEPTHS = (4, 8, 16)
 VARIANTS = {  # of one network for all steps: what differs from the configuration, at its place
     "naive": {"embedding": 0, "inject": "[]", "projection": "shared"},
@@ -62,7 +63,7 @@ def toy2d() -> Iterator[Plan]:
             for variant in ("unshared", *VARIANTS):
                 config = f"toy2d/nanoflow_{flow}"
                 own = sharing(config, f"model.layers[0].layers[{index}]", variant)
-                yield Plan(f"{plane}-{flow}-{variant}", config, plane, (f"data={plane}", *own))
+                yield Plan(f"{plane}-{flow}-{variant}", config, plane, (f"data={plane}", BUDGET, *own))
 
 
 def digits() -> Iterator[Plan]:
@@ -75,7 +76,7 @@ def digits() -> Iterator[Plan]:
 def patches() -> Iterator[Plan]:
     """Flows of natural patches: couplings, autoregressive layers, and couplings shared at three depths."""
     yield from depths("patches/nanoflow", "natural_patches", "model.layers[0]", 2)
-    yield Plan("patches-nsf_ar", "patches/nsf_ar", "natural_patches")
+    yield Plan("patches-nsf_ar", "patches/nsf_ar", "natural_patches", (BUDGET,))
 
 
 def depths(config: str, protocol: str, repeat: str, index: int) -> Iterator[Plan]:
@@ -83,7 +84,7 @@ def depths(config: str, protocol: str, repeat: str, index: int) -> Iterator[Plan
         for variant in ("unshared", *VARIANTS):
             own = sharing(config, f"{repeat}.layers[{index}]", variant)
             name = f"{config.partition('/')[0]}-nsf-k{depth}-{variant}"
-            yield Plan(name, config, protocol, (f"{repeat}.count={depth}", *own))
+            yield Plan(name, config, protocol, (f"{repeat}.count={depth}", BUDGET, *own))
 
 
 def audio() -> Iterator[Plan]:
