@@ -329,6 +329,10 @@ def test_differences_are_listed_layer_by_layer_and_nothing_is_changed():
             "have a counterpart there, found rational_quadratic",
         ),
         (
+            {"name": "coupling", "network": NETWORK, "map": {"name": "rational_quadratic", "tails": "circular"}},
+            "have a counterpart there, found rational_quadratic",
+        ),
+        (
             {"name": "coupling", "network": NETWORK, "map": {"name": "affine", "form": "exp"}},
             "form: sigmoid, found exp",
         ),
