@@ -34,7 +34,7 @@ def load_nflows(flow: NormalizingFlow, state: Mapping[str, Tensor] | str | Path)
         ValueError: if it does not fit, with the differences layer by layer; the flow is as it was then.
     Source: Durkan et al. 2020 (nflows: normalizing flows in PyTorch).
     """
-    theirs = _read(state) if isinstance(state, (str, Path)) else dict(state)
+    theirs = _read(state) if isinstance(state, (str, Path)) else _tensors(state, "state")
     layers, groups = list(_leaves(flow.layers, "layers", "_transform.")), _groups(theirs)
     differences = _order(layers, groups)
     for leaf, (prefix, group) in zip(layers, groups, strict=False):
@@ -203,10 +203,15 @@ def _read(path: str | Path) -> State:
             f"load_nflows: {place} cannot be read as weights ({type(error).__name__}: {reason}). Save the flow's "
             "state_dict(), with torch.save or safetensors."
         ) from error
+    return _tensors(found, str(place))
+
+
+def _tensors(found: object, where: str) -> State:
+    """Raises ValueError unless it is a mapping of tensors."""
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         keys = f" with {', '.join(map(str, found))}" if isinstance(found, Mapping) else ""
         raise ValueError(
-            f"load_nflows: {place} holds a {type(found).__name__}{keys}, a state dict of tensors is needed. Pass the "
+            f"load_nflows: {where} holds a {type(found).__name__}{keys}, a state dict of tensors is needed. Pass the "
             "part of it that is one."
         )
     return dict(found)

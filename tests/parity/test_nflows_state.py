@@ -270,6 +270,10 @@ def test_files_without_weights_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             load_nflows(flow, tmp_path / name)
+    with pytest.raises(ValueError, match="state holds a dict with epoch, model, a state dict of tensors is needed"):
+        load_nflows(flow, {"epoch": 3, "model": {}})
+    with pytest.raises(ValueError, match="state holds a list, a state dict of tensors is needed"):
+        load_nflows(flow, [1])
 
 
 def refused(flow, state, *messages):
