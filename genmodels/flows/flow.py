@@ -61,7 +61,8 @@ class NormalizingFlow(Model):
                 "flow: an encoder of conditions was given to an unconditional flow. Set conditional: true."
             )
         self.num_classes = num_classes if conditional else None
-        sizes = {"num_classes": self.num_classes, "condition_shape": condition_shape if conditional else None}
+        self.condition_shape = condition_shape if conditional else None
+        sizes = {"num_classes": self.num_classes, "condition_shape": self.condition_shape}
         self.encoder = encoder and encoder(shape=self.shape, **sizes)
         if self.encoder is not None:
             sizes = {"num_classes": None, "condition_shape": tuple(self.encoder.out_shape)}
@@ -167,6 +168,11 @@ class NormalizingFlow(Model):
 
     def decode(self, z: Tensor, *, condition: Condition | None = None) -> Tensor:
         """[B, *shape] item in data units of a latent: decode(encode(x)) = x."""
+        if tuple(z.shape[1:]) != tuple(self.layers.out_shape) or z.ndim == 0:
+            raise ValueError(
+                f"decode: z has shape {list(z.shape)}, but latents of this flow have shape "
+                f"[{', '.join(map(str, ('B', *self.layers.out_shape)))}]. Pass what `encode` or the base law gives."
+            )
         condition = self._checked(condition, len(z), "decode")
         y, _ = self.layers.inverse(z.to(self.dtype), self._encoded(condition))
         return self.transform.inverse(y)
@@ -195,9 +201,24 @@ class NormalizingFlow(Model):
             raise ValueError(f"{where}: {problem}")
         if isinstance(condition, Tensor) and len(condition) != n:
             raise ValueError(f"{where}: one condition per item is needed, found {len(condition)} for {n} items.")
+        if isinstance(condition, Tensor) and self.encoder is None:
+            self._check_kind(condition, where)
         if isinstance(condition, Tensor) and where != "loss":  # there, reading labels would wait for the device
             check_labels(condition, self.num_classes, where)
         return condition.to(self.device) if isinstance(condition, Tensor) else condition
+
+    def _check_kind(self, condition: Tensor, where: str) -> None:
+        """Raises ValueError unless the condition holds labels [B], or vectors [B, *condition_shape]."""
+        labels = self.num_classes is not None
+        shape = () if labels else tuple(self.condition_shape or ())
+        if tuple(condition.shape[1:]) == shape and not (labels and condition.is_floating_point()):
+            return
+        kind = "integer class labels of shape [B]" if labels else f"vectors [{', '.join(map(str, ('B', *shape)))}]"
+        found = str(condition.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{where}: this flow was built for {kind} as conditions, found {found} of shape "
+            f"{list(condition.shape)}. Pass one such row per item, or rebuild the flow for the data."
+        )
 
 
 def _rows(condition: Condition | None, rows: Tensor) -> Condition | None:

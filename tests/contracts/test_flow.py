@@ -297,6 +297,30 @@ def test_a_condition_is_asked_for_exactly_where_it_is_used():
         make((4,), conditional=True)
 
 
+def test_conditions_of_another_kind_or_width_are_refused():
+    x = items(2, 4)
+    vectors = make((4,), condition_shape=(3,), conditional=True)
+    assert vectors.log_prob(x, condition=items(2, 3)).shape == (2,)
+    for wrong in (items(2, 2), items(2), items(2, 3, 1)):
+        with pytest.raises(ValueError, match=r"likelihood: .*vectors \[B, 3\] as conditions, found float64 of"):
+            vectors.log_prob(x, condition=wrong)
+        with pytest.raises(ValueError, match=r"vectors \[B, 3\] as conditions"):
+            vectors.sample(2, condition=wrong)
+    labels = make((4,), num_classes=3, conditional=True)
+    for wrong in (torch.zeros(2), torch.zeros(2, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"integer class labels of shape \[B\] as conditions, found"):
+            labels.loss(Batch(x, condition=wrong))
+
+
+@pytest.mark.parametrize("layer", ["autoregressive", SPLINE, "lu_linear"], ids=["autoregressive", "coupling", "linear"])
+def test_latents_of_another_shape_are_refused(layer):
+    """A coupling picks columns, so that it would drop further ones without a word."""
+    flow = make((4,), layers=[layer])
+    for wrong in (items(2, 5), items(2, 3), items(4), items(2, 4, 1)):
+        with pytest.raises(ValueError, match=r"decode: z has shape .* latents of this flow have shape \[B, 4\]"):
+            flow.decode(wrong)
+
+
 def test_errors_name_what_was_found():
     flow = make((4,))
     with pytest.raises(ValueError, match=r"\[B, 4\]"):
