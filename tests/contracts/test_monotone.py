@@ -122,6 +122,24 @@ def test_the_scale_matters_only_to_logits_of_shares(map):
     assert same == (not logits or map.parameters == 2)  # one bin has nothing to share
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "logits"),
+    [
+        ("rational_quadratic", {"identity": False}, 16),
+        ("rational_quadratic", {"parametrization": "bounded", "identity": False}, 16),
+        ("linear_spline", {}, 8),
+        ("quadratic_spline", {}, 15),  # widths and slopes at knots: the published couplings divide both
+        ("quadratic_spline", {"tails": "bounded"}, 17),
+    ],
+)
+def test_the_scale_is_a_factor_on_logits(name, more, logits):
+    map = make(name, more)
+    x, raw = points(map, 50), parameters(map, 50)
+    scaled = torch.cat((0.3 * raw[:logits], raw[logits:]))
+    for inverse in (False, True):
+        torch.testing.assert_close(map(x, raw, inverse=inverse, scale=0.3), map(x, scaled, inverse=inverse))
+
+
 @pytest.mark.parametrize("spread", [1.0, 6.0])
 def test_single_precision_is_near_double(map, spread):
     """Errors of rounding are magnified by the slope: 200 ulp of the interval times 1 + slope."""

@@ -160,6 +160,16 @@ def _called(f, parameters, z):
     return torch.func.functional_call(_Inverse(f), {f"f.{k}": p for k, p in parameters.items()}, (z,))
 
 
+@pytest.mark.slow
+def test_the_inverse_compiles_to_one_graph_without_gradients():
+    """Comparing the kept numbers would break it."""
+    f, z = make("conv1x1"), items(7, 5)
+    with torch.no_grad():
+        expected = f.inverse(z)
+        found = torch.compile(f.inverse, fullgraph=True, backend="eager")(z)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["lu_linear", "conv1x1", "qr_linear"])
 @pytest.mark.parametrize("spread", [0.3, 2.0])
 def test_in_single_precision_the_product_is_no_worse_than_substitution(name, spread):

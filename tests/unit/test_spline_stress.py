@@ -72,6 +72,21 @@ def test_extreme_parameters_do_not_decrease(form, spread, bins):
     assert y.diff().min() > -8 * EPS * BOUND
 
 
+@pytest.mark.parametrize("form", [FORM, Form(BOUND, "circular")], ids=["linear", "circular"])
+def test_the_last_of_many_bins_ends_at_the_bound(form):
+    """300 rounded widths miss the bound, by which a point there would lie far outside a narrow and steep last bin."""
+    bins, n = 300, 2000
+    raw = draw(form.parameters(bins), n)
+    raw[[bins - 1, 2 * bins - 1]], raw[-1] = -30.0, 2000.0
+    x = torch.full((n,), BOUND)
+    for k in range(4):
+        x[k * 400 :] = torch.nextafter(x[k * 400 :], torch.zeros(()))
+    y, log_slope = rational_quadratic(x, raw, form)
+    exact, slope = rational_quadratic(x.double(), raw.double(), form)
+    assert ((y - exact).abs() < 20 * EPS * BOUND * (1 + slope.exp())).all()
+    assert (log_slope - slope).abs().max() < 3
+
+
 @pytest.mark.parametrize("inverse", [False, True])
 @every_tail
 def test_flat_bins_between_steep_knots(form, inverse):
