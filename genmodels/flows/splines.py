@@ -69,8 +69,9 @@ def inside(x: Tensor, bound: float) -> Tensor:
     if found:
         at = tuple(outside.nonzero()[0].tolist())
         raise ValueError(
-            f"spline: element {at} is {x[at].item():.6g}, outside [{-bound:g}, {bound:g}], where a spline with "
-            "tails=bounded is defined. Raise bound, scale the data, or take tails=linear."
+            f"spline: element {at} (the last axis counts items) is {x[at].item():.6g}, outside "
+            f"[{-bound:g}, {bound:g}], where a spline with tails=bounded is defined. Raise bound, scale the data, or "
+            "take tails=linear."
         )
     return x
 

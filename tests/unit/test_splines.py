@@ -269,7 +269,9 @@ def test_inputs_outside_a_bounded_spline_are_refused(inverse):
     form, raw = Form(BOUND, "bounded"), draw(10, 2, 3)
     x = torch.zeros(2, 3, dtype=torch.float64)
     x[0, 1], x[1, 2], x[1, 0] = math.nan, -3.25, BOUND  # NaN, and the ends, are let through
-    with pytest.raises(ValueError, match=r"element \(1, 2\) is -3.25, outside \[-3, 3\].*Raise bound"):
+    with pytest.raises(
+        ValueError, match=r"element \(1, 2\) \(the last axis counts items\) is -3.25, outside \[-3, 3\].*Raise bound"
+    ):
         rational_quadratic(x, raw, form, inverse=inverse)
     x[1, 2] = -BOUND
     y, _ = rational_quadratic(x, raw, form, inverse=inverse)
