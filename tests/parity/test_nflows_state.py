@@ -232,6 +232,9 @@ def test_an_export_without_a_model_names_one_transform_a_layer():
     theirs = their(T.CompositeTransform([*layers, T.RandomPermutation(D), T.LULinear(D)]))
     theirs.load_state_dict(export_nflows(flow), strict=True)
     torch.testing.assert_close(theirs.log_prob(x), flow.log_prob(x), rtol=0, atol=1e-10)
+    again = ours(paper())
+    load_nflows(again, theirs.state_dict())  # the tenth of 17 transforms comes after the second
+    torch.testing.assert_close(again.log_prob(x), flow.log_prob(x), rtol=0, atol=1e-10)
 
 
 def test_an_export_shares_no_memory():
