@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genmodels.config import read
+from genmodels.evaluation.evaluate import publish
+from genmodels.evaluation.results import read as read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANES = ("moons", "checkerboard")
@@ -99,12 +101,12 @@ def latent() -> Iterator[Plan]:
 STUDIES: dict[str, Callable[[], Iterator[Plan]]] = {f.__name__: f for f in (toy2d, digits, patches, audio, latent)}
 
 
-def carry_out(plan: Plan, root: Path, threads: int, publish: bool) -> None:
+def carry_out(plan: Plan, root: Path, threads: int) -> None:
     """Train a run to its end and evaluate it, in processes of their own."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     train = ["train.py", f"configs/{plan.config}.yaml", f"name={plan.name}", *plan.overrides, "--root", str(root)]
     score = ["-m", "evals.evaluate", str(root / plan.name), "--protocol", plan.protocol]
-    for command in (train, [*score, "--publish"] if publish else score):
+    for command in (train, score):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{plan.name}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -121,8 +123,11 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // given.jobs)
     plans = [plan for study in given.studies for plan in STUDIES[study]()]
     with ThreadPoolExecutor(given.jobs) as pool:
-        for future in [pool.submit(carry_out, plan, given.root, threads, given.publish) for plan in plans]:
+        for future in [pool.submit(carry_out, plan, given.root, threads) for plan in plans]:
             future.result()
+    for plan in plans if given.publish else ():  # at the end, so that all are evaluated by the same clean commit
+        for path in (given.root / plan.name / "eval" / plan.protocol).glob("*.json"):
+            publish(path, read_result(path)[0])
 
 
 if __name__ == "__main__":

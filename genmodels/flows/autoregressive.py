@@ -34,6 +34,8 @@ class Autoregressive(Bijection):
         autoregressive flow), section 3; Durkan et al. 2019 (Neural Spline Flows), section 3.2.
     """
 
+    hands_on = True
+
     def __init__(
         self,
         network: Callable[..., Network] = MADE,

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..networks.network import Network
 from ..networks.shared import Scope
 from ..registry import kind, register
 from ..types import Condition, Shape
@@ -21,9 +22,11 @@ class Bijection(nn.Module, ABC):
     Attributes:
         shape: shape of one item of x.
         out_shape: shape of one item of z (a permutation of the same numbers).
+        hands_on: whether its `initialize`, if it has one, only hands the batch on to its parts.
     """
 
     shape: Shape
+    hands_on: ClassVar[bool] = False
 
     @property
     def out_shape(self) -> Shape:
@@ -41,8 +44,19 @@ class Bijection(nn.Module, ABC):
         """Set what depends on data from one batch, in model space (ActNorm); called once, in `prepare`."""
 
 
+def starts_from_data(module: nn.Module) -> bool:
+    """Whether anything in a bijection is set from the data in `initialize`."""
+    return any(
+        getattr(type(part), "initialize", None) not in (None, Bijection.initialize, Network.initialize)
+        and not getattr(part, "hands_on", False)
+        for part in module.modules()
+    )
+
+
 class Chain(Bijection):
     """Bijections applied one after another; log-determinants add."""
+
+    hands_on = True
 
     def __init__(self, bijections: list[Bijection]) -> None:
         super().__init__()

@@ -38,6 +38,8 @@ class Coupling(Bijection):
     Source: Dinh et al. 2017 (Real NVP), section 3; Durkan et al. 2019 (Neural Spline Flows), section 3.2, appendix B.
     """
 
+    hands_on = True
+
     def __init__(
         self,
         network: Callable[..., Network],

@@ -13,7 +13,7 @@ from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape
-from .bijection import Bijection, chain
+from .bijection import Bijection, chain, starts_from_data
 
 FIRST_ITEMS = 512  # how many items the data-dependent start of a layer sees, if there are so many
 
@@ -89,6 +89,8 @@ class NormalizingFlow(Model):
     def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
         """Fit the transform, then let the layers set what depends on data (ActNorm) from the first items."""
         self.transform.fit(batches)
+        if not starts_from_data(self.layers):
+            return {}
         batch = _first(batches, FIRST_ITEMS).to(self.device)
         condition = self._checked(batch.condition if self.conditional else None, len(batch), "prepare")
         training = self.training

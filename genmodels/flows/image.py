@@ -65,6 +65,8 @@ class Multiscale(Bijection):
         Dhariwal 2018 (Glow), section 3.3.
     """
 
+    hands_on = True
+
     def __init__(
         self,
         levels: tuple[tuple[Callable[..., Bijection], ...], ...],

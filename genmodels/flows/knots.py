@@ -93,7 +93,7 @@ class Form:
 
     def shares(self, raw: Tensor, bins: int) -> Tensor:
         """[2, K, ...] what the softmaxes make of u_w and u_h."""
-        u = raw[: 2 * bins].unflatten(0, (2, bins))
+        u = raw[: 2 * bins].reshape(2, bins, *raw.shape[1:])
         u = u * self.scale if self.scale != 1 else u
         return (u if self.floor else u / (1 + (2 / LIMIT * u).abs())).softmax(1)
 

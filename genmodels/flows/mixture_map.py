@@ -52,7 +52,7 @@ class LogisticMixture(Monotone):
 
     def _law(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log π, μ and log s, each [K, ...]."""
-        logits, centre, log_s = raw.unflatten(0, (3, self.components))
+        logits, centre, log_s = raw.reshape(3, self.components, *raw.shape[1:])
         if self.identity:
             gain = (2 * torch.arange(self.components, device=raw.device, dtype=raw.dtype) + 1) / self.components
             gain = gain.reshape(-1, *(1,) * (raw.ndim - 1))

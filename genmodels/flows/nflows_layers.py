@@ -97,15 +97,7 @@ def _bins(map: Monotone) -> int:
     Raises:
         ValueError: if it is none.
     """
-    if (
-        type(map) is not RationalQuadratic
-        or map.parametrization != "durkan"
-        or getattr(map, "tails", "")
-        not in (
-            "",
-            "linear",
-        )
-    ):
+    if type(map) is not RationalQuadratic or (map.form.parametrization, map.form.tails) != ("durkan", "linear"):
         raise ValueError(
             "nflows: of the maps, rational_quadratic (parametrization: durkan, tails: linear) and affine have a "
             f"counterpart there, found {getattr(map, 'registered_name', type(map).__name__)}."

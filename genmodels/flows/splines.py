@@ -248,11 +248,11 @@ def _spread(inner: _Gradients, bin: _Bin, index: Tensor, raw: Tensor, shares: Te
     mean = corner * below + size * share
     out = mean.new_zeros(len(raw), *mean.shape[1:])
     row = torch.arange(bins, device=index.device, dtype=shares.dtype).reshape(bins, *(1,) * (index.ndim - 1))
-    logits, place = out[: 2 * bins].unflatten(0, (2, bins)), index.long()
+    logits, place = out[: 2 * bins].view(2, bins, *out.shape[1:]), index.long()
     logits.add_((near - row).clamp(0, 1)).mul_(corner[:, None]).sub_(mean[:, None]).mul_(shares)
     logits.scatter_add_(1, place.expand(2, *place.shape), (share * size)[:, None])
     if not form.floor:
-        logits.div_((1 + (2 / LIMIT * form.scale * raw[: 2 * bins].unflatten(0, (2, bins))).abs()) ** 2)
+        logits.div_((1 + (2 / LIMIT * form.scale * raw[: 2 * bins].reshape(2, bins, *raw.shape[1:])).abs()) ** 2)
     if len(raw) > 2 * bins:
         rows, free = form.ends(place, bins)
         out[2 * bins :].scatter_add_(0, rows, inner.ends * form.slopes_gradient(bin.ends) * free.to(mean.dtype))

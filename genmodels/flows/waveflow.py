@@ -80,6 +80,8 @@ class RowAutoregressive(Bijection):
     Source: Ping et al. 2020 (WaveFlow), section 3; Lee et al. 2020 (NanoFlow), section 3.3.
     """
 
+    hands_on = True
+
     def __init__(
         self,
         network: Callable[..., Network] = WaveNet2D,

@@ -68,6 +68,7 @@ class Shared(Network):
     Source: Lee et al. 2020 (NanoFlow), section 3.
     """
 
+    hands_on = True
     advice: ClassVar = {"scope": "Put `shared` into the layers of a `repeat`: it shares one network among its steps."}
 
     def __init__(

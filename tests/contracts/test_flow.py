@@ -403,3 +403,13 @@ def test_a_coupling_calls_its_network_once_and_autocast_stays_inside():
     assert seen[2:] == [torch.bfloat16] * 2 and z.dtype == torch.float32
     assert torch.equal(z[:, :2], x[:, :2])  # the kept part never passed through bfloat16
     assert 0 < (low - exact).abs().max() < 0.2
+
+
+def test_a_flow_that_takes_nothing_from_the_data_looks_at_none_of_them():
+    """Passes over the first items cost as much as steps of training; nothing but norms has a use for them."""
+    batches, generator = [Batch(items(64, 4))], torch.Generator().manual_seed(0)
+    for layer, passes in (([], 0), ([{"name": "act_norm"}], 2)):  # to start the layers, and to score the start
+        flow, calls = make((4,), layers=[*layer, SPLINE]), []
+        flow.layers.bijections[-1].network.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        flow.prepare(batches, generator=generator)
+        assert len(calls) == passes
