@@ -1,7 +1,8 @@
-"""Files such as users have, made small: a folder of pictures, CIFAR-10's archive, the UCI tables in their formats."""
+"""Files such as users have, made small: pictures, CIFAR-10's archive, MNIST's files, UCI tables in their formats."""
 
 import atexit
 import functools
+import gzip
 import io
 import pickle
 import struct
@@ -89,6 +90,35 @@ def write_cifar_archive(path: Path, files: dict[str, bytes]) -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+def idx(array: np.ndarray) -> bytes:
+    """An array of bytes in the format of MNIST's files."""
+    head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    return head + array.astype(np.uint8).tobytes()
+
+
+def mnist_arrays(train: int = 90, test: int = 20, size: tuple[int, int] = (8, 8)) -> dict[str, np.ndarray]:
+    """Random images and labels by the ends of the names of their files."""
+    rng = np.random.default_rng(0)
+    made = {}
+    for split, count in (("train", train), ("t10k", test)):
+        images = rng.integers(0, 256, (count, *size), dtype=np.uint8)
+        images[:, 0, 0], images[:, 0, -1] = 0, 255
+        made |= {f"{split}-images-idx3-ubyte": images, f"{split}-labels-idx1-ubyte": rng.permutation(count) % 10}
+    return made
+
+
+def write_mnist(folder: Path, size: tuple[int, int] = (8, 8), compress: bool = True, **changed: bytes | None) -> Path:
+    """MNIST's four files, of which some may be changed, by names with _ for -, or left out if None."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: idx(array) for name, array in mnist_arrays(size=size).items()}
+    files |= {name.replace("_", "-"): content for name, content in changed.items()}
+    for name, content in files.items():
+        if content is not None:
+            place = folder / (f"{name}.gz" if compress else name)
+            place.write_bytes(gzip.compress(content, mtime=0) if compress else content)
+    return folder
 
 
 def write_table(path: Path) -> Path:
@@ -188,6 +218,7 @@ def examples() -> dict[str, dict]:
             "val": 10,
             "checksum": "ignore",
         },
+        "mnist": {"path": str(write_mnist(folder / "mnist")), "val": 10},
         "wav_folder": {
             "path": str(write_sounds(folder / "sounds")),
             "segment": 500,

@@ -22,6 +22,8 @@ SMALL = {
     "dit": {"width": 24, "depth": 2, "heads": 3},
     "unet": {"channels": 8, "multipliers": (1, 2), "blocks": 1, "heads": 2},
     "glow": {"width": 24},
+    "conv_encoder": {"width": 8, "halvings": 2},
+    "conv_decoder": {"width": 8, "halvings": 2},
     "diffusers_unet": {
         "block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8, "norm_num_groups": 2,

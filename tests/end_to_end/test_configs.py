@@ -16,7 +16,15 @@ from genmodels.registry import resolve
 from genmodels.training.loop import train
 from genmodels.transforms import Transform
 from genmodels.types import SupportsLogProb
-from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_sounds, write_table, write_uci
+from tests.data_files import (
+    cifar_files,
+    write_cifar_archive,
+    write_mnist,
+    write_pictures,
+    write_sounds,
+    write_table,
+    write_uci,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "_base")
@@ -26,6 +34,11 @@ TINY = ["train.steps=2", "train.batch_size=16", "train.eval_every=0", "train.sam
 def pictures(folder: Path) -> list[str]:
     made = write_pictures(folder / "pictures", 40, 33, 40)
     return [f"data.path={made}", f"data.cache={folder / 'cache'}", "sample.num_steps=2"]
+
+
+def larger_pictures(folder: Path) -> list[str]:
+    made = write_pictures(folder / "pictures", 40, 64, 70)
+    return [f"data.path={made}", f"data.cache={folder / 'cache'}"]
 
 
 def archive(folder: Path) -> list[str]:
@@ -48,6 +61,8 @@ def uci(table: str) -> Callable[[Path], list[str]]:
 # configurations of the user's own files: what makes such files in a folder, and the overrides that name them
 OWN_DATA = {
     "images": pictures,
+    "images/nsf_64": larger_pictures,
+    "mnist": lambda folder: [f"data.path={write_mnist(folder / 'mnist', (28, 28))}", "data.val=10"],
     "tables": lambda folder: [f"data.path={write_table(folder / 'rows.csv')}"],
     "cifar10": archive,
     "audio/waveflow_ljspeech": sounds,
@@ -72,6 +87,11 @@ SMALL = {
     "audio/waveflow_ljspeech": ["model.layers[1].count=1", *(f"{STEP.format(k)}.channels=4" for k in (0, 1))],
     "audio/nanoflow_ljspeech": ["model.layers[1].count=1", *(f"{STEP.format(k)}.of.channels=4" for k in (0, 1))],
     "cifar10/nsf": ["model.layers[0].layers[1].count=1", "model.layers[0].layers[1].layers[2].network.width=8"],
+    "images/nsf_64": [
+        f"model.layers[0].levels[{k}][1].{change}"
+        for k in range(4)
+        for change in ("count=1", "layers[2].network.width=8")
+    ],
     **{f"tables/{table}": ["model.layers[0].count=1"] for table in UCI},
     **{
         f"tables/{table}_ar": ["model.layers[0].count=1", "model.layers[0].layers[2].network.hidden=64"]
@@ -83,7 +103,7 @@ SMALL = {
 def protocol(config: Config) -> Protocol:
     """The configuration's own, or one such as users write for data that only they have."""
     if config.protocols:
-        places = {"path": config.tree["data"]["path"]} if config.tree["data"]["name"] == "uci" else {}
+        places = {"path": config.tree["data"]["path"]} if config.tree["data"]["name"] in ("uci", "mnist") else {}
         return Protocol.load(config.protocols[0], places)
     metrics = [{"name": "nll" if config.dataset().bin_width is None else "bits_per_dim"}]
     return Protocol({"name": "own", "version": 1, "dataset": config.tree["data"], "metrics": metrics})

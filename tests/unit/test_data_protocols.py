@@ -25,7 +25,7 @@ from genmodels.metrics.metric import Metric
 from genmodels.registry import names, register
 from genmodels.rng import SeedNoise
 from genmodels.types import Likelihood, Shape
-from tests.data_files import cifar_files, write_cifar_archive, write_pictures, write_sounds, write_uci
+from tests.data_files import cifar_files, idx, write_cifar_archive, write_mnist, write_pictures, write_sounds, write_uci
 from tests.evaluation_fakes import FakeRun, _Base
 
 pytestmark = pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
@@ -108,6 +108,8 @@ def files(name: str, folder: Path) -> Path:
         return write_cifar_archive(folder / "cifar-10-python.tar.gz", cifar_files())
     if name.startswith("image_folder"):
         return write_pictures(folder / "pictures", 90, 66, 70)
+    if name == "mnist_binary":
+        return write_mnist(folder / "mnist", (28, 28))
     if name == "wav_folder":
         return write_sounds(folder / "sounds", 6, 33_000, 22_050)
     return write_uci(folder / "data", name)
@@ -168,6 +170,19 @@ def test_tables_are_scored_in_nats_of_the_published_rows(name, tmp_path):
     assert row["unit"] == "nats" and found.dataset.shape == (uci.TABLES[name].dims,)
 
 
+def test_images_in_black_and_white_are_scored_in_bits_and_nats(tmp_path):
+    found = protocol("mnist_binary", files("mnist_binary", tmp_path / "files"))
+    data = found.dataset
+    assert data.shape == (1, 28, 28) and data.levels == 2 and data.size("test") == 20
+    assert tree_of("mnist_binary")["likelihood"] == {
+        "split": "test", "draws": 1000, "combine": "importance", "batch_size": 250
+    }  # fmt: skip
+    result = evaluate(FakeRun(tmp_path / "run", Uniform(data.shape, data.levels)), found, device="cpu")
+    values = {row["name"]: (row["value"], row["unit"]) for row in result["metrics"]}
+    assert values["bits_per_dim"] == (pytest.approx(1.0, abs=1e-12), "bits/dim")
+    assert values["nll"] == (pytest.approx(784 * math.log(2), rel=1e-12), "nats")
+
+
 def test_recordings_are_scored_by_the_likelihood_of_a_sample(tmp_path):
     found = protocol("wav_folder", files("wav_folder", tmp_path / "files"))
     data = found.dataset
@@ -210,6 +225,8 @@ def test_other_contents_have_another_hash(name, tmp_path):
         shutil.copy(place / "000.png", place / "002.png")
     elif name == "wav_folder":
         shutil.copy(path / "002.wav", path / "003.wav")
+    elif name == "mnist_binary":
+        write_mnist(path, (28, 28), t10k_labels_idx1_ubyte=idx(np.arange(20) % 7))
     else:
         shutil.rmtree(path)
         write_uci(path.parent / "data", name, rows=500)

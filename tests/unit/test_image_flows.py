@@ -18,7 +18,8 @@ from genmodels.rng import BatchNoise
 from genmodels.transforms import Affine, Transform
 from genmodels.types import Batch
 
-CIFAR = Path(__file__).parents[2] / "configs" / "cifar10" / "nsf.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+CIFAR = CONFIGS / "cifar10" / "nsf.yaml"
 RESNET = {"name": "resnet", "width": 8, "blocks": 1}
 STEP = [
     {"name": "act_norm"},
@@ -277,7 +278,7 @@ def cifar(overrides=()):
     return build(Model, tree["model"], transform=transform, **sizes), transform
 
 
-def count(width, outputs, steps=7, blocks=3):
+def count(width, outputs, steps=7, blocks=3, channels=(12, 48, 192)):
     """Trainable numbers of the paper's model by hand; `outputs` is what the network gives for each number.
 
     Per step, with C channels: 2C (ActNorm); the triangles, diagonal and bias of a 1x1 convolution, C² + C; the network
@@ -285,7 +286,7 @@ def count(width, outputs, steps=7, blocks=3):
     convolution closes each level. Permutations, running averages and signs are not trained.
     """
     total = 0
-    for c in (12, 48, 192):
+    for c in channels:
         block = 2 * (9 * width**2 + width) + 2 * 2 * width
         network = (c // 2 + 1) * width + blocks * block + (width + 1) * outputs * (c // 2)
         total += steps * (2 * c + c**2 + c + network) + c**2 + c
@@ -313,6 +314,26 @@ def test_the_cifar_model_has_the_published_number_of_parameters(bits, coupling, 
     halves = [m for m in model.modules() if hasattr(m, "kept")]
     assert len(halves) == 21 and all((m.transformed < m.shape[0] // 2).all() for m in halves), "the first half moves"
     assert sum(isinstance(m, Conv1x1) for m in model.modules()) == 3 * (7 + 1), "one more closes each level"
+
+
+@pytest.mark.parametrize(
+    ("coupling", "published", "outputs"), [("spline", 15_553_554, 3 * 8 - 1), ("affine", 14_270_244, 2)]
+)
+def test_the_model_of_64x64_pixels_has_the_published_number_of_parameters(coupling, published, outputs):
+    """Half of each level's channels goes on, of which a squeeze makes four times as many: 12, 24, 48, 96."""
+    path = CONFIGS / "images" / "nsf_64.yaml"
+    changed = [f"model.layers[0].levels[{k}][1].layers[2].map={{name: affine}}" for k in range(4)]
+    tree = overlay(read(path), dotlist(changed if coupling == "affine" else []))
+    transform = build(Transform, tree["data"]["transform"])
+    sizes = {"num_classes": None, "condition_shape": None, "bin_width": 1.0}
+    with torch.device("meta"):
+        model = build(Model, tree["model"], shape=(3, 64, 64), transform=transform, **sizes)
+    by_hand = count(96, outputs, channels=(12, 24, 48, 96))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == published == by_hand
+    multiscale = model.layers.bijections[0]
+    assert [level.out_shape for level in multiscale.levels] == [(12, 32, 32), (24, 16, 16), (48, 8, 8), (96, 4, 4)]
+    assert multiscale.done == [(6, 32, 32), (12, 16, 16), (24, 8, 8), (96, 4, 4)] and multiscale.first
+    assert f"{15_553_554:,} parameters" in path.read_text()
 
 
 @pytest.mark.parametrize("bits", [8, 5])
