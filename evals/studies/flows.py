@@ -88,9 +88,9 @@ def depths(config: str, protocol: str, repeat: str, index: int) -> Iterator[Plan
 
 
 def audio() -> Iterator[Plan]:
-    """WaveFlow and NanoFlow on synthesised notes."""
-    for flow in ("waveflow", "nanoflow", "waveflow_mel"):
-        yield Plan(f"tones-{flow}", f"audio/{flow}", "tones")
+    """WaveFlow and NanoFlow on synthesised notes, and WaveFlow given their spectrograms."""
+    for flow, protocol in (("waveflow", "tones"), ("nanoflow", "tones"), ("waveflow_mel", "tones_mel")):
+        yield Plan(f"tones-{flow}", f"audio/{flow}", protocol)
 
 
 def latent() -> Iterator[Plan]:

@@ -187,7 +187,7 @@ class Picture:
             bar.ax.tick_params(labelsize=7, width=0.5, length=2)
             bar.outline.set_linewidth(0.5)
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=200)
+            figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=0.05)  # the layout clips captions
         return path
 
     def _panel(self, axes: Any, panel: Panel, shades: Any) -> None:

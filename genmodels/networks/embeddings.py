@@ -53,8 +53,10 @@ class ConditionEmbedding(nn.Module):
         """[batch, width] from labels [batch], vectors [batch, *condition_shape], or None.
 
         Raises:
-            ValueError: if a condition is given to an unconditional network.
+            ValueError: if a condition is given to an unconditional network, or is of another kind or size.
         """
+        if condition is not None:
+            self._check(condition, batch)
         if self.num_classes is not None:
             none = torch.full((batch,), self.num_classes, device=like.device)
             return self.table(none if condition is None else condition)
@@ -62,8 +64,23 @@ class ConditionEmbedding(nn.Module):
             weight = self.linear.weight
             none = weight.new_zeros(batch, weight.shape[1])
             return self.linear(none if condition is None else condition.flatten(1).to(weight.dtype))
-        if condition is not None:
+        return like.new_zeros(batch, self.width)
+
+    def _check(self, condition: Tensor, batch: int) -> None:
+        if self.num_classes is None and self.condition_shape is None:
             raise ValueError(
                 "a condition was given to a network that was built without num_classes or condition_shape."
             )
-        return like.new_zeros(batch, self.width)
+        found = f"found {str(condition.dtype).removeprefix('torch.')} of shape {list(condition.shape)}"
+        if self.num_classes is not None:
+            if condition.is_floating_point() or condition.shape != (batch,):
+                raise ValueError(
+                    f"condition: class labels, integers of shape [{batch}], are needed, {found}. Give one number below "
+                    f"{self.num_classes} for each item, or build the model for data with such conditions."
+                )
+        elif condition.ndim < 2 or condition.shape[1:].numel() != math.prod(self.condition_shape):
+            wanted = ", ".join(map(str, (batch, *self.condition_shape)))
+            raise ValueError(
+                f"condition: vectors of shape [{wanted}] are needed, {found}. Give one for each item, or build the "
+                "model for data with such conditions."
+            )

@@ -284,3 +284,17 @@ def test_dropout_acts_in_training_alone():
 def test_embeddings_of_nothing_are_zero():
     none = ConditionEmbedding(7, num_classes=None, condition_shape=None)
     assert torch.equal(none(None, 2, torch.zeros(2)), torch.zeros(2, 7))
+
+
+def test_conditions_of_another_kind_or_size_are_refused():
+    labels = ConditionEmbedding(7, num_classes=4, condition_shape=None)
+    vectors = ConditionEmbedding(7, num_classes=None, condition_shape=(2, 3))
+    like, kind = torch.zeros(5), r"integers of shape \[5\], are needed, found float32 of shape \[5\]"
+    for wrong, said in ((torch.zeros(5), kind), (LABELS.new_zeros(5, 1), r"found int64 of shape \[5, 1\]")):
+        with pytest.raises(ValueError, match=said):
+            labels(wrong, 5, like)
+    for wrong in (torch.zeros(5, 5), torch.zeros(5), torch.zeros(5, 3, 3)):
+        with pytest.raises(ValueError, match=r"vectors of shape \[5, 2, 3\] are needed, found float32 of shape"):
+            vectors(wrong, 5, like)
+    x = torch.randn(5, 6)
+    assert torch.equal(vectors(x, 5, like), vectors(x.reshape(5, 2, 3), 5, like))  # any shape of as many numbers

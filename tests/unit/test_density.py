@@ -9,6 +9,7 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from PIL import Image
 
 from genmodels.data.dataset import Dataset
 from genmodels.distributions import StandardNormal
@@ -89,6 +90,15 @@ def test_it_is_drawn_for_few_and_many(count, known, tmp_path, monkeypatch):
     axes = Figure().subplots()
     picture._panel(axes, picture.panels[1], ScalarMappable(Normalize(0, 1)))
     assert axes.images[0].origin == "lower" and axes.images[0].get_extent() == list(picture.window.extent)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_captions_are_inside_the_picture(count, tmp_path):
+    with Image.open(
+        panels([run(f"run {k}") for k in range(count)], window=8, items=50).draw(tmp_path / "d.png")
+    ) as png:
+        pixels = np.asarray(png.convert("L"))
+    assert (pixels[[0, 1, -2, -1]] == 255).all() and (pixels[:, [0, 1, -2, -1]] == 255).all()
 
 
 def test_mistakes_are_explained():

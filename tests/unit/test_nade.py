@@ -214,6 +214,14 @@ def test_the_least_and_the_largest_uniform_number_give_finite_draws(law, extreme
     assert law.sample(torch.zeros(law.parameters, 3, 2), u).isfinite().all()
 
 
+def test_a_draw_above_the_rounded_sum_of_the_weights_is_of_the_last_component():
+    law = GaussianMixture(6)
+    weights = torch.zeros(6).log_softmax(0).exp().cumsum(0)
+    u = torch.tensor([1 - 2.0**-25, 0.5], dtype=torch.float64)[:, None]
+    assert weights[-1] < u[0]
+    assert law.sample(torch.zeros(law.parameters, 1), u).item() == pytest.approx(1.5, abs=1e-6)  # the last start
+
+
 def test_every_observation_has_extreme_values_that_stay_finite():
     for name in names(Observation):
         law = build(Observation, resolve(Observation, {"name": name}, "test"))
@@ -299,6 +307,14 @@ def test_fixed_orders_are_trained_without_noise():
     value, logs = model.loss(Batch(x), generator=generator("a"))
     torch.testing.assert_close(value, -model.log_prob(x) / 5, rtol=0, atol=1e-12)
     assert logs["bits_per_dim"].item() == pytest.approx(value.mean().item() / math.log(2), abs=1e-12)
+
+
+def test_logged_code_lengths_are_those_of_levels_whatever_their_width():
+    """-log2 of the mass of a level is -log2 of its density less log2 of its width."""
+    model, x = make(BINARY["nade"], (5,), levels=2, bin_width=0.25), strings(5)
+    _, logs = model.loss(Batch(x * 0.25), generator=generator("a"))
+    expected = -model.log_prob(x * 0.25).mean().item() / (5 * math.log(2))
+    assert logs["bits_per_dim"].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_random_order_travels_with_a_checkpoint():

@@ -90,6 +90,8 @@ def test_each_repeat_and_each_shape_has_a_network_of_its_own():
     assert len(trunks(flow(3, None, shape=(4,), layers=[inner]))) == 3
     inverted = [{"name": "inverse", "of": couplings[0]}, couplings[1]]
     assert len(trunks(flow(3, None, shape=(4,), layers=inverted))) == 1
+    gated = {**couplings[1], "network": {**couplings[1]["network"], "inject": ["gate"]}}
+    assert len(trunks(flow(3, None, shape=(4,), layers=[couplings[0], gated]))) == 2
 
 
 def test_embeddings_start_orthonormal():

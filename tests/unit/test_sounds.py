@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 from scipy.io import wavfile
 
@@ -80,6 +81,16 @@ def test_pictures_of_any_number_of_sounds_are_light(tmp_path, n, samples):
     assert len(np.unique(pixels)) > 20 and pixels.shape[1] == int(72 * (3.1 * min(n, 4) + 1.5))
     silence = write_picture(tmp_path / "z", torch.full_like(x, torch.nan), dataset, {})
     assert silence.exists()
+
+
+def test_colour_bars_keep_their_colours(tmp_path):
+    """Also those of levels that no sound has."""
+    dataset = from_tensors(torch.zeros(9, 4000), sample_rate=8000)
+    x = 0.01 * torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))
+    with Image.open(write_picture(tmp_path / "x", x, dataset, {})) as image:
+        found = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0).astype(float)
+    wanted = 255 * colormaps["magma"](np.linspace(0, 1, 17))[:, :3]
+    assert np.abs(found - wanted[:, None]).max(-1).min(1).max() < 16
 
 
 def test_sound_given_from_python_is_heard_without_its_items(tmp_path):

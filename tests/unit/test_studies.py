@@ -6,7 +6,7 @@ import pytest
 
 from evals.studies import sharing
 from evals.studies.flows import DEPTHS, PLANES, ROOT, STUDIES, VARIANTS
-from genmodels.config import load
+from genmodels.config import load, read
 from genmodels.evaluation.protocol import FOLDER
 
 
@@ -19,6 +19,15 @@ def test_runs_have_names_of_their_own_and_known_protocols(study):
     plans = list(STUDIES[study]())
     assert len({plan.name for plan in plans}) == len(plans)
     assert all((FOLDER / f"{plan.protocol}.yaml").is_file() for plan in plans)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_protocols_ask_on_the_data_that_runs_are_trained_on(study):
+    """With the conditions that their models need."""
+    for plan in STUDIES[study]():
+        asked, trained = read(FOLDER / f"{plan.protocol}.yaml")["dataset"], tree(plan)["data"]
+        assert asked["name"] == trained["name"], plan.name
+        assert (asked.get("condition") is None) == (trained.get("condition") is None), plan.name
 
 
 @pytest.mark.parametrize("study", ["toy2d", "digits", "patches"])
@@ -61,12 +70,12 @@ def test_rows_of_the_table_are_read_from_results(tmp_path, monkeypatch):
         ]
     )
 
-    def read(path):
+    def read_next(path):
         result = next(results)
         result["metrics"] = [{"name": "bits_per_dim", "value": 1.5 * len(result["model"]), "stderr": 0.25}]
         return (result,)
 
-    monkeypatch.setattr(sharing, "read", read)
+    monkeypatch.setattr(sharing, "read", read_next)
     lines = sharing.table("digits").splitlines()[2:]
     assert lines == ["| 4 | nanoflow | 90 | 70 | 3 ± 0.25 |", "| 8 | naive | 50 | 50 | 1.5 ± 0.25 |"]
     assert len(DEPTHS) == 3
