@@ -3,12 +3,14 @@
     python -m evals.benchmarks.splines [--repeats 60] [--batch 4096] [--features 8] [--bins 8]
 
 Every round times each contender once, in turn, so that a busy machine slows all of them; medians over rounds are
-compared. The memory is what autograd keeps for the backward, every storage counted once. Each contender starts from raw
+compared. The memory is what autograd keeps for the backward, every storage counted once, and the most that is allocated
+beyond the inputs at any moment of forward and backward, as torch's profiler sees it. Each contender starts from raw
 parameters in the layout it wants: bins last for nflows and zuko, batch last for ours (as our networks give them).
 """
 
 import argparse
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -78,8 +80,19 @@ def kept(spline: Spline, x: Tensor, raw: Tensor, inverse: bool) -> float:
     return round(sum(found.values()) / out[0].numel(), 1)
 
 
-def measure(batch: int, features: int, bins: int, repeats: int) -> tuple[Medians, Medians]:
-    """Median CPU milliseconds by task and contender, and bytes kept per number by direction and contender."""
+def peak(spline: Spline, x: Tensor, raw: Tensor, inverse: bool) -> float:
+    """Largest number of bytes allocated at once beyond the inputs, of forward and backward, per number mapped."""
+    run = tasks(spline, x, raw)["inverse and backward" if inverse else "forward and backward"]
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return round(max(accumulate(changes)) / x.numel(), 1)
+
+
+def measure(batch: int, features: int, bins: int, repeats: int) -> tuple[Medians, Medians, Medians]:
+    """Median CPU milliseconds by task and contender; bytes kept and bytes at most, per number, by direction."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(features, batch, generator=generator)
     raw = torch.randn(3 * bins - 1, features, batch, generator=generator)
@@ -87,11 +100,14 @@ def measure(batch: int, features: int, bins: int, repeats: int) -> tuple[Medians
     inputs = {ours: (x, raw), nflows: theirs, zuko: theirs}
     times = medians({f.__name__: tasks(f, *given) for f, given in inputs.items()}, repeats, warm_up=5)
     directions = {"forward and backward": False, "inverse and backward": True}
-    memory = {
-        task: {f.__name__: kept(f, *given, inverse) for f, given in inputs.items()}
-        for task, inverse in directions.items()
-    }
-    return times, memory
+    memory, most = (
+        {
+            task: {f.__name__: g(f, *given, inverse) for f, given in inputs.items()}
+            for task, inverse in directions.items()
+        }
+        for g in (kept, peak)
+    )
+    return times, memory, most
 
 
 def main() -> None:
@@ -100,10 +116,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    times, memory = measure(given.batch, given.features, given.bins, given.repeats)
-    report(times, vars(given), RESULT, **{"bytes kept per number": memory})
-    for task, row in memory.items():
-        print(f"{task:22}" + ", ".join(f"{name} {size:g}" for name, size in row.items()) + " bytes kept per number")
+    times, *memory = measure(given.batch, given.features, given.bins, given.repeats)
+    found = dict(zip(("bytes kept per number", "bytes at most per number"), memory, strict=True))
+    report(times, vars(given), RESULT, **found)
+    for what, rows in found.items():
+        for task, row in rows.items():
+            print(f"{task:22}" + ", ".join(f"{name} {size:g}" for name, size in row.items()) + f" {what}")
 
 
 if __name__ == "__main__":

@@ -97,10 +97,16 @@ class Form:
         u = u * self.scale if self.scale != 1 else u
         return (u if self.floor else u / (1 + (2 / LIMIT * u).abs())).softmax(1)
 
-    def sizes(self, shares: Tensor) -> Tensor:
-        """[2, K, ...] widths and heights."""
+    def sizes(self, shares: Tensor, bins: int) -> Tensor:
+        """Widths and heights of bins with these shares."""
         least = shares.new_full((), 2 * self.bound * self.floor)
-        return torch.add(least, shares, alpha=self.stretch(shares.shape[1]))
+        return torch.add(least, shares, alpha=self.stretch(bins))
+
+    def edges(self, sums: Tensor) -> Tensor:
+        """[2, K, ...] where bins end, in place of the running sums of their shares."""
+        bins = sums.shape[1]
+        number = torch.arange(1, bins + 1, device=sums.device, dtype=sums.dtype).reshape(bins, *(1,) * (sums.ndim - 2))
+        return sums.mul_(self.stretch(bins)).add_(number, alpha=2 * self.bound * self.floor)
 
     def stretch(self, bins: int) -> float:
         """∂w/∂share."""
@@ -126,7 +132,7 @@ class Form:
         if self.tails == "bounded":
             return rows, torch.ones_like(rows, dtype=torch.float32)
         near = index.float()  # arithmetic of floats is many times faster than comparisons of integers
-        return (rows - 1).clamp(0, bins - 2), torch.cat((near, bins - 1 - near)).clamp(max=1)
+        return rows.sub_(1).clamp_(0, bins - 2), torch.cat((near, bins - 1 - near)).clamp_(max=1)
 
 
 def check_spline(name: str, bins: int, bound: float, floor: float = 0.0, least: int = 1) -> None:
@@ -147,7 +153,7 @@ def knots(raw: Tensor, form: Form) -> Knots:
     """The knots of raw parameters [P, ...], in at least float32."""
     bins = form.bins(len(raw))
     raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    widths, heights = form.sizes(form.shares(raw, bins))
+    widths, heights = form.sizes(form.shares(raw, bins), bins)
     inner = form.slopes(raw[2 * bins :])
     if form.tails == "linear":
         edge = torch.ones_like(raw[:1])

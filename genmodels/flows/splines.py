@@ -85,12 +85,12 @@ class _Bin(NamedTuple):
     ends: Tensor
 
 
-def _running_sums(sizes: Tensor) -> Tensor:
-    """sizes.cumsum(1). On a CPU, adding whole rows runs along memory, where cumsum walks across it."""
-    bins, each = sizes.shape[1], sizes[:, 0].numel()
-    if sizes.device.type != "cpu" or each < 64 * bins:
-        return sizes.cumsum(1)
-    sums = sizes.clone()
+def _running_sums(shares: Tensor) -> Tensor:
+    """shares.cumsum(1). On a CPU, adding whole rows runs along memory, where cumsum walks across it."""
+    bins, each = shares.shape[1], shares[:, 0].numel()
+    if shares.device.type != "cpu" or each < 64 * bins:
+        return shares.cumsum(1)
+    sums = shares.clone()
     for k in range(1, bins):
         sums[:, k] += sums[:, k - 1]
     return sums
@@ -98,14 +98,13 @@ def _running_sums(sizes: Tensor) -> Tensor:
 
 def _locate(v: Tensor, raw: Tensor, shares: Tensor, form: Form, bins: int, inverse: bool) -> tuple[_Bin, Tensor]:
     """The bin of each point v >= 0 and its number [1, ...]: how many knots after the first lie at or below it."""
-    sizes = form.sizes(shares)
-    edges = _running_sums(sizes)
+    edges = form.edges(_running_sums(shares))
     passed = v >= edges[int(inverse), :-1]
     index = passed.sum(0, keepdim=True, dtype=torch.uint8 if bins <= 256 else torch.int16)
     place = index.long()
     both = place.expand(2, *place.shape)
     full = (2, bins, *v.shape)
-    size = sizes.expand(full).gather(1, both)[:, 0]
+    size = form.sizes(shares.expand(full).gather(1, both)[:, 0], bins)
     corner = edges.expand(full).gather(1, (both - 1).clamp(min=0))[:, 0] * index.to(v.dtype).clamp(max=1)
     slopes = raw[2 * bins :]
     if len(slopes) == 0:
@@ -244,17 +243,22 @@ def _spread(inner: _Gradients, bin: _Bin, index: Tensor, raw: Tensor, shares: Te
     bins = shares.shape[1]
     stretch, least = form.stretch(bins), 2 * form.bound * form.floor
     near = index.to(shares.dtype)
-    share, below = (bin.size - least) / stretch, (bin.corner - least * near) / stretch
-    corner, size = inner.corner * (stretch * form.scale), inner.size * (stretch * form.scale)
-    mean = corner * below + size * share
+    share = (bin.size - least) / stretch
+    corner, size = inner.corner.mul_(stretch * form.scale), inner.size.mul_(stretch * form.scale)
+    mean = corner * ((bin.corner - least * near) / stretch) + size * share
     out = mean.new_zeros(len(raw), *mean.shape[1:])
     row = torch.arange(bins, device=index.device, dtype=shares.dtype).reshape(bins, *(1,) * (index.ndim - 1))
-    logits, place = out[: 2 * bins].view(2, bins, *out.shape[1:]), index.long()
-    logits.add_((near - row).clamp(0, 1)).mul_(corner[:, None]).sub_(mean[:, None]).mul_(shares)
+    logits = out[: 2 * bins].view(2, bins, *out.shape[1:])
+    # all in place: of every intermediate result here there would be 2K numbers for each number of x
+    logits.sub_(row).add_(near).clamp_(0, 1).mul_(corner[:, None]).sub_(mean[:, None]).mul_(shares)
+    place = index.long()
     logits.scatter_add_(1, place.expand(2, *place.shape), (share * size)[:, None])
+    del share, mean, near
     if not form.floor:
         logits.div_((1 + (2 / LIMIT * form.scale * raw[: 2 * bins].reshape(2, bins, *raw.shape[1:])).abs()) ** 2)
     if len(raw) > 2 * bins:
         rows, free = form.ends(place, bins)
-        out[2 * bins :].scatter_add_(0, rows, inner.ends * form.slopes_gradient(bin.ends) * free.to(mean.dtype))
+        del place, corner, size
+        ends = inner.ends.mul_(form.slopes_gradient(bin.ends)).mul_(free.to(shares.dtype))
+        out[2 * bins :].scatter_add_(0, rows, ends)
     return out.sum_to_size(raw.shape)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from genmodels.flows.bijection import Bijection, Chain, chain
 from genmodels.flows.elementwise import transform_items
+from genmodels.metrics.cost import count_evaluations
 from genmodels.registry import Builder, ConfigError, build, resolve
 from tests.contracts.test_flow import make as flow
 from tests.contracts.test_flow import mass
@@ -94,6 +95,13 @@ def test_an_inverse_autoregressive_layer_samples_in_one_pass(monkeypatch):
     torch.testing.assert_close(g(x, LABELS), (z, -log_det), rtol=0, atol=1e-9)
     monkeypatch.setattr(type(g.of.network), "sweep", None)
     assert torch.equal(g.inverse(z, LABELS)[0], x), "no sweep was needed"
+
+
+def test_an_inverse_counts_as_one_evaluation():
+    f, z = make(5), randn(8, 5)
+    with count_evaluations(f) as counted:
+        f.inverse(z)
+    assert counted.per_item(8) == 1
 
 
 @pytest.mark.parametrize("network", [{}, {"order": "random"}, {"residual": False}])

@@ -1,5 +1,7 @@
 """Rational-quadratic splines with hard parameters in single precision, and what they keep and wait for."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -173,3 +175,29 @@ def test_what_is_kept_for_the_backward(form, inverse):
     )
     if form.tails == "linear":
         assert kept(lambda: rational_quadratic(x, raw, form, inverse=inverse)) < reference / 2
+
+
+def peak(f):
+    """Largest number of bytes allocated at once beyond what there was, while f() runs twice."""
+    f()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_forward_and_backward_take_half_of_the_memory_of_nflows(inverse):
+    splines = pytest.importorskip("nflows.transforms.splines")
+    x, raw = draw(8, 4096).requires_grad_(), draw(23, 8, 4096).requires_grad_()
+    points, theirs = draw(4096, 8).requires_grad_(), draw(4096, 8, 23).requires_grad_()
+
+    def our_gradients():
+        return torch.autograd.grad(sum(map(torch.sum, rational_quadratic(x, raw, Form(), inverse=inverse))), (x, raw))
+
+    def their_gradients():
+        more = {"inverse": inverse, "tail_bound": BOUND}
+        out = splines.unconstrained_rational_quadratic_spline(points, *theirs.split((8, 8, 7), -1), **more)
+        return torch.autograd.grad(sum(map(torch.sum, out)), (points, theirs))
+
+    assert peak(our_gradients) <= 0.505 * peak(their_gradients)  # measured 0.50 and 0.46

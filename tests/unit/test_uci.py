@@ -60,6 +60,15 @@ def test_the_order_of_power_is_that_of_shuffling_the_rows_in_place():
     assert np.array_equal(np.argsort(parts), np.argsort(shuffled[:, 7]))
 
 
+@pytest.mark.parametrize(("correlation", "kept"), [(0.975, 2), (0.985, 1)])
+def test_gas_drops_sensors_that_correlate_by_more_than_98_hundredths(correlation, kept):
+    """Two sensors whose correlation in the sample is the given one exactly."""
+    z = np.random.RandomState(3).randn(400, 2)
+    z = np.linalg.qr(z - z.mean(0))[0]
+    sensors = np.stack((z[:, 0], correlation * z[:, 0] + np.sqrt(1 - correlation**2) * z[:, 1]), 1)
+    assert uci.gas(sensors)[0].shape[1] == kept
+
+
 def test_gas_keeps_the_last_of_sensors_that_agree():
     random = np.random.RandomState(7)
     z = random.randn(500, 6)

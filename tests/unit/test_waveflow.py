@@ -124,6 +124,14 @@ def test_reversal_turns_signal_and_condition_alike():
     assert not torch.allclose(backwards(x.flip(2), c)[0].flip(2), z, atol=1e-3)
 
 
+def test_reversal_turns_maps_of_conditions_too():
+    f, x, condition = layer((1, 6, 4), (3, 6, 4), reverse=True), randn(2, 1, 6, 4), randn(2, 3, 6, 4, seed=1)
+    plain = layer((1, 6, 4), (3, 6, 4))
+    plain.load_state_dict(f.state_dict())
+    z, log_det = plain(x.flip(2), condition.flip(2))
+    torch.testing.assert_close(f(x, condition), (z.flip(2), log_det), rtol=0, atol=1e-12)
+
+
 def test_alternate_reversal_is_the_published_turning_at_every_step():
     """The papers turn x and c round before each of K steps; for even K the latent is then the right way round."""
     nodes = [{"name": "row_autoregressive", "network": NETWORK, "reverse": k % 2 == 0} for k in range(4)]
