@@ -51,7 +51,7 @@ class Shared(Network):
     "concat" joins e_k to the items: E more components of vectors; of images E more channels, which hold a learned map
     per step that starts as N(0, 1) noise, with a normalisation per channel that starts at its mean and deviation.
     "add" adds W e_k + b to the pre-activation of each layer or block, with one (W, b) for all steps.
-    "gate" multiplies the branch of each layer or block by 1 + γ_k, from γ_k = 0 on.
+    "gate" multiplies the branch of each layer or block by 1 + γ_k (of `glow`, by exp γ_k), from γ_k = 0 on.
 
     The embeddings of the steps start orthonormal as long as E allows. Networks in one `repeat` share if their
     configurations, the shapes in and out and the conditions are equal; where the resolution changes, each level has a
