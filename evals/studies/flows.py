@@ -67,24 +67,25 @@ def toy2d() -> Iterator[Plan]:
 
 
 def digits() -> Iterator[Plan]:
-    """Class-conditional flows of digits: of vectors and of images, and spline couplings shared at three depths."""
+    """Class-conditional flows of digits: of vectors and of images, and couplings shared at three depths."""
     for flow in ("nsf", "nsf_ar", "maf", "realnvp", "nsf_image", "glow"):
         yield Plan(f"digits-{flow}", f"digits/{flow}", "digits")
-    yield from depths("digits/nanoflow", "digits", "model.layers[1]", 2)
+    yield from depths("digits-nsf", "digits/nanoflow", "digits", "model.layers[1]")
+    yield from depths("digits-affine", "digits/nanoflow_affine", "digits", "model.layers[1]")
 
 
 def patches() -> Iterator[Plan]:
     """Flows of natural patches: couplings, autoregressive layers, and couplings shared at three depths."""
-    yield from depths("patches/nanoflow", "natural_patches", "model.layers[0]", 2)
+    yield from depths("patches-nsf", "patches/nanoflow", "natural_patches", "model.layers[0]")
     yield Plan("patches-nsf_ar", "patches/nsf_ar", "natural_patches", (BUDGET,))
 
 
-def depths(config: str, protocol: str, repeat: str, index: int) -> Iterator[Plan]:
+def depths(name: str, config: str, protocol: str, repeat: str) -> Iterator[Plan]:
+    """Couplings, the third layer of a repeated step, at three depths with networks of their own and shared ones."""
     for depth in DEPTHS:
         for variant in ("unshared", *VARIANTS):
-            own = sharing(config, f"{repeat}.layers[{index}]", variant)
-            name = f"{config.partition('/')[0]}-nsf-k{depth}-{variant}"
-            yield Plan(name, config, protocol, (f"{repeat}.count={depth}", BUDGET, *own))
+            own = sharing(config, f"{repeat}.layers[2]", variant)
+            yield Plan(f"{name}-k{depth}-{variant}", config, protocol, (f"{repeat}.count={depth}", BUDGET, *own))
 
 
 def audio() -> Iterator[Plan]:

@@ -16,20 +16,23 @@ from genmodels.files import write_text
 from .flows import DEPTHS, VARIANTS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-STUDIES = {"digits": ("bits_per_dim", "bits/dim"), "natural_patches": ("nll", "nats")}
+STUDIES = {  # by the first part of the runs' names: protocol, metric, its unit, and what the steps are
+    "digits-affine": ("digits", "bits_per_dim", "bits/dim", "digits, affine couplings"),
+    "digits-nsf": ("digits", "bits_per_dim", "bits/dim", "digits, spline couplings"),
+    "patches-nsf": ("natural_patches", "nll", "nats", "patches, spline couplings"),
+}
 KINDS = ("unshared", *VARIANTS)
 COLOURS = dict(zip(KINDS, ("#000000", "#D55E00", "#E69F00", "#0072B2"), strict=True))
 Row = dict[str, Any]
 
 
-def rows(protocol: str) -> list[Row]:
+def rows(study: str) -> list[Row]:
     """One row a run of the study: depth, variant, parameters in training and at inference, value, standard error."""
-    metric, found = STUDIES[protocol][0], []
-    for path in sorted((RESULTS / protocol).glob("*/*.json")):
+    protocol, metric, *_ = STUDIES[study]
+    found = []
+    for path in sorted((RESULTS / protocol).glob(f"{study}-k*/*.json")):
         result = read(path)[0]
         named = re.fullmatch(r".*-k(\d+)-(\w+)", result["run"])
-        if named is None or named[2] not in KINDS:
-            continue
         estimate = next(m for m in result["metrics"] if m["name"] == metric)
         model = result["model"]
         counts = (model["parameters"], model.get("x-inference_parameters", model["parameters"]))
@@ -38,13 +41,13 @@ def rows(protocol: str) -> list[Row]:
     return [dict(zip(names, row, strict=True)) for row in sorted(found, key=lambda row: (row[0], KINDS.index(row[1])))]
 
 
-def table(protocol: str) -> str:
-    unit = STUDIES[protocol][1]
-    head = f"| {protocol}: steps K | variant | parameters | at inference | {unit} ↓ |\n|---:|:---|---:|---:|---:|\n"
+def table(study: str) -> str:
+    *_, unit, what = STUDIES[study]
+    head = f"| {what}: steps K | variant | parameters | at inference | {unit} ↓ |\n|---:|:---|---:|---:|---:|\n"
     lines = [
         f"| {r['depth']} | {r['variant']} | {r['parameters']:,} | {r['at inference']:,} | {r['value']:.4g} ± "
         f"{r['stderr']:.2g} |"
-        for r in rows(protocol)
+        for r in rows(study)
     ]
     return head + "\n".join(lines)
 
@@ -54,8 +57,8 @@ def draw(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(STUDIES), figsize=(4.6 * len(STUDIES), 3.6), layout="constrained")
-    for panel, (protocol, (_, unit)) in zip(panels, STUDIES.items(), strict=True):
-        found = rows(protocol)
+    for panel, (study, (*_, unit, what)) in zip(panels, STUDIES.items(), strict=True):
+        found = rows(study)
         for kind in KINDS:
             line = [r for r in found if r["variant"] == kind]
             x, y, e = ([r[key] for r in line] for key in ("parameters", "value", "stderr"))
@@ -63,7 +66,7 @@ def draw(path: Path) -> None:
             for r in line:
                 place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7, "color": COLOURS[kind]}
                 panel.annotate(f"K = {r['depth']}", (r["parameters"], r["value"]), **place)
-        panel.set(xscale="log", xlabel="trained parameters", ylabel=f"test {unit} (lower is better)", title=protocol)
+        panel.set(xscale="log", xlabel="trained parameters", ylabel=f"test {unit} (lower is better)", title=what)
         panel.grid(alpha=0.3, lw=0.5)
     panels[0].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,6 @@ def test_rows_of_the_table_are_read_from_results(tmp_path, monkeypatch):
         return (result,)
 
     monkeypatch.setattr(sharing, "read", read_next)
-    lines = sharing.table("digits").splitlines()[2:]
+    lines = sharing.table("digits-nsf").splitlines()[2:]
     assert lines == ["| 4 | nanoflow | 90 | 70 | 3 ± 0.25 |", "| 8 | naive | 50 | 50 | 1.5 ± 0.25 |"]
     assert len(DEPTHS) == 3
