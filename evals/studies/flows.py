@@ -1,6 +1,6 @@
 """The published comparisons of flows: train, evaluate, publish.
 
-    python -m evals.studies.flows toy2d digits patches audio latent [--jobs 2] [--root runs/flows] [--publish]
+    python -m evals.studies.flows toy2d digits patches audio speech latent [--jobs 2] [--root runs/flows] [--publish]
 
 A study is a list of ordinary runs, each a configuration with overrides under one protocol. Runs that are finished are
 not trained again, so the same command continues a study. `--publish` copies results to evals/results/, from which
@@ -94,13 +94,22 @@ def audio() -> Iterator[Plan]:
         yield Plan(f"tones-{flow}", f"audio/{flow}", protocol)
 
 
+def speech() -> Iterator[Plan]:
+    """WaveFlow and NanoFlow on synthesised speech, which `python -m evals.speech runs/speech` makes first."""
+    data = "data={name: wav_folder, path: runs/speech, segment: 2048}"
+    for flow in ("waveflow", "nanoflow"):
+        yield Plan(f"speech-{flow}", f"audio/{flow}", "speech", (data, "train.batch_size=8"))
+
+
 def latent() -> Iterator[Plan]:
     """Digits in black and white: autoencoders with Gaussian and flow laws of the latent, NADE and MADE."""
     for model in ("vae", "vae_nsf", "nade", "made"):
         yield Plan(f"binary-{model}", f"digits/{model}", "binary_digits")
 
 
-STUDIES: dict[str, Callable[[], Iterator[Plan]]] = {f.__name__: f for f in (toy2d, digits, patches, audio, latent)}
+STUDIES: dict[str, Callable[[], Iterator[Plan]]] = {
+    f.__name__: f for f in (toy2d, digits, patches, audio, speech, latent)
+}
 
 
 def carry_out(plan: Plan, root: Path, threads: int) -> None:

@@ -110,7 +110,7 @@ def files(name: str, folder: Path) -> Path:
         return write_pictures(folder / "pictures", 90, 66, 70)
     if name == "mnist_binary":
         return write_mnist(folder / "mnist", (28, 28))
-    if name == "wav_folder":
+    if name in ("wav_folder", "speech"):
         return write_sounds(folder / "sounds", 6, 33_000, 22_050)
     return write_uci(folder / "data", name)
 
@@ -223,7 +223,7 @@ def test_other_contents_have_another_hash(name, tmp_path):
     elif name.startswith("image_folder"):
         place = path / "class0"
         shutil.copy(place / "000.png", place / "002.png")
-    elif name == "wav_folder":
+    elif name in ("wav_folder", "speech"):
         shutil.copy(path / "002.wav", path / "003.wav")
     elif name == "mnist_binary":
         write_mnist(path, (28, 28), t10k_labels_idx1_ubyte=idx(np.arange(20) % 7))
