@@ -25,10 +25,7 @@ from ..types import SupportsLogProb
 
 CHUNK = 4096  # points evaluated at once
 MARGIN = 0.06  # what the window shows beyond the test items on each side, as a share of their extent
-BRIGHTEST = (
-    0.999  # quantile of the densities at test items that has the last colour: peaks of a few pixels do not count
-)
-
+BRIGHTEST = 0.999  # quantile of the densities at test items: peaks of a few pixels do not count
 HEADROOM = 1.3  # how far above it the colours reach, so that it shows where a model has too much
 
 
