@@ -8,6 +8,7 @@ evals/results/sharing.md.
 
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from genmodels.evaluation.results import read
@@ -23,6 +24,8 @@ STUDIES = {  # by the first part of the runs' names: protocol, metric, its unit,
 }
 KINDS = ("unshared", *VARIANTS)
 COLOURS = dict(zip(KINDS, ("#000000", "#D55E00", "#E69F00", "#0072B2"), strict=True))
+MARKERS = dict(zip(DEPTHS, "osD", strict=True))
+WILD = 10  # times the usual standard error: a few items decide such a value, and it is written instead of drawn
 Row = dict[str, Any]
 
 
@@ -53,24 +56,33 @@ def table(study: str) -> str:
 
 
 def draw(path: Path) -> None:
-    """Likelihood against parameters, one line a variant, one panel a data set; ring sizes grow with the depth."""
+    """Likelihood against parameters: one panel a study, one line a variant, one marker a depth."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-    figure, panels = plt.subplots(1, len(STUDIES), figsize=(4.6 * len(STUDIES), 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, len(STUDIES), figsize=(4.4 * len(STUDIES), 3.8), layout="constrained")
     for panel, (study, (*_, unit, what)) in zip(panels, STUDIES.items(), strict=True):
         found = rows(study)
+        usual = median(r["stderr"] for r in found)
         for kind in KINDS:
-            line = [r for r in found if r["variant"] == kind]
+            line = [r for r in found if r["variant"] == kind and r["stderr"] < WILD * usual]
             x, y, e = ([r[key] for r in line] for key in ("parameters", "value", "stderr"))
-            panel.errorbar(x, y, e, color=COLOURS[kind], marker="o", markersize=4, capsize=2, lw=1.2, label=kind)
+            panel.errorbar(x, y, e, color=COLOURS[kind], capsize=2, lw=1.2, label=kind)
             for r in line:
-                place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7, "color": COLOURS[kind]}
-                panel.annotate(f"K = {r['depth']}", (r["parameters"], r["value"]), **place)
+                panel.plot(r["parameters"], r["value"], MARKERS[r["depth"]], color=COLOURS[kind], markersize=6)
+        wild = [r for r in found if r["stderr"] >= WILD * usual]
+        notes = [f"K = {r['depth']}, {r['variant']}: {r['value']:.2f} ± {r['stderr']:.2f}" for r in wild]
+        panel.text(0.98, 0.98, "\n".join(notes), transform=panel.transAxes, ha="right", va="top", fontsize=8)
         panel.set(xscale="log", xlabel="trained parameters", ylabel=f"test {unit} (lower is better)", title=what)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3, lw=0.5)
-    panels[0].legend(frameon=False)
+    depths = [plt.Line2D([], [], marker=m, ls="", color="grey", label=f"K = {k}") for k, m in MARKERS.items()]
+    lines = panels[-1].get_legend_handles_labels()[0]
+    figure.legend(handles=[*lines, *depths], loc="outside lower center", ncols=len(lines) + len(depths), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
