@@ -1,6 +1,7 @@
 """NADE: an item's numbers one after another, each given those before it, by one hidden layer of tied weights."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -29,13 +30,13 @@ class OrderedModel(ObservationModel):
 
     any_order: bool
 
+    @abstractmethod
     def raw(self, x: Tensor, condition: Tensor | None, order: Tensor | None) -> Tensor:
         """[P, B, D] parameters of the law of each number of x [B, D] given those before it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, u: Tensor, condition: Tensor | None, order: Tensor | None) -> Tensor:
         """[n, D] numbers made of u [2, n, D], for one order [D]."""
-        raise NotImplementedError
 
     def some_order(self, k: int) -> Tensor | None:
         """[D] the k-th of a fixed list of random orders; None if there is one order alone."""
@@ -51,9 +52,9 @@ class OrderedModel(ObservationModel):
         log_p = self._log_prob(observed, condition, order) + volume
         return Loss(-log_p / self.dims, {"nll": -log_p.detach().mean()} | self.code_lengths(log_p))
 
+    @abstractmethod
     def training_order(self, noise: Noise) -> Tensor:
         """[D] or [B, D] random orders of a training batch."""
-        raise NotImplementedError
 
     def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
         """Fit the transform."""
