@@ -2,7 +2,7 @@
 
     python -m evals.studies.sharing
 
-Reads the published results of `evals.studies.flows` (digits, patches) and writes evals/results/sharing.png and
+Reads the published results of `evals.studies.flows` (digits, patches, toy2d) and writes evals/results/sharing.png and
 evals/results/sharing.md.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from genmodels.evaluation.results import read
 from genmodels.files import write_text
 
-from .flows import DEPTHS, VARIANTS
+from .flows import DEPTHS, PLANES, VARIANTS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 STUDIES = {  # by the first part of the runs' names: protocol, metric, its unit, and what the steps are
@@ -55,6 +55,24 @@ def table(study: str) -> str:
     return head + "\n".join(lines)
 
 
+def planes() -> str:
+    """NLL less that of the true law, with the parameters, of the flows of the plane: one row a flow."""
+    names = {"nsf": "NSF (coupling)", "nsf_ar": "NSF (autoregressive)", "maf": "MAF", "realnvp": "Real NVP"}
+    lines = ["| nats above the true law (parameters) | " + " | ".join(KINDS) + " |", "|:---|" + "---:|" * len(KINDS)]
+    for plane in PLANES:
+        for flow, name in names.items():
+            found = [_excess(RESULTS / plane / f"{plane}-{flow}-{kind}") for kind in KINDS]
+            lines.append(f"| {plane}, {name} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def _excess(folder: Path) -> str:
+    result = read(next(folder.glob("*.json")))[0]
+    estimate = next(m for m in result["metrics"] if m["name"] == "nll")
+    above = estimate["value"] - estimate["references"]["true law"]
+    return f"{above:.3f} ({result['model']['parameters']:,})"
+
+
 def draw(path: Path) -> None:
     """Likelihood against parameters: one panel a study, one line a variant, one marker a depth."""
     import matplotlib.pyplot as plt
@@ -92,7 +110,7 @@ def main() -> None:
         raise SystemExit(
             f"sharing: {missing} are not complete. Run: python -m evals.studies.flows digits patches --publish"
         )
-    write_text(RESULTS / "sharing.md", "\n\n".join(map(table, STUDIES)) + "\n")
+    write_text(RESULTS / "sharing.md", "\n\n".join([*map(table, STUDIES), planes()]) + "\n")
     draw(RESULTS / "sharing.png")
     print(RESULTS / "sharing.png")
 

@@ -79,3 +79,10 @@ def test_rows_of_the_table_are_read_from_results(tmp_path, monkeypatch):
     lines = sharing.table("digits-nsf").splitlines()[2:]
     assert lines == ["| 4 | nanoflow | 90 | 70 | 3 ± 0.25 |", "| 8 | naive | 50 | 50 | 1.5 ± 0.25 |"]
     assert len(DEPTHS) == 3
+
+
+def test_published_tables_are_those_of_the_results():
+    """What README and sharing.md say of shared networks is made from the results, to the last digit."""
+    tables = [*map(sharing.table, sharing.STUDIES), sharing.planes()]
+    assert (sharing.RESULTS / "sharing.md").read_text() == "\n\n".join(tables) + "\n"
+    assert sharing.planes() in (ROOT / "README.md").read_text()
