@@ -48,6 +48,7 @@ class Solver(ABC):
         needs: protocol of the field.
         counts: method of the field whose calls are its evaluations.
         adaptive: True if steps carry an error estimate of size O(h^error_order), as step control needs.
+        whole: True for a back-end that integrates by loops of its own (`solve`) and has no single steps.
         stability: largest h |λ| on the negative real axis for which y' = λ y does not grow; None if there is no bound,
             or if it is not known.
     """
@@ -58,6 +59,7 @@ class Solver(ABC):
     counts: ClassVar[str] = "__call__"
     adaptive: ClassVar[bool] = False
     stability: ClassVar[float | None] = None
+    whole: ClassVar[bool] = False
 
     @property
     def error_order(self) -> float:
@@ -199,7 +201,7 @@ class Fixed(Controller):
 
     def solve(self, problem: Problem) -> Solution:
         x, solver, noise = problem.x, problem.solver, problem.noise
-        grid = self._grid(problem.times)
+        grid = self.grid(problem.times)
         allowed = (
             grid[: problem.max_steps + 1].unbind() if len(x) else grid[:1].unbind()
         )  # an empty batch costs nothing
@@ -250,7 +252,7 @@ class Fixed(Controller):
             stopped=None if problem.stop is None else stopped,
         )
 
-    def _grid(self, times: Tensor) -> Tensor:
+    def grid(self, times: Tensor) -> Tensor:
         """[steps (L - 1) + 1, …] the times with the ends of the steps between them."""
         if self.steps == 1:
             return times

@@ -44,7 +44,7 @@ class Checkpoint(Gradient):
         self.calls = 0
         if not torch.is_grad_enabled():
             return problem.solver.solve(problem, controller)
-        if type(problem.solver).solve is not Solver.solve:
+        if problem.solver.whole:
             raise ConfigError(
                 f"gradient 'checkpoint' takes steps of a solver again, but '{title(problem.solver)}' integrates as a "
                 "whole. Use gradient: backprop."
@@ -312,21 +312,21 @@ class _Replay:
     ) -> tuple[Tensor, State]:
         """The state and memory after the steps of a segment."""
         problem, index = self.run.problem, segment.index
-        before = int(segment.number[0]) if self.run.shared else 0
+        before, column = (int(segment.number[0]), index * 0) if self.run.shared else (0, index)
         for k in range(int((limit - segment.number).clamp(min=0).max())):
             n = segment.number + k
             active = n < limit
             # where a row's steps are over, it takes its last one again, in vain
             m = torch.minimum(n, limit - 1).clamp(min=0)
-            if self.run.shared:
+            whole = bool(active.all())
+            if self.run.shared and whole:
                 t, s = (e[before + k, 0] for e in edges)
             else:
-                t, s = (e[m, index] for e in edges)
+                t, s = (e[m, column] for e in edges)
                 s = torch.where(limit > 0, s, t)
             step = problem.solver.step(self.field, t, s, x, state, self.noise)
             new = self._stopped(index, active & (n + 1 == self.taken[index]), t, s, x, step)
             self._heuristics(index, active, m, t, s, x, step)
-            whole = bool(active.all())
             x = new if whole else torch.where(expand_like(active, x), new, x)
             state = (
                 step.state
@@ -358,7 +358,7 @@ class _Replay:
         place, moves = self.order[m, column], (self.ends != self.starts)[m, column]
         if self.error is not None:
             wanted = torch.where(active & moves, self.error[place, index], 0.0)
-            self._output(self.recorder._norm(step.error, x, step.x), wanted)
+            self._output(self.recorder.norm(step.error, x, step.x), wanted)
         if self.stiffness is not None:
             wanted = torch.where(active & moves, self.stiffness[place, index], 0.0)
             self._output(self.run.problem.solver.stiffness(t, s, x, step), wanted)
@@ -371,7 +371,7 @@ class _Replay:
         """Of the times, from those of the starts and ends of the steps that a fixed grid makes of them."""
         with torch.enable_grad():
             times = self.times.detach().requires_grad_()
-            grid = self.run.controller._grid(times)
+            grid = self.run.controller.grid(times)
         starts, ends = (e[:, 0] if times.ndim == 1 else e for e in edges)
         total = torch.zeros_like(grid)
         total[: len(starts)] += starts

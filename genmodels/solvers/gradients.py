@@ -42,8 +42,8 @@ class Isolated:
         if len(found) != len(self.leaves) or any(a is not b for a, b in zip(found, self.leaves, strict=True)):
             raise ConfigError(
                 f"gradient '{name}': {type(field).__name__} depends on a tensor that was computed from others, and "
-                "does not hold it where it can be replaced. Hand such tensors over as arguments of a RowField, keep them as "
-                "plain attributes, or use gradient: backprop."
+                "does not hold it where it can be replaced. Hand such tensors over as arguments of a RowField, keep "
+                "them as plain attributes, or use gradient: backprop."
             )
 
 
