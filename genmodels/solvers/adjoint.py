@@ -1,6 +1,7 @@
 """Gradients from the adjoint equation (optimise, then discretise): nothing of the steps is kept."""
 
 import copy
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -116,7 +117,7 @@ class Interpolated(Continuous):
         solver: of the backward solve, None for that of the forward one.
     Raises:
         ConfigError: as in `adjoint`.
-    Source: Rackauckas et al. 2020 (Universal differential equations for scientific machine learning), section 3;
+    Source: Ma et al. 2021 (A Comparison of Automatic Differentiation and Continuous Sensitivity Analysis), section II;
         Kidger et al. 2021 (Hey, that's not an ODE), section 3.
     """
 
@@ -164,6 +165,30 @@ class _Solved(torch.autograd.Function):
         return (None, *sweep.gradients(end, path))
 
 
+class Track:
+    """Where dense output says that the rows were."""
+
+    def __init__(self, dense: Dense, direction: int) -> None:
+        self.dense, self.sign = dense, direction
+        # with one clock for all rows a step is looked up once
+        shared = len(dense.t) > 1 and dense.t.shape[1] > 0 and bool((dense.t == dense.t[:, :1]).all())
+        self.knots = (direction * dense.t[:, 0]).tolist() if shared else None
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """[B, *shape] at t, [] or [B]."""
+        if self.knots is None or t.ndim:
+            return self.dense(t[None])[0]
+        now = self.sign * float(t)
+        place = min(max(bisect_right(self.knots, now) - 1, 0), len(self.knots) - 2)
+        start, end = self.knots[place : place + 2]
+        theta = min(max((now - start) / (end - start), 0.0), 1.0) if end > start else 0.0
+        parts = self.dense.coefficients[place]
+        total = parts[-1]
+        for k in range(len(parts) - 2, -1, -1):
+            total = torch.add(parts[k], total, alpha=theta)
+        return total
+
+
 class Sweep:
     """The adjoint equation solved from the last time to the first."""
 
@@ -172,8 +197,8 @@ class Sweep:
     ) -> None:
         gradient, problem = run.gradient, run.problem
         self.run, self.x, self.states, self.timed = run, x, states, timed
-        self.leaves, self.dense = run.isolated.leaves, dense
         sign = problem.direction
+        self.leaves, self.track = run.isolated.leaves, dense and Track(dense, sign)
         wide = times if times.ndim == 2 else times[:, None]
         self.whole = sign * time >= sign * wide[-1]  # [B] rows that got to their last time
         self.shared = times.ndim == 1 and bool(self.whole.all())
@@ -227,25 +252,25 @@ class Sweep:
         if not longest or not size:
             return x, a, [torch.zeros_like(v) for v in self.leaves]
         solved = [a / size, *(torch.zeros_like(v) for v in self.leaves)]
-        packed = Packed(solved if self.dense else [x, *solved])
+        packed = Packed(solved if self.track else [x, *solved])
         equation = _Equation(self, packed, start, goal, longest)
         grid = self.times[stop : last + 1].flip(0) if self.shared else start.new_tensor([0.0, longest])
         problem, kind = self.run.problem, self.run.gradient
         try:
             y = integrate(
                 equation,
-                packed.join([*([] if self.dense else [x]), *solved]),
+                packed.join([*([] if self.track else [x]), *solved]),
                 grid,
                 solver=self.solver,
                 controller=self.controller,
                 max_steps=problem.max_steps,
-                seminorm=packed.measured(problem.seminorm, 1 if self.dense else 2, kind.seminorm),
+                seminorm=packed.measured(problem.seminorm, 1 if self.track else 2, kind.seminorm),
             ).x
         except SolverError as error:
             error.add_note(f"This was the backward solve of gradient '{kind.registered_name}'.")
             raise
         parts = packed.split(y)
-        x = self.dense(self.times[stop][None])[0] if self.dense else parts.pop(0)
+        x = self.track(self.times[stop]) if self.track else parts.pop(0)
         return x, parts[0] * size, [part * size for part in parts[1:]]
 
 
@@ -298,7 +323,7 @@ class _Equation:
         sweep, parts = self.sweep, self.packed.split(y)
         clock = clock.reshape(())
         t = clock if self.rate is None else self.start + self.rate * clock
-        x = sweep.dense(t[None])[0] if sweep.dense else parts.pop(0)
+        x = sweep.track(t) if sweep.track else parts.pop(0)
         a = parts[0] if self.rate is None else parts[0] * expand_like(self.rate, x).to(x.dtype)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -309,4 +334,4 @@ class _Equation:
             else:
                 products = tuple(torch.zeros_like(each) for each in inputs)
         v = v.detach() if self.rate is None else v.detach() * expand_like(self.rate, x).to(x.dtype)
-        return self.packed.join([*([] if sweep.dense else [v]), *(-product for product in products)])
+        return self.packed.join([*([] if sweep.track else [v]), *(-product for product in products)])

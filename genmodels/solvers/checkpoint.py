@@ -23,11 +23,12 @@ class Checkpoint(Gradient):
 
     The forward solve keeps no graph, but states from which it can be resumed; the backward pass takes the accepted
     steps between two of them again, and backpropagates through these. As the number N of steps is not known before, it
-    keeps every step, then every second, every fourth …: about √N states, so that memory is O(√N) for about one solve
-    more (rejected steps are not repeated). Two times for each step are kept as well.
+    keeps every step, then every second, every fourth …: two to three √N states, as a state is small beside what a step
+    keeps for its graph. Memory is O(√N), for about one solve more (rejected steps are not repeated). Two times for each
+    step are kept as well.
 
     Args:
-        segments: how many states to keep at most, None for about √N.
+        segments: how many states to keep at most, None for O(√N).
     Raises:
         ValueError: if it is not at least one.
         ConfigError: in `integrate`, if the field does not tell what it depends on, or would answer otherwise again.
@@ -82,7 +83,7 @@ class _Watch(Solver):
 
     Args:
         solver: what steps.
-        limit: most states to keep, None for about the square root of the number of steps.
+        limit: most states to keep, None for two to three times the square root of the number of steps.
     Attributes:
         shared: whether all rows have one time.
         starts: every `stride`-th attempt.
@@ -116,7 +117,7 @@ class _Watch(Solver):
         index, number, *memory = state
         if self.attempts % self.stride == 0:
             self.starts.append(_Start(index, number, x, tuple(memory)))
-            if len(self.starts) > (self.limit or 2 * self.stride):
+            if len(self.starts) > (self.limit or 8 * self.stride):
                 self.starts, self.stride = self.starts[::2], 2 * self.stride
         self.attempts += 1
         self.log.append((index[:1] * 0, number[:1].clone(), t[None], s[None]) if self.shared else (index, number, t, s))

@@ -63,7 +63,7 @@ class TorchDiffEq(Solver):
         adjoint: whether gradients are those of its own `odeint_adjoint` (with the seminorm) instead of backpropagation.
     Raises:
         ConfigError: in `integrate`, if the problem asks for something that it does not have.
-    Source: Chen 2018 (torchdiffeq); Chen et al. 2018 (Neural ODE).
+    Source: Chen et al. 2018 (Neural ODE).
     """
 
     order = 5
