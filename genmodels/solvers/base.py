@@ -10,7 +10,7 @@ from torch import Tensor
 from ..registry import ConfigError, kind, member, names, register
 from ..types import expand_like
 from .fields import VectorField
-from .march import March
+from .march import March, divide
 from .solution import Record, Result, Solution, SolverError
 
 State = tuple[Tensor, ...]  # a solver's memory between steps; each tensor has the batch axis first
@@ -46,6 +46,7 @@ class Solver(ABC):
         needs: protocol of the field.
         counts: method of the field whose calls are its evaluations.
         adaptive: True if steps carry an error estimate of size O(h^error_order), as step control needs.
+        whole: True for a back-end that integrates by loops of its own (`solve`) and has no single steps.
         stability: largest h |λ| on the negative real axis for which y' = λ y does not grow; None if there is no bound,
             or if it is not known.
     """
@@ -56,6 +57,7 @@ class Solver(ABC):
     counts: ClassVar[str] = "__call__"
     adaptive: ClassVar[bool] = False
     stability: ClassVar[float | None] = None
+    whole: ClassVar[bool] = False
 
     @property
     def error_order(self) -> float:
@@ -197,6 +199,10 @@ class Fixed(Controller):
 
     def solve(self, problem: Problem) -> Solution:
         return March(problem, self.steps).solve()
+
+    def grid(self, times: Tensor) -> Tensor:
+        """[steps (L - 1) + 1, …] the times with the ends of the steps between them."""
+        return divide(times, self.steps)
 
 
 def integrate(

@@ -21,7 +21,7 @@ class March:
 
     def __init__(self, problem: Any, divided: int) -> None:
         self.problem, self.divided, self.x = problem, divided, problem.x
-        self.grid = _divide(problem.times, divided)
+        self.grid = divide(problem.times, divided)
         self.field, self.recorder = Counted(problem.field, problem.solver.counts), Recorder(problem, None)
         self.index = torch.arange(len(self.x), device=self.x.device)
         self.steps = self.passed = torch.zeros_like(self.index)  # of length above 0; all of them
@@ -95,7 +95,7 @@ class March:
         self.recorder.add(*given, None, self.field)
 
 
-def _divide(times: Tensor, steps: int) -> Tensor:
+def divide(times: Tensor, steps: int) -> Tensor:
     """[steps (L - 1) + 1, …] the times [L, …] with the ends of the steps between them."""
     if steps == 1:
         return times

@@ -69,9 +69,9 @@ class Recorder:
         solver = self.problem.solver
         if self.record is not None:
             if self.reference and step.error is not None:
-                error = self._norm(step.error, x, step.x)
+                error = self.norm(step.error, x, step.x)
             elif error is None and step.error is not None:
-                error = self._norm(step.error, None, None)
+                error = self.norm(step.error, None, None)
             stiffness = solver.stiffness(t, s, x, step)
             self.entries.append((index, number, t.detach(), (s - t).abs().detach(), error, stiffness))
             if self.picks is not None:
@@ -81,7 +81,8 @@ class Recorder:
                 self.entries.append((index, number, t.detach(), (s - t).abs().detach(), None, None))
             self.polynomials.append(solver.interpolant(field, t, s, x, step))
 
-    def _norm(self, error: Tensor, x: Tensor | None, new: Tensor | None) -> Tensor:
+    def norm(self, error: Tensor, x: Tensor | None, new: Tensor | None) -> Tensor:
+        """[n] E of an error estimate; bare without states."""
         if x is not None and self.tolerances is not None:
             rtol, atol = self.tolerances
             error = error / (atol + rtol * torch.maximum(x.abs(), new.abs()))

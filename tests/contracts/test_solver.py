@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genmodels.registry import ConfigError, build, names
+from genmodels.registry import ConfigError, build, member, names
 from genmodels.rng import generator
 from genmodels.solvers.base import Fixed, Solver, integrate
 from genmodels.solvers.fields import RowField, VectorField
@@ -21,7 +21,8 @@ from genmodels.solvers.tableaux import ButcherTableau
 from genmodels.types import SupportsScore, expand_like
 from tests.oracles import GAUSSIAN, LINEAR, probability_flow
 
-SOLVERS = [name for name in names(Solver) if build(Solver, name).needs is VectorField]
+STEPPERS = [name for name in names(Solver) if not member(Solver, name, "solver").whole]
+SOLVERS = [name for name in STEPPERS if build(Solver, name).needs is VectorField]
 PLANE = torch.randn(5, 2, generator=generator("plane"), dtype=torch.float64)
 BOTH_SIGNS = 0.9 * PLANE.tanh()
 
