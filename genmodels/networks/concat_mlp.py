@@ -1,6 +1,7 @@
 """Vector fields of continuous-depth models: layers that each see the time, fully connected and convolutional."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -17,6 +18,14 @@ Activation = Literal["tanh", "softplus", "gelu", "silu", "relu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh, "softplus": nn.Softplus, "gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU,
 }  # fmt: skip
+# the derivative at a, where h is the activation there
+SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tanh": lambda a, h: 1 - h.square(),
+    "softplus": lambda a, h: torch.sigmoid(a),
+    "gelu": lambda a, h: 0.5 * torch.erfc(-a * 0.5**0.5) + a * (-0.5 * a.square()).exp() * (2 * math.pi) ** -0.5,
+    "silu": lambda a, h: torch.sigmoid(a) * (1 + a - h),
+    "relu": lambda a, h: (a > 0).to(a.dtype),
+}
 
 
 class Clock(nn.Module):
@@ -48,15 +57,27 @@ class TimedLinear(nn.Linear):
         super().__init__(n_in, n_out)
         self.clock = Clock(n_out, time, n_in + 1)
 
-    def forward(self, t: Tensor | None, x: Tensor) -> Tensor:
+    def parts(self, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, bias ([n] or [B, n]) and gate at t: the layer is (weight x) · gate + bias."""
         gate, shift = self.clock(t)
         if shift is None:
-            return super().forward(x)
-        if t.ndim == 0:
-            weight, bias = (self.weight, self.bias) if gate is None else (self.weight * gate[:, None], self.bias * gate)
-            return nn.functional.linear(x, weight, bias + shift)
-        out = super().forward(x)
-        return (out if gate is None else out * gate) + shift
+            return self.weight, self.bias, None
+        if gate is None or t.ndim:
+            return self.weight, shift + (self.bias if gate is None else self.bias * gate), gate
+        return self.weight * gate[:, None], torch.addcmul(shift, self.bias, gate), None
+
+    def forward(self, t: Tensor | None, x: Tensor) -> Tensor:
+        weight, bias, gate = self.parts(t)
+        if bias.ndim == 1 and gate is None:
+            return nn.functional.linear(x, weight, bias)
+        out = nn.functional.linear(x, weight)
+        return (out if gate is None else out * gate) + bias
+
+    def push(self, t: Tensor | None, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer at x [B, n], and its derivative along tangents [P, B or 1, n]."""
+        weight, bias, gate = self.parts(t)
+        out, moved = nn.functional.linear(x, weight), nn.functional.linear(tangents, weight)
+        return (out + bias, moved) if gate is None else (out * gate + bias, moved * gate)
 
 
 class TimedConv(nn.Conv2d):
@@ -74,15 +95,29 @@ class TimedConv(nn.Conv2d):
         if self.channel:
             time = expand_like(t.to(self.weight.dtype).expand(len(x)), x).expand(len(x), 1, *x.shape[2:])
             return super().forward(torch.cat((x, time), 1))
-        gate, shift = self.clock(t)
+        gate, shift = (None if c is None else c.reshape(-1, len(self.weight), 1, 1) for c in self.clock(t))
         out = super().forward(x)
-        if gate is None or shift is None:
-            return out
-        return out * gate.reshape(-1, len(self.weight), 1, 1) + shift.reshape(-1, len(self.weight), 1, 1)
+        return out if gate is None or shift is None else out * gate + shift
+
+    def push(self, t: Tensor | None, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer at x [B, C, H, W], and its derivative along tangents [P, B or 1, C, H, W]."""
+        weight = self.weight[:, : tangents.shape[2]]  # time, the last channel, stands still
+        moved = nn.functional.conv2d(tangents.flatten(0, 1), weight, padding=self.padding)
+        moved = moved.unflatten(0, tangents.shape[:2])
+        gate = self.clock(t)[0]
+        return self(t, x), moved if gate is None else moved * gate.reshape(-1, len(self.weight), 1, 1)
 
 
 class _Timed(Network):
-    """Layers with one activation between them, a condition that is added before the first, and the check of t."""
+    """Layers with one activation between them, and a condition that is added before the first.
+
+    Attributes:
+        pushes: whether `push` works as the network stands: without norms, autocast and recomputation.
+    """
+
+    layers: nn.ModuleList
+    head: nn.Module
+    norms: nn.ModuleList | None
 
     def __init__(
         self,
@@ -102,8 +137,8 @@ class _Timed(Network):
                 f"{self.registered_name}: layers need at least one unit, found hidden={list(sizes[1:-1])}."
             )
         self.in_shape, self.out_shape, self.timed = tuple(in_shape), tuple(out_shape), timed
-        self.time: Time = time if timed else "none"
-        self.activation, self.final = ACTIVATIONS[activation](), final
+        self.time, self.norms = time if timed else "none", None
+        self.activation, self.slope, self.final = ACTIVATIONS[activation](), SLOPES[activation], final
         self.condition = ConditionEmbedding(sizes[1], num_classes=num_classes, condition_shape=condition_shape)
         self.conditional = num_classes is not None or condition_shape is not None
 
@@ -111,6 +146,51 @@ class _Timed(Network):
         if condition is None and not self.conditional:
             return h
         return h + expand_like(self.condition(condition, len(x), x), h)
+
+    def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
+        check_timed(self.timed, t)
+        self.check_items(x)
+        h = self._enter(x)
+        for k, layer in enumerate((*self.layers, self.head)):
+            h = layer(t, h)
+            h = self._conditioned(h, x, condition) if k == 0 else h
+            h = h if self.norms is None or layer is self.head else self.norms[k](h)
+            h = self.activation(h) if layer is not self.head or self.final else h
+        return h.reshape(len(x), *self.out_shape)
+
+    @property
+    def pushes(self) -> bool:
+        return self.norms is None and self.autocast is None and not self.checkpointing
+
+    def push(
+        self, t: Tensor | None, x: Tensor, tangents: Tensor, condition: Condition | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """out(t, x), and its derivatives along tangents, carried forward layer by layer in one pass.
+
+        Differentiating what comes out takes one backward pass; it has no second derivative of the network inside.
+
+        Args:
+            x: [B, *in_shape].
+            tangents: [P, B, *in_shape], or [P, 1, *in_shape] for the same in every row.
+        Returns:
+            [B, *out_shape] and [P, B, *out_shape].
+        """
+        check_timed(self.timed, t)
+        self.check_items(x)
+        self.passed(len(x))
+        h, moved = self._enter(x), self._enter(tangents)
+        for k, layer in enumerate((*self.layers, self.head)):
+            h, moved = layer.push(t, h, moved)
+            h = self._conditioned(h, x, condition) if k == 0 else h
+            if layer is not self.head or self.final:
+                a, h = h, self.activation(h)
+                moved = self.slope(a, h) * moved
+        moved = moved.expand(-1, len(x), *moved.shape[2:])
+        return h.reshape(len(x), *self.out_shape), moved.reshape(len(moved), len(x), *self.out_shape)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """Items [*, *in_shape] as the first layer takes them."""
+        return x
 
 
 @register(Network, "concat_mlp")
@@ -152,15 +232,8 @@ class ConcatMLP(_Timed):
         self.layers = nn.ModuleList(TimedLinear(a, b, self.time) for a, b in inner)
         self.head = TimedLinear(n_in, n_out, self.time)
 
-    def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
-        check_timed(self.timed, t)
-        self.check_items(x)
-        h = x.reshape(len(x), math.prod(self.in_shape))
-        for k, layer in enumerate((*self.layers, self.head)):
-            h = layer(t, h)
-            h = self._conditioned(h, x, condition) if k == 0 else h
-            h = self.activation(h) if k < len(self.layers) or self.final else h
-        return h.reshape(len(x), *self.out_shape)
+    def _enter(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[: x.ndim - len(self.in_shape)], math.prod(self.in_shape))
 
 
 @register(Network, "concat_conv")
@@ -180,7 +253,8 @@ class ConcatConv(_Timed):
         norm: batch norms after the hidden layers.
     Raises:
         ConfigError: unless items are images of one size, kernels odd, and layers not empty.
-    Source: Grathwohl et al. 2019 (FFJORD), appendix B.2; Pal et al. 2023 (Locally Regularized Neural Differential Equations).
+    Source: Grathwohl et al. 2019 (FFJORD), appendix B.1; Pal et al. 2023 (Locally Regularized Neural Differential
+        Equations).
     """
 
     def __init__(
@@ -205,16 +279,5 @@ class ConcatConv(_Timed):
         super().__init__(sizes, activation, time, final, in_shape, out_shape, timed, num_classes, condition_shape)
         *inner, (n_in, n_out) = pairwise(sizes)
         self.layers = nn.ModuleList(TimedConv(a, b, kernel, self.time) for a, b in inner)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) if norm else nn.Identity() for _, b in inner)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b in inner) if norm else None
         self.head = TimedConv(n_in, n_out, kernel, self.time)
-
-    def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
-        check_timed(self.timed, t)
-        self.check_items(x)
-        h = x
-        for k, layer in enumerate((*self.layers, self.head)):
-            h = layer(t, h)
-            h = self._conditioned(h, x, condition) if k == 0 else h
-            h = self.norms[k](h) if k < len(self.layers) else h
-            h = self.activation(h) if k < len(self.layers) or self.final else h
-        return h

@@ -1,5 +1,7 @@
 """Fields that see the time in every layer: against their formulas written out, and against plain layers."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,3 +109,33 @@ def test_batch_norms_act_on_every_hidden_layer_and_keep_the_averages_of_what_the
 def test_impossible_fields_are_refused(name, shape, arguments, said):
     with pytest.raises(ConfigError, match=said):
         make(name, shape, **arguments)
+
+
+PUSHED = [("concat_mlp", (3,), "tanh"), ("concat_conv", (2, 3, 2), "softplus")]
+PUSHED += [("concat_mlp", (3,), a) for a in ("softplus", "gelu", "silu", "relu")]
+
+
+@pytest.mark.parametrize("time", ["concat", "squash", "none"])
+@pytest.mark.parametrize(("name", "shape", "activation"), PUSHED)
+def test_tangents_are_carried_as_autograd_does(name, shape, activation, time):
+    for final in (False, True):
+        net, x = make(name, shape, hidden=(6, 5), activation=activation, time=time, final=final), randn(5, *shape)
+        assert net.pushes
+        tangents = randn(4, 5, *shape, seed=1)
+        for t in (T, TIMES):
+            expected = [torch.func.jvp(partial(net, t), (x,), (v,))[1] for v in tangents]
+            out, moved = net.push(t, x, tangents)
+            torch.testing.assert_close(out, net(t, x), rtol=0, atol=1e-14)
+            torch.testing.assert_close(moved, torch.stack(expected), rtol=0, atol=1e-13)
+            shared = net.push(t, x, tangents[:, :1])[1]
+            torch.testing.assert_close(shared, net.push(t, x, tangents[:, :1].expand(-1, 5, *shape))[1])
+
+
+def test_a_conditional_field_carries_tangents_too_and_what_cannot_says_so():
+    facts = {"in_shape": (3,), "out_shape": (3,), "timed": True, "num_classes": 4, "condition_shape": None}
+    net, x, labels = build(Network, "concat_mlp", **facts).double(), randn(5, 3), torch.arange(5) % 4
+    tangents = randn(2, 5, 3, seed=1)
+    expected = torch.stack([torch.func.jvp(lambda y: net(T, y, labels), (x,), (v,))[1] for v in tangents])
+    torch.testing.assert_close(net.push(T, x, tangents, labels)[1], expected)
+    net.autocast = torch.bfloat16
+    assert not net.pushes and not make("concat_conv", (2, 4, 4), norm=True).pushes
