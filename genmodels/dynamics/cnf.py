@@ -1,6 +1,5 @@
 """Continuous normalizing flows as a model: densities along ODEs, with step control, probes and penalties."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -12,6 +11,7 @@ from ..distributions import Distribution
 from ..flows.bijection import Bijection
 from ..flows.continuous import Continuous, Divergence, Solving
 from ..flows.flow import NormalizingFlow
+from ..model import Model
 from ..networks.encoders import ConditionEncoder
 from ..registry import ConfigError, register
 from ..rng import BatchNoise, SeedNoise, as_seeds
@@ -21,6 +21,7 @@ from ..solvers.runge_kutta import Tsit5
 from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape
+from .ode import row_by_row
 from .regularization import Regularizer
 
 
@@ -253,7 +254,7 @@ class ContinuousFlow(NormalizingFlow):
     ) -> Solving:
         """With a solver and a controller of one's own, or those of training with each row's own error norms."""
         return Solving(
-            solver or self.solver, controller or by_row(self.controller), divergence=divergence, law=self.law, **more
+            solver or self.solver, controller or row_by_row(self.controller), divergence=divergence, law=self.law, **more
         )
 
     @contextmanager
