@@ -35,7 +35,8 @@ class ContinuousFlow(NormalizingFlow):
 
     Args:
         layers, base, conditional, encoder: as for `flow`.
-        solver, controller: of training, and, with error norms of each row's own, of answers.
+        solver, controller: of training, and, with error norms of each row's own, of answers; a controller of None is
+            pi with one clock for the batch.
         gradient: how the loss differentiates the solve.
         regularizers: penalties in training.
         divergence: of training; auto is exact for up to 10 components.
@@ -55,7 +56,7 @@ class ContinuousFlow(NormalizingFlow):
         conditional: bool = False,
         encoder: Callable[..., ConditionEncoder] | None = None,
         solver: Solver = Tsit5(),
-        controller: Controller = PI(norm="batch"),
+        controller: Controller | None = None,
         gradient: Gradient = Backprop(),
         regularizers: tuple[Regularizer, ...] = (),
         divergence: Literal["auto", "exact", "hutchinson"] = "auto",
@@ -70,7 +71,7 @@ class ContinuousFlow(NormalizingFlow):
     ) -> None:
         facts = {"num_classes": num_classes, "condition_shape": condition_shape, "bin_width": bin_width}
         super().__init__(layers, base, conditional, encoder, shape=shape, transform=transform, **facts)
-        self.solver, self.controller, self.gradient = solver, controller, gradient
+        self.solver, self.controller, self.gradient = solver, controller or PI(norm="batch"), gradient
         self.regularizers, self.divergence, self.law = tuple(regularizers), divergence, law
         if not self.blocks:
             raise ConfigError("cnf: none of the layers is `continuous`. Add one, or use the model `flow`.")
@@ -180,7 +181,9 @@ class ContinuousFlow(NormalizingFlow):
         wanted = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         with torch.set_grad_enabled(wanted):
             parts = [
-                self._values(x[rows], None if condition is None else _rows(condition, rows), seeds[rows], draws, solving)
+                self._values(
+                    x[rows], None if condition is None else _rows(condition, rows), seeds[rows], draws, solving
+                )
                 for rows in torch.arange(len(x)).split(batch_size)
             ]
         return self._summary(torch.cat(parts, 2), divergence)
@@ -254,7 +257,11 @@ class ContinuousFlow(NormalizingFlow):
     ) -> Solving:
         """With a solver and a controller of one's own, or those of training with each row's own error norms."""
         return Solving(
-            solver or self.solver, controller or row_by_row(self.controller), divergence=divergence, law=self.law, **more
+            solver or self.solver,
+            controller or row_by_row(self.controller),
+            divergence=divergence,
+            law=self.law,
+            **more,
         )
 
     @contextmanager

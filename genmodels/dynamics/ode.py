@@ -46,7 +46,8 @@ class NeuralODE(Model):
         readout: what the head reads: the state at the end, or that at every target time.
         head: a linear layer on the flattened state, or the state itself.
         end: T, where the readout is "end".
-        solver, controller: of training, and, with error norms of each row's own, of predictions.
+        solver, controller: of training, and, with error norms of each row's own, of predictions; a controller of None
+            is pi with one clock for the batch.
         gradient: how the loss differentiates the solve.
         regularizers: penalties in training.
         precision: that the whole model computes in.
@@ -66,7 +67,7 @@ class NeuralODE(Model):
         head: Literal["linear", "none"] = "linear",
         end: float = 1.0,
         solver: Solver = Tsit5(),
-        controller: Controller = PI(norm="batch"),
+        controller: Controller | None = None,
         gradient: Gradient = Backprop(),
         regularizers: tuple[Regularizer, ...] = (),
         precision: Literal["float32", "float64"] = "float32",
@@ -79,15 +80,21 @@ class NeuralODE(Model):
         if target_shape is None or (readout == "path" and len(target_shape) < 2):
             raise ConfigError(
                 f"neural_ode: targets of shape {target_shape and list(target_shape)} cannot be read from the "
-                f'{readout} of a solution. Set data.task to one with targets, and readout: path for series [M, *].'
+                f"{readout} of a solution. Set data.task to one with targets, and readout: path for series [M, *]."
             )
         if augment < 0 or not 0 < end < math.inf or (latent is not None and encoder is None):
             raise ConfigError(
                 "neural_ode: augment >= 0, end > 0, and a `latent` only with an encoder are needed, found "
                 f"augment={augment}, end={end}, latent={latent}."
             )
-        self.shape, self.transform, self.readout, self.end, self.augment = tuple(shape), transform, readout, end, augment
-        self.solver, self.controller, self.gradient = solver, controller, gradient
+        self.shape, self.transform, self.readout, self.end, self.augment = (
+            tuple(shape),
+            transform,
+            readout,
+            end,
+            augment,
+        )
+        self.solver, self.controller, self.gradient = solver, controller or PI(norm="batch"), gradient
         self.regularizers = tuple(regularizers)
         model_shape = transform.out_shape(self.shape)
         first, *rest = model_shape if latent is None else latent
