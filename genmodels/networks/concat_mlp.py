@@ -1,7 +1,8 @@
 """Vector fields of continuous-depth models: layers that each see the time, fully connected and convolutional."""
 
 import math
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -12,100 +13,42 @@ from ..registry import ConfigError, register
 from ..types import Condition, Shape, expand_like
 from .embeddings import ConditionEmbedding
 from .network import Network, check_images, check_timed
+from .tangents import ACTIVATIONS, PushThrough
 
 Time = Literal["concat", "squash", "none"]
 Activation = Literal["tanh", "softplus", "gelu", "silu", "relu"]
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh, "softplus": nn.Softplus, "gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU,
-}  # fmt: skip
-# the derivative at a, where h is the activation there
-SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "tanh": lambda a, h: 1 - h.square(),
-    "softplus": lambda a, h: torch.sigmoid(a),
-    "gelu": lambda a, h: 0.5 * torch.erfc(-a * 0.5**0.5) + a * (-0.5 * a.square()).exp() * (2 * math.pi) ** -0.5,
-    "silu": lambda a, h: torch.sigmoid(a) * (1 + a - h),
-    "relu": lambda a, h: (a > 0).to(a.dtype),
-}
+Clocked = tuple[Tensor | None, Tensor | None]  # gate and shift, [n] at a time that rows share, else [B, n]
 
 
 class Clock(nn.Module):
-    """How time enters the n outputs of a layer: added (concat), or as a gate and a shift (squash).
+    """How time enters the outputs of layers: added (concat), or as a gate and a shift (squash).
 
-    concat: y + w t. squash: y · sigmoid(w_g t + b_g) + w t. none: y.
+    concat: y + w t. squash: y · sigmoid(u t + c) + w t. none: y.
+
+    Args:
+        sizes: numbers of outputs of the layers.
+        fans: numbers of inputs of the layers, which set the start of w as those of a linear layer with t as an input.
     """
 
-    def __init__(self, n: int, time: Time, fan_in: int) -> None:
+    def __init__(self, sizes: Sequence[int], fans: Sequence[int], time: Time) -> None:
         super().__init__()
-        bound = 1.0 if time == "squash" else fan_in**-0.5  # what torch's linear layers with such inputs start from
-        draw = lambda: nn.Parameter(torch.empty(n).uniform_(-bound, bound))  # noqa: E731
-        self.shift = draw() if time != "none" else None
-        self.gate_weight, self.gate_bias = (draw(), draw()) if time == "squash" else (None, None)
+        self.sizes = tuple(sizes)
+        ends = [1.0 if time == "squash" else fan**-0.5 for fan in fans]
+        bounds = torch.tensor(ends).repeat_interleave(torch.tensor(self.sizes))
+        draw = lambda: nn.Parameter(bounds * (2 * torch.rand(len(bounds)) - 1))  # noqa: E731
+        self.shift = None if time == "none" else draw()
+        self.weight, self.bias = (draw(), draw()) if time == "squash" else (None, None)
 
-    def forward(self, t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Gate and shift, [n] for t of shape [] and [B, n] for [B]; None for what is absent."""
+    def forward(self, t: Tensor | None) -> list[Clocked]:
+        """Gate and shift of each layer, for t of shape [] or [B]; None for what is absent."""
         if t is None or self.shift is None:
-            return None, None
+            return [(None, None)] * len(self.sizes)
         t = t.to(self.shift.dtype)[..., None]
-        gate = None if self.gate_weight is None else torch.sigmoid(t * self.gate_weight + self.gate_bias)
-        return gate, t * self.shift
-
-
-class TimedLinear(nn.Linear):
-    """W x + b with a clock on its outputs; at a time that all rows share, gate and shift go into W and b."""
-
-    def __init__(self, n_in: int, n_out: int, time: Time) -> None:
-        super().__init__(n_in, n_out)
-        self.clock = Clock(n_out, time, n_in + 1)
-
-    def parts(self, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weight, bias ([n] or [B, n]) and gate at t: the layer is (weight x) · gate + bias."""
-        gate, shift = self.clock(t)
-        if shift is None:
-            return self.weight, self.bias, None
-        if gate is None or t.ndim:
-            return self.weight, shift + (self.bias if gate is None else self.bias * gate), gate
-        return self.weight * gate[:, None], torch.addcmul(shift, self.bias, gate), None
-
-    def forward(self, t: Tensor | None, x: Tensor) -> Tensor:
-        weight, bias, gate = self.parts(t)
-        if bias.ndim == 1 and gate is None:
-            return nn.functional.linear(x, weight, bias)
-        out = nn.functional.linear(x, weight)
-        return (out if gate is None else out * gate) + bias
-
-    def push(self, t: Tensor | None, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer at x [B, n], and its derivative along tangents [P, B or 1, n]."""
-        weight, bias, gate = self.parts(t)
-        out, moved = nn.functional.linear(x, weight), nn.functional.linear(tangents, weight)
-        return (out + bias, moved) if gate is None else (out * gate + bias, moved * gate)
-
-
-class TimedConv(nn.Conv2d):
-    """A convolution that keeps the size of images, with time as one more channel (concat) or a clock per channel.
-
-    The channel of time is padded with zeros at the border like the others, so that a pixel knows a border by the time.
-    """
-
-    def __init__(self, n_in: int, n_out: int, kernel: int, time: Time) -> None:
-        super().__init__(n_in + (time == "concat"), n_out, kernel, padding=kernel // 2)
-        self.channel = time == "concat"
-        self.clock = Clock(n_out, "none" if self.channel else time, 1)
-
-    def forward(self, t: Tensor | None, x: Tensor) -> Tensor:
-        if self.channel:
-            time = expand_like(t.to(self.weight.dtype).expand(len(x)), x).expand(len(x), 1, *x.shape[2:])
-            return super().forward(torch.cat((x, time), 1))
-        gate, shift = (None if c is None else c.reshape(-1, len(self.weight), 1, 1) for c in self.clock(t))
-        out = super().forward(x)
-        return out if gate is None or shift is None else out * gate + shift
-
-    def push(self, t: Tensor | None, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer at x [B, C, H, W], and its derivative along tangents [P, B or 1, C, H, W]."""
-        weight = self.weight[:, : tangents.shape[2]]  # time, the last channel, stands still
-        moved = nn.functional.conv2d(tangents.flatten(0, 1), weight, padding=self.padding)
-        moved = moved.unflatten(0, tangents.shape[:2])
-        gate = self.clock(t)[0]
-        return self(t, x), moved if gate is None else moved * gate.reshape(-1, len(self.weight), 1, 1)
+        shifts = (t * self.shift).split(self.sizes, -1)
+        if self.weight is None:
+            return [(None, shift) for shift in shifts]
+        gates = torch.sigmoid(torch.addcmul(self.bias, t, self.weight)).split(self.sizes, -1)
+        return list(zip(gates, shifts, strict=True))
 
 
 class _Timed(Network):
@@ -116,8 +59,9 @@ class _Timed(Network):
     """
 
     layers: nn.ModuleList
-    head: nn.Module
     norms: nn.ModuleList | None
+    head: nn.Module
+    clock: Clock
 
     def __init__(
         self,
@@ -138,7 +82,8 @@ class _Timed(Network):
             )
         self.in_shape, self.out_shape, self.timed = tuple(in_shape), tuple(out_shape), timed
         self.time, self.norms = time if timed else "none", None
-        self.activation, self.slope, self.final = ACTIVATIONS[activation](), SLOPES[activation], final
+        self.derivatives, self.final = ACTIVATIONS[activation], final
+        self.activation = self.derivatives.module()
         self.condition = ConditionEmbedding(sizes[1], num_classes=num_classes, condition_shape=condition_shape)
         self.conditional = num_classes is not None or condition_shape is not None
 
@@ -151,8 +96,8 @@ class _Timed(Network):
         check_timed(self.timed, t)
         self.check_items(x)
         h = self._enter(x)
-        for k, layer in enumerate((*self.layers, self.head)):
-            h = layer(t, h)
+        for k, (layer, clocked) in enumerate(zip((*self.layers, self.head), self.clock(t), strict=True)):
+            h = self._layer(layer, t, h, clocked)
             h = self._conditioned(h, x, condition) if k == 0 else h
             h = h if self.norms is None or layer is self.head else self.norms[k](h)
             h = self.activation(h) if layer is not self.head or self.final else h
@@ -167,30 +112,44 @@ class _Timed(Network):
     ) -> tuple[Tensor, Tensor]:
         """out(t, x), and its derivatives along tangents, carried forward layer by layer in one pass.
 
-        Differentiating what comes out takes one backward pass; it has no second derivative of the network inside.
+        A backward pass through both has no second derivative of the network inside, as one through a vector-Jacobian
+        product would.
 
         Args:
             x: [B, *in_shape].
-            tangents: [P, B, *in_shape], or [P, 1, *in_shape] for the same in every row.
+            tangents: [P, B, *in_shape], or [P, 1, *in_shape] for the same in every row; constants.
         Returns:
             [B, *out_shape] and [P, B, *out_shape].
         """
         check_timed(self.timed, t)
         self.check_items(x)
         self.passed(len(x))
+        h, moved = self._push(t, x, tangents, condition)
+        return h.reshape(len(x), *self.out_shape), moved.reshape(len(moved), len(x), *self.out_shape)
+
+    def _push(
+        self, t: Tensor | None, x: Tensor, tangents: Tensor, condition: Condition | None
+    ) -> tuple[Tensor, Tensor]:
         h, moved = self._enter(x), self._enter(tangents)
-        for k, layer in enumerate((*self.layers, self.head)):
-            h, moved = layer.push(t, h, moved)
+        for k, (layer, clocked) in enumerate(zip((*self.layers, self.head), self.clock(t), strict=True)):
+            h, moved = self._layer(layer, t, h, clocked), self._derivative(layer, moved, clocked)
             h = self._conditioned(h, x, condition) if k == 0 else h
             if layer is not self.head or self.final:
                 a, h = h, self.activation(h)
-                moved = self.slope(a, h) * moved
-        moved = moved.expand(-1, len(x), *moved.shape[2:])
-        return h.reshape(len(x), *self.out_shape), moved.reshape(len(moved), len(x), *self.out_shape)
+                moved = self.derivatives.slope(a, h) * moved
+        return h, moved.expand(-1, len(x), *moved.shape[2:])
 
+    @abstractmethod
     def _enter(self, x: Tensor) -> Tensor:
         """Items [*, *in_shape] as the first layer takes them."""
-        return x
+
+    @abstractmethod
+    def _layer(self, layer: nn.Module, t: Tensor | None, h: Tensor, clocked: Clocked) -> Tensor:
+        """A layer at h [B, *]."""
+
+    @abstractmethod
+    def _derivative(self, layer: nn.Module, moved: Tensor, clocked: Clocked) -> Tensor:
+        """The derivative of a layer along tangents [P, B or 1, *]."""
 
 
 @register(Network, "concat_mlp")
@@ -228,21 +187,52 @@ class ConcatMLP(_Timed):
     ) -> None:
         sizes = (math.prod(in_shape), *hidden, math.prod(out_shape))
         super().__init__(sizes, activation, time, final, in_shape, out_shape, timed, num_classes, condition_shape)
-        *inner, (n_in, n_out) = pairwise(sizes)
-        self.layers = nn.ModuleList(TimedLinear(a, b, self.time) for a, b in inner)
-        self.head = TimedLinear(n_in, n_out, self.time)
+        self.clock = Clock(sizes[1:], [n + 1 for n in sizes[:-1]], self.time)
+        *inner, last = (nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers, self.head = nn.ModuleList(inner), last
 
     def _enter(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[: x.ndim - len(self.in_shape)], math.prod(self.in_shape))
+
+    def _layer(self, layer: nn.Module, t: Tensor | None, h: Tensor, clocked: Clocked) -> Tensor:
+        weight, bias, gate = _folded(layer, clocked)
+        if gate is None:
+            return nn.functional.linear(h, weight, bias) if bias.ndim == 1 else nn.functional.linear(h, weight) + bias
+        return nn.functional.linear(h, weight) * gate + bias
+
+    def _derivative(self, layer: nn.Module, moved: Tensor, clocked: Clocked) -> Tensor:
+        weight, _, gate = _folded(layer, clocked)
+        moved = nn.functional.linear(moved, weight)
+        return moved if gate is None else moved * gate
+
+    def _push(
+        self, t: Tensor | None, x: Tensor, tangents: Tensor, condition: Condition | None
+    ) -> tuple[Tensor, Tensor]:
+        folded = [_folded(*each) for each in zip((*self.layers, self.head), self.clock(t), strict=True)]
+        if any(gate is not None for _, _, gate in folded):  # rows with gates of their own share no weights
+            return super()._push(t, x, tangents, condition)
+        (weight, bias, _), *rest = folded
+        layers = [weight, self._conditioned(bias, x, condition)] + [v for w, b, _ in rest for v in (w, b)]
+        return PushThrough.apply(self.derivatives, self.final, self._enter(x), self._enter(tangents), *layers)
+
+
+def _folded(layer: nn.Module, clocked: Clocked) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, bias and gate of a layer (weight h) · gate + bias; gates that rows share are in weight and bias."""
+    gate, shift = clocked
+    if shift is None:
+        return layer.weight, layer.bias, None
+    if gate is None or gate.ndim == 2:
+        return layer.weight, shift + (layer.bias if gate is None else layer.bias * gate), gate
+    return layer.weight * gate[:, None], torch.addcmul(shift, layer.bias, gate), None
 
 
 @register(Network, "concat_conv")
 class ConcatConv(_Timed):
     """Convolutions that each see the time, on images that keep their size.
 
-    As `concat_mlp`, with convolutions in place of linear layers and, with `norm`, a batch norm before each activation.
-    Running averages of the norms are of all states that a solver has evaluated in training; there a row's field depends
-    on its batch, as the solvers of training with one clock for the batch do.
+    As `concat_mlp`, with convolutions in place of linear layers, time as one more channel of images, padded with zeros
+    like the others, and, with `norm`, a batch norm before each activation. Running averages of the norms are of all
+    states that a solver has evaluated in training; there a row's field depends on its batch.
 
     The standard CNN field for CIFAR-10 is concat_conv with hidden [64, 64], activation gelu and norm: true.
 
@@ -277,7 +267,24 @@ class ConcatConv(_Timed):
             raise ConfigError(f"concat_conv: an odd kernel is needed to keep the size of images, found {kernel}.")
         sizes = (in_shape[0], *hidden, out_shape[0])
         super().__init__(sizes, activation, time, final, in_shape, out_shape, timed, num_classes, condition_shape)
-        *inner, (n_in, n_out) = pairwise(sizes)
-        self.layers = nn.ModuleList(TimedConv(a, b, kernel, self.time) for a, b in inner)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b in inner) if norm else None
-        self.head = TimedConv(n_in, n_out, kernel, self.time)
+        channel = int(self.time == "concat")
+        self.clock = Clock(sizes[1:], sizes[:-1], "none" if channel else self.time)
+        *inner, last = (nn.Conv2d(a + channel, b, kernel, padding=kernel // 2) for a, b in pairwise(sizes))
+        self.layers, self.head = nn.ModuleList(inner), last
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in hidden) if norm else None
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def _layer(self, layer: nn.Module, t: Tensor | None, h: Tensor, clocked: Clocked) -> Tensor:
+        if t is not None and self.time == "concat":
+            time = expand_like(t.to(layer.weight.dtype).expand(len(h)), h).expand(len(h), 1, *h.shape[2:])
+            return layer(torch.cat((h, time), 1))
+        gate, shift = (None if c is None else c.reshape(-1, c.shape[-1], 1, 1) for c in clocked)
+        out = layer(h)
+        return out if gate is None or shift is None else out * gate + shift
+
+    def _derivative(self, layer: nn.Module, moved: Tensor, clocked: Clocked) -> Tensor:
+        weight, gate = layer.weight[:, : moved.shape[2]], clocked[0]  # time, the last channel, stands still
+        out = nn.functional.conv2d(moved.flatten(0, 1), weight, padding=layer.padding).unflatten(0, moved.shape[:2])
+        return out if gate is None else out * gate.reshape(-1, gate.shape[-1], 1, 1)

@@ -25,20 +25,26 @@ def make(name: str, shape: tuple[int, ...], out: tuple[int, ...] | None = None, 
         return build(Network, {"name": name, **arguments}, timed=timed, **facts).double()
 
 
+def clock(net, k: int) -> list[Tensor | None]:
+    """What layer k has of shift, gate's weight and gate's bias."""
+    parts = (net.clock.shift, net.clock.weight, net.clock.bias)
+    return [None if p is None else p.split(net.clock.sizes)[k] for p in parts]
+
+
 @pytest.mark.parametrize("t", [T, TIMES], ids=["shared", "rows"])
 @pytest.mark.parametrize("time", ["concat", "squash"])
 def test_layers_are_those_of_the_formula(time, t):
     net, x = make("concat_mlp", (3,), hidden=(5, 4), activation="tanh", time=time, final=True), randn(5, 3)
     h, column = x, t.expand(5)[:, None]
-    for layer in (*net.layers, net.head):
-        c = layer.clock
+    for k, layer in enumerate((*net.layers, net.head)):
+        shift, weight, bias = clock(net, k)
         if time == "concat":  # one more input
             h = torch.tanh(
-                F.linear(torch.cat((h, column), 1), torch.cat((layer.weight, c.shift[:, None]), 1), layer.bias)
+                F.linear(torch.cat((h, column), 1), torch.cat((layer.weight, shift[:, None]), 1), layer.bias)
             )
         else:
-            gate = torch.sigmoid(column * c.gate_weight + c.gate_bias)
-            h = torch.tanh((h @ layer.weight.T + layer.bias) * gate + column * c.shift)
+            gate = torch.sigmoid(column * weight + bias)
+            h = torch.tanh((h @ layer.weight.T + layer.bias) * gate + column * shift)
     torch.testing.assert_close(net(t, x), h, rtol=0, atol=1e-14)
 
 
@@ -47,8 +53,8 @@ def test_the_field_of_the_paper_for_mnist():
     net = make("concat_mlp", (1, 28, 28), hidden=(100,), final=True)
     assert sum(p.numel() for p in net.parameters()) == 785 * 100 + 100 + 101 * 784 + 784
     x, (first, last) = randn(2, 1, 28, 28), (net.layers[0], net.head)
-    h = torch.tanh(x.flatten(1) @ first.weight.T + 0.7 * first.clock.shift + first.bias)
-    out = torch.tanh(h @ last.weight.T + 0.7 * last.clock.shift + last.bias)
+    h = torch.tanh(x.flatten(1) @ first.weight.T + 0.7 * clock(net, 0)[0] + first.bias)
+    out = torch.tanh(h @ last.weight.T + 0.7 * clock(net, 1)[0] + last.bias)
     torch.testing.assert_close(net(T, x).flatten(1), out, rtol=0, atol=1e-14)
 
 
@@ -62,9 +68,7 @@ def test_convolutions_are_those_of_the_formula(time, t):
         if time == "concat":
             h = F.conv2d(torch.cat((h, planes), 1), layer.weight, layer.bias, padding=1)
         else:
-            weight, bias, shift = (
-                p[None, :, None, None] for p in (layer.clock.gate_weight, layer.clock.gate_bias, layer.clock.shift)
-            )
+            shift, weight, bias = (p[None, :, None, None] for p in clock(net, k))
             h = F.conv2d(h, layer.weight, layer.bias, padding=1)
             h = h * torch.sigmoid(planes[:, :1] * weight + bias) + planes[:, :1] * shift
         h = F.gelu(h) if k == 0 else h
@@ -139,3 +143,28 @@ def test_a_conditional_field_carries_tangents_too_and_what_cannot_says_so():
     torch.testing.assert_close(net.push(T, x, tangents, labels)[1], expected)
     net.autocast = torch.bfloat16
     assert not net.pushes and not make("concat_conv", (2, 4, 4), norm=True).pushes
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "softplus", "gelu", "silu", "relu"])
+def test_gradients_of_carried_tangents_are_right(activation, final):
+    """The backward pass by hand against autograd through vector-Jacobian products, and against differences."""
+    net = make("concat_mlp", (3,), hidden=(6, 5), activation=activation, time="squash", final=final)
+    x, tangents = randn(5, 3).requires_grad_(), randn(4, 5, 3, seed=1)
+    weights = randn(5, 3, seed=2), randn(4, 5, 3, seed=3)
+    wanted = (x, *net.parameters())
+    out, moved = net.push(T, x, tangents)
+    found = torch.autograd.grad((out * weights[0]).sum() + (moved * weights[1]).sum(), wanted)
+    jvp = torch.stack([torch.func.jvp(partial(net, T), (x,), (v,))[1] for v in tangents])
+    expected = torch.autograd.grad((net(T, x) * weights[0]).sum() + (jvp * weights[1]).sum(), wanted)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    if activation != "relu":
+        assert torch.autograd.gradcheck(lambda x: net.push(TIMES, x, tangents[:, :1]), (x,))
+        assert torch.autograd.gradcheck(lambda x: net.push(T, x, tangents[:, :1]), (x,))
+
+
+def test_carried_tangents_have_no_second_derivative_and_say_so():
+    net, x = make("concat_mlp", (3,)), randn(5, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second one"):
+        torch.autograd.grad(net.push(T, x, randn(1, 5, 3))[1].sum(), x, create_graph=True)
