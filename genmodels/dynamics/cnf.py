@@ -88,7 +88,12 @@ class ContinuousFlow(NormalizingFlow):
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
         noise = lambda n: BatchNoise(n, generator=generator, device=batch.x.device)  # noqa: E731
         if self.training:
-            how = {"gradient": self.gradient, "regularizers": self.regularizers, "progress": self.progress}
+            how = {
+                "gradient": self.gradient,
+                "regularizers": self.regularizers,
+                "progress": self.progress,
+                "wide": False,
+            }
             solving = self._solving(self.solver, self.controller, self.divergence, noise=noise, **how)
         else:
             solving = self._solving(None, None, self.divergence, noise=noise)

@@ -32,6 +32,7 @@ class Solving:
         divergence: auto is exact for items of up to 10 components, and Hutchinson's estimate for larger ones; none
             leaves log-determinants at 0.
         probes: of an estimate, for each item and layer; fixed during a solve.
+        wide: step points and log-determinants in float64, whatever the network computes in.
         noise: what n items draw probes from, or what is random in regularizers.
         penalty: [B] sum over the layers solved so far; None for none.
         spread: [P, B] sum over layers of each probe's log-determinant less the mean over probes; None for none.
@@ -45,6 +46,7 @@ class Solving:
     progress: float = 1.0
     divergence: Divergence = "exact"
     probes: int = 1
+    wide: bool = True
     law: ProbeLaw = "rademacher"
     noise: Callable[[int], Noise] | None = None
     penalty: Tensor | None = None
@@ -164,7 +166,8 @@ class Continuous(Bijection):
         how, velocity = self.solving or Solving(), self.velocity(condition)
         measured = how.divergence != "none"
         probes = how.drawn(x) if measured else None
-        both = joint(velocity, x, probes, sketch=bool(how.regularizers))
+        wide = torch.float64 if how.wide else x.dtype
+        both = joint(velocity, x, probes, wide=wide, sketch=bool(how.regularizers))
         out = evolve(
             both if measured else velocity,
             both.start(x) if measured else x,

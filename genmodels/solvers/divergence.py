@@ -236,13 +236,14 @@ def transport(
 class Joint:
     """Velocity and divergence as one field on [B, D + P], and what it looks like at a `Sketched` one.
 
-    The field of points sees them in their own dtype; they are stepped in float64 with their log-determinants.
+    The field of points sees them in their own dtype.
 
     Args:
         field: velocity of points.
         shape: of one point.
         dtype: of points.
         probes: [P, B, *shape] for estimates of the divergence; None for its exact value.
+        wide: dtype in which points and log-determinants are stepped.
         sketch: keep `velocity` and `frobenius` of the latest evaluation.
     """
 
@@ -250,21 +251,28 @@ class Joint:
     frobenius: Tensor
 
     def __init__(
-        self, field: VectorField, shape: Shape, dtype: torch.dtype, probes: Tensor | None, sketch: bool = False
+        self,
+        field: VectorField,
+        shape: Shape,
+        dtype: torch.dtype,
+        probes: Tensor | None,
+        wide: torch.dtype = torch.float64,
+        sketch: bool = False,
     ) -> None:
-        self.field, self.shape, self.dtype, self.probes, self.sketch = field, tuple(shape), dtype, probes, sketch
+        self.field, self.shape, self.dtype, self.probes = field, tuple(shape), dtype, probes
+        self.wide, self.sketch = wide, sketch
         self.size = math.prod(shape)
 
     def start(self, x: Tensor) -> Tensor:
         """[B, D + P] the points x [B, *shape] with zeros for their log-determinants."""
         columns = 1 if self.probes is None else len(self.probes)
-        zeros = x.new_zeros(len(x), columns, dtype=torch.float64)
-        return torch.cat((x.reshape(len(x), self.size).double(), zeros), 1)
+        zeros = x.new_zeros(len(x), columns, dtype=self.wide)
+        return torch.cat((x.reshape(len(x), self.size).to(self.wide), zeros), 1)
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, *shape] points and [B] or [P, B] log-determinants of a state."""
-        z = y[:, : self.size].reshape(len(y), *self.shape).to(self.dtype)
-        return z, y[:, self.size] if self.probes is None else rearrange(y[:, self.size :], "b p -> p b")
+        """[B, *shape] points and [B] or [P, B] float64 log-determinants of a state."""
+        z, log_det = y[:, : self.size].reshape(len(y), *self.shape).to(self.dtype), y[:, self.size :].double()
+        return z, log_det[:, 0] if self.probes is None else rearrange(log_det, "b p -> p b")
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         x = y[:, : self.size].reshape(len(y), *self.shape).to(self.dtype)
@@ -276,7 +284,7 @@ class Joint:
             rate = rearrange(found.divergence, "p b -> b p")
         if self.sketch:
             self.velocity, self.frobenius = found.v, found.frobenius
-        return torch.cat((found.v.reshape(len(y), self.size).double(), rate), 1)
+        return torch.cat((found.v.reshape(len(y), self.size).to(self.wide), rate.to(self.wide)), 1)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What the field of points depends on."""
@@ -288,10 +296,17 @@ class _SelectableJoint(Joint):
 
     def select(self, rows: Tensor) -> "_SelectableJoint":
         probes = None if self.probes is None else self.probes[:, rows]
-        return _SelectableJoint(self.field.select(rows), self.shape, self.dtype, probes, self.sketch)
+        return _SelectableJoint(self.field.select(rows), self.shape, self.dtype, probes, self.wide, self.sketch)
 
 
-def joint(field: VectorField, x: Tensor, probes: Tensor | None, sketch: bool = False) -> Joint:
+def joint(
+    field: VectorField,
+    x: Tensor,
+    probes: Tensor | None,
+    *,
+    wide: torch.dtype = torch.float64,
+    sketch: bool = False,
+) -> Joint:
     """The field of points like x [B, *shape] and their log-determinants.
 
     Raises:
@@ -303,7 +318,7 @@ def joint(field: VectorField, x: Tensor, probes: Tensor | None, sketch: bool = F
             f"{list(probes.shape)}."
         )
     make = _SelectableJoint if isinstance(field, Selectable) else Joint
-    return make(field, tuple(x.shape[1:]), x.dtype, probes, sketch)
+    return make(field, tuple(x.shape[1:]), x.dtype, probes, wide, sketch)
 
 
 def _draw(noise: Noise | None, count: int, x: Tensor, law: ProbeLaw) -> Tensor:
