@@ -24,7 +24,8 @@ WIDTH = {"cpu": 2**13}
 WIDTH_ELSEWHERE = 2**22
 
 
-PUSHED = 2**22  # numbers in tangents that are carried forward at once
+# tangents are carried forward if there are no more numbers in them; those inside a network may be many times more
+PUSHED, PUSHED_ELSEWHERE = {"cpu": 2**18}, 2**21
 
 
 @runtime_checkable
@@ -90,7 +91,7 @@ def exact_divergence(field: VectorField, t: Tensor, x: Tensor, *, chunk: int | N
 def _exact(field: VectorField, t: Tensor, x: Tensor, chunk: int | None, square: bool) -> Differentiated:
     graph, size = torch.is_grad_enabled(), math.prod(x.shape[1:])
     basis = torch.eye(size, dtype=x.dtype, device=x.device)
-    if chunk is None and _pushes(field, x.numel() * size):
+    if chunk is None and _pushes(field, x.numel() * size, x.device):
         v, columns = field.push(t, x, basis.reshape(size, 1, *x.shape[1:]))
         columns = columns.reshape(size, len(x), size)
         total = columns.diagonal(dim1=0, dim2=2).sum(1, dtype=torch.float64)
@@ -134,7 +135,7 @@ def hutchinson(field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> tupl
 
 def _estimated(field: VectorField, t: Tensor, x: Tensor, probes: Tensor, square: bool) -> Differentiated:
     graph, probes = torch.is_grad_enabled(), probes.to(x.dtype)
-    if _pushes(field, probes.numel()):
+    if _pushes(field, probes.numel(), x.device):
         v, moved = field.push(t, x, probes)
         return Differentiated(v, *_contracted([moved], [probes], square))
     with differentiable():
@@ -156,8 +157,8 @@ def _detached(found: Differentiated) -> Differentiated:
     return Differentiated(*(None if part is None else part.detach() for part in found))
 
 
-def _pushes(field: VectorField, numbers: int) -> bool:
-    return isinstance(field, Pushing) and field.pushes and numbers <= PUSHED
+def _pushes(field: VectorField, numbers: int, device: torch.device) -> bool:
+    return isinstance(field, Pushing) and field.pushes and numbers <= PUSHED.get(device.type, PUSHED_ELSEWHERE)
 
 
 def draw_probes(
