@@ -25,6 +25,8 @@ FLOW = [{"name": "repeat", "count": 2, "layers": ["act_norm", "lu_linear", SPLIN
 RESIDUAL = {"name": "residual_mlp", "hidden": 24}
 DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
 VAE = {"encoder": RESIDUAL, "decoder": RESIDUAL, "latent": 2, "context": 8}
+FIELD = {"name": "concat_mlp", "hidden": [16, 16], "time": "squash"}
+CONV = {"name": "concat_conv", "hidden": [8]}
 MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
@@ -59,6 +61,15 @@ EXAMPLES = {
         ("contract_plane", {"network": MADE, "observation": {"name": "gaussian_mixture", **TWO}}),
         ("contract_images", {"network": {**MADE, "hidden": 288}, "observation": {"name": "gaussian_mixture", **TWO}}),
     ],
+    "cnf": [
+        ("contract_plane", {"layers": [{"name": "continuous", "network": FIELD, "end": 0.5, "learn_end": True}]}),
+        ("contract_plane", {"layers": ["act_norm", {"name": "continuous", "network": FIELD}], "conditional": True}),
+        ("contract_images", {"layers": ["squeeze", "act_norm", {"name": "continuous", "network": CONV}]}),
+    ],
+    "neural_ode": [
+        ("contract_targets", {"network": FIELD, "augment": 1}),
+        ("contract_targets", {"network": FIELD, "encoder": RESIDUAL, "latent": [3], "controller": "fixed"}),
+    ],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
         ("contract_images", {"blur": 0.7, "share": 0.6}),
@@ -70,6 +81,7 @@ EXAMPLES = {
 }
 # the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
 TIGHT, LOOSE = {"controller": PI(rtol=1e-7, atol=1e-7)}, {"controller": PI(rtol=1e-5, atol=1e-5)}
+SOLVED = ("diffusion", "cnf")  # whose answers take a controller
 CASES = [(name, k) for name, cases in EXAMPLES.items() for k in range(len(cases))]
 
 
@@ -112,6 +124,17 @@ def data_sets():
             for split, n in {"train": 200, "val": 4, "test": 4}.items():
                 noise = BatchNoise(n, generator=generator("contract", split))
                 self.hold(split, Batch((noise.uniform(1, 2, 3) < 0.4).float(), condition=torch.arange(n) % 3))
+
+    @registry.register(Dataset, "contract_targets")
+    class Targets(InMemory):
+        """Points of the mixture with arbitrary classes to be told."""
+
+        shape, target_shape, transform = (2,), (3,), "standardize"
+
+        def __init__(self) -> None:
+            for split, n in {"train": 600, "val": 20, "test": 20}.items():
+                noise = BatchNoise(n, generator=generator("contract", split))
+                self.hold(split, Batch(MIXTURE.sample(noise), target=torch.arange(n) % 3))
 
     @registry.register(Dataset, "contract_mixture")
     class Mixture(InMemory):
@@ -159,7 +182,7 @@ def test_loss_has_one_finite_value_per_item_and_a_gradient_for_every_parameter(n
     value = model.loss(batch, generator=generator("loss")).value
     assert value.shape == (7,)
     torch.testing.assert_close(value, model(batch, generator=generator("loss")).value)  # forward is the loss
-    wide = Batch(*(torch.cat([v] * 6) if v is not None else None for v in (batch.x, batch.condition)))
+    wide = batch[torch.arange(7).repeat(6)]
     if list(model.parameters()):
         model.loss(wide, generator=generator("loss", 1)).value.mean().backward()
     silent = [
@@ -190,7 +213,7 @@ def test_likelihood_of_a_batch_is_that_of_its_items_and_float32_is_enough(name, 
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsLogProb):
         pytest.skip("has no likelihood")
-    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} | TIGHT if name == "diffusion" else {}
+    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} | TIGHT if name in SOLVED else {}
     c = given(model, batch)
     double, x = copy.deepcopy(model).double(), batch.x.double()
     with torch.no_grad():
@@ -208,7 +231,7 @@ def test_density_of_the_plane_integrates_to_one(name, k):
     if not isinstance(model, SupportsLogProb):
         pytest.skip("has no likelihood")
     points, area = grid(-9, 9, 61)
-    options = {"controller": PI(rtol=1e-3, atol=1e-3)} if name == "diffusion" else {}
+    options = {"controller": PI(rtol=1e-3, atol=1e-3)} if name in SOLVED else {}
     c = torch.zeros(len(points), dtype=torch.int64) if model.conditional else None
     with torch.no_grad():
         if model.likelihood(points[:1], condition=None if c is None else c[:1]).kind == "bound":
@@ -223,7 +246,7 @@ def test_decode_undoes_encode(name, k):
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsEncode):
         pytest.skip("has no latent")
-    options = TIGHT if name == "diffusion" else {}
+    options = TIGHT if name in SOLVED else {}
     with torch.no_grad():
         z = model.double().encode(batch.x.double(), condition=given(model, batch), **options)
         back = model.decode(z, condition=given(model, batch), **options)
@@ -234,7 +257,7 @@ def test_decode_undoes_encode(name, k):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_weights_round_trip(name):
     model, dataset, batch = built(name, 0)
-    config = Config({"name": name, "data": "contract_plane", "model": {"name": name, **EXAMPLES[name][0][1]}})
+    config = Config({"name": name, "data": EXAMPLES[name][0][0], "model": {"name": name, **EXAMPLES[name][0][1]}})
     other = config.model(dataset.facts()).eval()
     other.load_state_dict(model.state_dict())
     a, b = (m.loss(batch, generator=generator("loss")).value for m in (model, other))

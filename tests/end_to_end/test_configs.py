@@ -5,17 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from genmodels.config import Config, load
 from genmodels.data.dataset import centred
 from genmodels.data.uci import TABLES as PUBLISHED
 from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.protocol import FOLDER, Protocol
+from genmodels.model import Model
 from genmodels.networks.network import networks
 from genmodels.registry import resolve
 from genmodels.training.loop import train
 from genmodels.transforms import Transform
-from genmodels.types import SupportsLogProb
+from genmodels.types import SupportsLogProb, SupportsPredict, SupportsSample
 from tests.data_files import (
     cifar_files,
     write_cifar_archive,
@@ -68,7 +70,9 @@ OWN_DATA = {
     "audio/waveflow_ljspeech": sounds,
     "audio/nanoflow_ljspeech": sounds,
     **{f"tables/{table}{kind}": uci(table) for table in UCI for kind in ("", "_ar")},
+    "tables/miniboone_ffjord": uci("miniboone"),
 }
+SCALES = "model.layers[0].levels[{}][{}].{}"
 STEP = "model.layers[1].layers[{}].network"
 # networks of millions of parameters are cut down; what they are is tested by their count
 SMALL = {
@@ -86,6 +90,13 @@ SMALL = {
     ],
     "audio/waveflow_ljspeech": ["model.layers[1].count=1", *(f"{STEP.format(k)}.channels=4" for k in (0, 1))],
     "audio/nanoflow_ljspeech": ["model.layers[1].count=1", *(f"{STEP.format(k)}.of.channels=4" for k in (0, 1))],
+    "cifar10/neural_ode": ["model.network.hidden=[4,4]"],
+    "mnist/ffjord": [
+        SCALES.format(k, j, change)
+        for k, j in ((0, 0), (0, 2), (1, 0), (1, 2), (2, 0))
+        for change in ("count=1", "layers[0].network.hidden=[2]")
+    ],
+    "tables/miniboone_ffjord": ["model.layers[0].network.hidden=[16]"],
     "cifar10/nsf": ["model.layers[0].layers[1].count=1", "model.layers[0].layers[1].layers[2].network.width=8"],
     "images/nsf_64": [
         f"model.layers[0].levels[{k}][1].{change}"
@@ -105,8 +116,30 @@ def protocol(config: Config) -> Protocol:
     if config.protocols:
         places = {"path": config.tree["data"]["path"]} if config.tree["data"]["name"] in ("uci", "mnist") else {}
         return Protocol.load(config.protocols[0], places)
+    if config.dataset().target_shape is not None:
+        return Protocol(
+            {"name": "own", "version": 1, "dataset": config.tree["data"], "metrics": [{"name": "accuracy"}]}
+        )
     metrics = [{"name": "nll" if config.dataset().bin_width is None else "bits_per_dim"}]
     return Protocol({"name": "own", "version": 1, "dataset": config.tree["data"], "metrics": metrics})
+
+
+def written(config: Config, model: Model, sound: bool) -> list[str]:
+    """The kinds of files that a run leaves of samples and of predictions of series."""
+    data, kinds = config.dataset(), []
+    if isinstance(model, SupportsSample):
+        drawn = len(data.shape) == 3 or data.shape == (2,) or data.unit_of_time is not None
+        kinds += ["", ".png"] if sound else [".png"] if drawn else [".npz"]  # WAV files in a folder
+    if isinstance(model, SupportsPredict) and data.take("train", torch.tensor([0])).target_times is not None:
+        kinds.append(".png")
+    return sorted(kinds)
+
+
+def scored(config: Config, model: Model) -> tuple[str, ...]:
+    """Metrics of which a protocol for the model has one at least."""
+    if config.dataset().target_shape is not None:
+        return ("accuracy", "squared_error")
+    return ("bits_per_dim", "nll") if isinstance(model, SupportsLogProb) else ("authenticity",)
 
 
 @pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
@@ -119,14 +152,13 @@ def test_configuration_travels_the_whole_way(path, tmp_path):
     assert Config(config.tree).hash == config.hash == load([path], overrides).hash
     assert set(config.protocols) <= {p.stem for p in FOLDER.glob("*.yaml")}
     run = train(config, root=tmp_path, quiet=True)
-    drawn = len(config.dataset().shape) == 3 or config.dataset().shape == (2,)
-    kinds = ["", ".png"] if path.parent.name == "audio" else [".png"] if drawn else [".npz"]  # WAV files in a folder
-    assert sorted(p.suffix for p in (run.path / "samples").iterdir()) == kinds
+    found = [p.suffix for p in run.path.glob("samples/*")]
     full = protocol(config)
     model = run.load()
-    names = ("bits_per_dim", "nll") if isinstance(model, SupportsLogProb) else ("authenticity",)
-    metrics = [m for m in full.tree["metrics"] if m["name"] in names]
-    small = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "metrics": metrics}
+    assert sorted(found) == written(config, model, path.parent.name == "audio")
+    metrics = [m for m in full.tree["metrics"] if m["name"] in scored(config, model)]
+    questions = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "predict": {"num_items": 4}}
+    small = {**questions, "metrics": metrics}
     options = (
         {"likelihood": {"controller": "fixed", "num_steps": 2}} if config.tree["model"]["name"] == "diffusion" else {}
     )
