@@ -207,7 +207,7 @@ def write_uci(folder: Path, table: str, rows: int = 400) -> Path:
 
 @functools.cache
 def examples() -> dict[str, dict]:
-    """Arguments of the data sets that are read from files, by name; the files go when the process ends."""
+    """Arguments of the data sets that are read from files, or are large, by name; the files go when the process ends."""
     place = tempfile.TemporaryDirectory(prefix="genmodels-tests-")
     atexit.register(place.cleanup)
     folder = Path(place.name)
@@ -230,4 +230,7 @@ def examples() -> dict[str, dict]:
         "table": {"path": str(write_table(folder / "rows.csv")), "condition": 3, "classes": 4},
         "array": {**write_arrays(folder), "flip": True},
         "uci": {"table": "miniboone", "path": str(write_uci(folder / "uci", "miniboone"))},
+        "spiral_sde": {"count": 400},
+        "lorenz": {"count": 100},
+        "van_der_pol": {"count": 40},
     }
