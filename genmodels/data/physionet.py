@@ -186,34 +186,32 @@ def parse(place: Path, content: bytes) -> Record:
     for number, line in enumerate(lines[1:], 2):
         if not line.strip():
             continue
-        where = f"{place}, line {number}"
-        minutes, name, value = _fields(line, where)
-        if name == "RecordID":
-            if value != float(place.stem if place.stem.isdigit() else "nan"):
-                raise ConfigError(f"{where}: RecordID is {value:g}, but the file is called {place.name}.")
-        elif name not in PLACE:
-            raise ConfigError(f"{where}: unknown variable '{name}'. Known: {', '.join(COLUMNS)}.")
-        elif value != -1:
-            record.minutes.append(minutes)
-            record.columns.append(PLACE[name])
-            record.values.append(value)
+        try:
+            minutes, name, value = _fields(line)
+        except ValueError:
+            raise ConfigError(
+                f"{place}, line {number}: '{line}' is not of the form {HEADER} with a time 00:00 … 48:00 and a number. "
+                f"Get the file from {HOME} again."
+            ) from None
+        if name in PLACE:
+            if value != -1:
+                record.minutes.append(minutes)
+                record.columns.append(PLACE[name])
+                record.values.append(value)
+        elif name != "RecordID":
+            raise ConfigError(f"{place}, line {number}: unknown variable '{name}'. Known: {', '.join(COLUMNS)}.")
+        elif not (place.stem.isdigit() and value == int(place.stem)):
+            raise ConfigError(f"{place}, line {number}: RecordID is {value:g}, but the file is called {place.name}.")
     return record
 
 
-def _fields(line: str, where: str) -> tuple[int, str, float]:
-    """Minutes, variable and value of a line."""
-    try:
-        time, name, text = line.split(",")
-        hours, minutes = time.split(":")
-        value = float(text)
-        when = 60 * int(hours) + int(minutes)
-        if not (0 <= when <= 60 * HOURS and 0 <= int(minutes) < 60 and math.isfinite(value)):
-            raise ValueError
-    except ValueError:
-        raise ConfigError(
-            f"{where}: '{line}' is not of the form {HEADER} with a time 00:00 … 48:00 and a number. Get the file from "
-            f"{HOME} again."
-        ) from None
+def _fields(line: str) -> tuple[int, str, float]:
+    """Minutes, variable and value of a line; ValueError if it has another form."""
+    time, name, text = line.split(",")
+    hours, minutes = map(int, time.split(":"))
+    value, when = float(text), 60 * hours + minutes
+    if not (0 <= when <= 60 * HOURS and 0 <= minutes < 60 and math.isfinite(value)):
+        raise ValueError
     return when, name.strip(), value
 
 
