@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from genmodels.config import Config, load
 from genmodels.data.dataset import centred
@@ -22,10 +23,12 @@ from tests.data_files import (
     cifar_files,
     write_cifar_archive,
     write_mnist,
+    write_physionet,
     write_pictures,
     write_sounds,
     write_table,
     write_uci,
+    write_uea,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +76,11 @@ OWN_DATA = {
     "tables/miniboone_ffjord": uci("miniboone"),
 }
 SCALES = "model.layers[0].levels[{}][{}].{}"
+# likewise by the name of the data set, wherever such a configuration lies
+OWN_SERIES = {
+    "physionet": lambda folder, node: [f"data.path={write_physionet(folder / 'records')}"],
+    "uea": lambda folder, node: [f"data.path={write_uea(folder / 'archive', node['problem'])}"],
+}
 STEP = "model.layers[1].layers[{}].network"
 # networks of millions of parameters are cut down; what they are is tested by their count
 SMALL = {
@@ -114,7 +122,8 @@ SMALL = {
 def protocol(config: Config) -> Protocol:
     """The configuration's own, or one such as users write for data that only they have."""
     if config.protocols:
-        places = {"path": config.tree["data"]["path"]} if config.tree["data"]["name"] in ("uci", "mnist") else {}
+        own = ("uci", "mnist", *OWN_SERIES)
+        places = {"path": config.tree["data"]["path"]} if config.tree["data"]["name"] in own else {}
         return Protocol.load(config.protocols[0], places)
     if config.dataset().target_shape is not None:
         return Protocol(
@@ -146,7 +155,9 @@ def scored(config: Config, model: Model) -> tuple[str, ...]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_configuration_travels_the_whole_way(path, tmp_path):
     name = f"{path.parent.name}/{path.stem}"
-    make = OWN_DATA.get(name) or OWN_DATA.get(path.parent.name, lambda folder: [])
+    node = yaml.safe_load(path.read_text()).get("data", {})
+    series = OWN_SERIES.get(node.get("name"), lambda folder, node: [])
+    make = OWN_DATA.get(name) or OWN_DATA.get(path.parent.name, lambda folder: series(folder, node))
     overrides = [*TINY, *make(tmp_path), *SMALL.get(name, [])]
     config = load([path], overrides)
     assert Config(config.tree).hash == config.hash == load([path], overrides).hash
