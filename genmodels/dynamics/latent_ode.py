@@ -12,7 +12,7 @@ from ..networks.mlp import MLP
 from ..networks.network import Network
 from ..registry import ConfigError, register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
-from ..solvers.base import Backprop, Controller, Gradient, Solver
+from ..solvers.base import Backprop, Controller, Fixed, Gradient, Solver
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Tsit5
 from ..solvers.step_size import PI
@@ -62,8 +62,10 @@ class LatentODE(SeriesModel):
         kl_wait: share of training without KL term.
         kl_rate: how fast the KL term comes in, per unit of progress.
         class_weight: of the cross-entropy.
-        solver, controller, gradient: of the ODE. One clock for the batch (`pi` with norm "batch") needs series that
-            are asked for at the same times.
+        solver, controller, gradient: of the ODE. `fixed` divides the intervals between the times of each item.
+        interpolate: whether step control passes over the times asked for and values there are interpolated in its
+            steps, so that evaluations do not grow with their number; else steps end at each of them. Regularizer
+            steer moves every time, and gradient adjoint works, only without.
         regularizers: of the ODE in training.
         time_scale: time units of the data per unit of the model's clock; null to measure.
         precision: of all arithmetic.
@@ -90,6 +92,7 @@ class LatentODE(SeriesModel):
         solver: Solver = Tsit5(),
         controller: Controller = PI(),
         gradient: Gradient = Backprop(),
+        interpolate: bool = True,
         regularizers: tuple[Regularizer, ...] = (),
         time_scale: float | None = None,
         precision: Precision = "float32",
@@ -106,7 +109,7 @@ class LatentODE(SeriesModel):
         self.latent, self.draws = latent, draws
         self.kl_wait, self.kl_rate, self.class_weight = kl_wait, kl_rate, class_weight
         self.solver, self.controller, self.gradient = solver, controller, gradient
-        self.regularizers = tuple(regularizers)
+        self.regularizers, self.interpolate = tuple(regularizers), interpolate
         self.encoder = encoder(channels=shape[-1])
         self.head = nn.Sequential(nn.Linear(self.encoder.features + 1, units), nn.Tanh(), nn.Linear(units, 2 * latent))
         self.field = StateField(field, latent, not autonomous)
@@ -185,15 +188,24 @@ class LatentODE(SeriesModel):
     def decode(self, z: Tensor, start: Tensor, times: Tensor, ode: Ode) -> tuple[Tensor, Evolved]:
         """[N, M, C] means of x at times [N, M] of trajectories from z [N, latent] at start [N], and their solve.
 
-        Items asked for at the same times share one clock; otherwise each has its own, without a union of times.
+        Every item has its own clock, without a union of times, unless all start and are asked at the same times, or the
+        controller has one clock for the batch.
         """
-        own = torch.cat((start[:, None], times), 1)
-        grid, places = own.T, torch.arange(1, own.shape[1], device=own.device)
-        if len(own) and bool((own == own[:1]).all()) and bool((own[0] > own[0, 0]).any()):
-            grid, places = own[0].unique_consecutive(return_inverse=True)
-            places = places[1:]
-        evolved = evolve(RowField(self.field), z, grid, save="all", **ode._asdict())
-        path = evolved.solution.path[places]  # [M, N, latent]
+        own = torch.cat((start[:, None], times), 1).T
+        shared, moves = (bool(v) for v in torch.stack(((own == own[:, :1]).all(), (own[-1] > own[0]).any())).cpu())
+        field, options = RowField(self.field), ode._asdict()
+        if self.interpolate and moves and not isinstance(ode.controller, Fixed):
+            one = getattr(ode.controller, "norm", "row") == "batch" and bool((start == start[0]).all())
+            ends = torch.stack((own[0, 0], own[-1].max())) if shared or one else own[[0, -1]]
+            evolved = evolve(field, z, ends, save="dense", **options)
+            path = evolved.solution.dense(times.T)  # [M, N, latent]
+        elif shared and moves:
+            grid, places = own[:, 0].unique_consecutive(return_inverse=True)
+            evolved = evolve(field, z, grid, save="all", **options)
+            path = evolved.solution.path[places[1:]]
+        else:
+            evolved = evolve(field, z, own, save="all", **options)
+            path = evolved.solution.path[1:]
         values = self.decoder(None, path.flatten(0, 1)).unflatten(0, path.shape[:2])
         return values.transpose(0, 1), evolved
 

@@ -114,9 +114,9 @@ def test_a_prediction_does_not_depend_on_what_else_is_asked(name):
     model, batch = built(name)
     chosen = torch.tensor([1, 1, 3])
     part = batch.replace(target_times=batch.target_times[:, chosen], target=None, target_mask=None)
-    # a decoder's steps end at the times asked for: equal up to 100 of its tolerances, as its field turns fast in time
-    dial = {} if name in CAUSAL else {"controller": PI(rtol=1e-9, atol=1e-9)}
-    same(model.predict(part, **dial), model.predict(batch, **dial)[:, chosen], 1e-7 if dial else 1e-12)
+    # a solve ends at the last time asked for: equal up to 100 of its tolerances, as its field turns fast in time
+    dial = {} if name in CAUSAL else {"controller": PI(rtol=1e-6, atol=1e-6)}
+    same(model.predict(part, **dial), model.predict(batch, **dial)[:, chosen], 1e-4 if dial else 1e-12)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
