@@ -57,7 +57,8 @@ class NeuralCDE(Model):
         standardize: measure mean and standard deviation of the observed values, and the span of times, before training.
             Without it times and values enter as they are.
         land: whether steps land on observations: always, never, or auto.
-        solver, controller, gradient: of the equation in training, and in predictions unless told otherwise.
+        solver, controller, gradient: of the equation in training, and, with steps of each row's own, in predictions. A
+            controller of null is pi with one clock for the batch.
         regularizers: penalties on how the equation is solved, in training.
         precision: of parameters and states.
     Source: Kidger et al. 2020 (Neural controlled differential equations for irregular time series), section 3.
@@ -73,7 +74,7 @@ class NeuralCDE(Model):
         standardize: bool = True,
         land: Literal["auto", "always", "never"] = "auto",
         solver: Solver = Tsit5(),
-        controller: Controller = PI(),
+        controller: Controller | None = None,
         gradient: Gradient = Backprop(),
         regularizers: tuple[Regularizer, ...] = (),
         precision: Literal["float32", "float64"] = "float32",
@@ -89,7 +90,7 @@ class NeuralCDE(Model):
             )
         self.shape, self.target_shape = tuple(shape), tuple(target_shape)
         self.control, self.standardize, self.land = control, standardize, land
-        self.solver, self.controller, self.gradient = solver, controller, gradient
+        self.solver, self.controller, self.gradient = solver, controller or PI(norm="batch"), gradient
         self.regularizers, self.precision = tuple(regularizers), precision
         values = shape[1]
         plain = {"timed": False, "num_classes": None, "condition_shape": None}
@@ -164,9 +165,7 @@ class NeuralCDE(Model):
 
     # ---- the equation ------------------------------------------------------------------------------------------------
 
-    def _answer(
-        self, batch: Batch, solver: Solver, controller: Controller, **options: Any
-    ) -> tuple[Tensor, Evolved]:
+    def _answer(self, batch: Batch, solver: Solver, controller: Controller, **options: Any) -> tuple[Tensor, Evolved]:
         x, times, mask = self._observations(batch, "neural_cde")
         x = (x - self.loc) / self.scale
         path = self.control.path((times - self.origin) / self.span, x, mask, per_count=self.per_count)
@@ -219,6 +218,10 @@ class NeuralCDE(Model):
             grid = torch.cat((ends, path.knots[:, -1:] if asked is None else asked), 1).sort(1).values
         return Clock(grid, path.locate((grid[:, 1:] + grid[:, :-1]) / 2) if land else None)
 
+    def columns(self, z: Tensor) -> Tensor:
+        """[B, hidden, channels] f(z): how the state answers to each channel of the path."""
+        return self.field(None, z).tanh()
+
     def _initial(self, x: Tensor) -> Tensor:
         return self.linear_start(x) if self.start is None else self.start(None, x)
 
@@ -229,7 +232,7 @@ class NeuralCDE(Model):
         start, end = clock.grid[rows, k], clock.grid[rows, k + 1]
         s = torch.minimum(start + (t - k) * (end - start), end)
         dx = path.derivative(s, None if clock.piece is None else clock.piece[rows, k])
-        return torch.einsum("bhc,bc->bh", self.field(None, z).tanh(), dx * (end - start)[:, None].to(dx.dtype))
+        return torch.einsum("bhc,bc->bh", self.columns(z), dx * (end - start)[:, None].to(dx.dtype))
 
 
 def _scale_head(network: Network, scale: float) -> None:

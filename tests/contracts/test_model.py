@@ -26,6 +26,7 @@ RESIDUAL = {"name": "residual_mlp", "hidden": 24}
 DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
 VAE = {"encoder": RESIDUAL, "decoder": RESIDUAL, "latent": 2, "context": 8}
 MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
+CDE = {"name": "mlp", "hidden": [12]}
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
     "flow": [
@@ -66,6 +67,10 @@ EXAMPLES = {
     "gaussian": [
         ("contract_plane", {}),
         ("contract_images", {"shrink": 0.5}),  # 40 items in 288 dimensions
+    ],
+    "neural_cde": [
+        ("contract_series", {"field": CDE, "hidden": 6}),
+        ("contract_series", {"field": CDE, "hidden": 6, "start": CDE, "control": "linear", "controller": "fixed"}),
     ],
 }
 # the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
@@ -113,6 +118,20 @@ def data_sets():
                 noise = BatchNoise(n, generator=generator("contract", split))
                 self.hold(split, Batch((noise.uniform(1, 2, 3) < 0.4).float(), condition=torch.arange(n) % 3))
 
+    @registry.register(Dataset, "contract_series")
+    class Series(InMemory):
+        """Two classes of noise of 2 channels at irregular times, with gaps."""
+
+        shape, target_shape, unit_of_time = (6, 2), (2,), "seconds"
+
+        def __init__(self) -> None:
+            for split, n in {"train": 40, "val": 4, "test": 4}.items():
+                noise = BatchNoise(n, generator=generator("contract", split))
+                mask = noise.uniform(6, 2) < 0.7
+                mask[:, 0] = True
+                times, label = noise.uniform(6).double().sort(1).values, torch.arange(n) % 2
+                self.hold(split, Batch(noise.normal(6, 2) * mask, times=times, mask=mask, target=label))
+
     @registry.register(Dataset, "contract_mixture")
     class Mixture(InMemory):
         """Many points of the mixture, without labels."""
@@ -159,7 +178,7 @@ def test_loss_has_one_finite_value_per_item_and_a_gradient_for_every_parameter(n
     value = model.loss(batch, generator=generator("loss")).value
     assert value.shape == (7,)
     torch.testing.assert_close(value, model(batch, generator=generator("loss")).value)  # forward is the loss
-    wide = Batch(*(torch.cat([v] * 6) if v is not None else None for v in (batch.x, batch.condition)))
+    wide = batch[torch.arange(7).repeat(6)]
     if list(model.parameters()):
         model.loss(wide, generator=generator("loss", 1)).value.mean().backward()
     silent = [

@@ -1,4 +1,4 @@
-"""Signatures and log-signatures against iterated integrals, Chen's identity and the Baker-Campbell-Hausdorff formula."""
+"""Signatures and their logarithms against iterated integrals, Chen's identity and Baker, Campbell and Hausdorff."""
 
 import itertools
 import math
@@ -98,6 +98,22 @@ def test_coefficients_at_lyndon_words_determine_the_logarithm(channels):
     short = logsignature(steps, 3)
     assert short.shape[1] == dimension(channels, 3)
     assert torch.linalg.matrix_rank(short) == torch.linalg.matrix_rank(full, rtol=1e-10) == dimension(channels, 3)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_log_ode_of_a_linear_equation_is_right_to_its_order(depth):
+    """dz = Σ A_i z dX^i over a window: exp(Σ c_w A_w) A_w the bracket of a word, products reversed."""
+    a, b = increments(2, 3, 3)
+    bracket = b @ a - a @ b
+    fields = torch.stack((a, b, bracket, bracket @ a - a @ bracket, b @ bracket - bracket @ b))
+    steps, errors = increments(6, 2), []
+    for scale in (0.02, 0.01):
+        exact = torch.eye(3, dtype=torch.float64)
+        for dx in scale * steps:
+            exact = torch.matrix_exp(dx[0] * a + dx[1] * b) @ exact
+        c = logsignature(scale * steps, depth)
+        errors.append((torch.matrix_exp(torch.einsum("w,wij->ij", c, fields[: len(c)])) - exact).abs().max())
+    assert abs(float(torch.log2(errors[0] / errors[1])) - (depth + 1)) < 0.2
 
 
 def test_a_line_has_no_areas_and_speed_does_not_matter():
