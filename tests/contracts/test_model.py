@@ -1,6 +1,7 @@
 """The contract of every registered model, on points of the plane and on images that are neither square nor grey."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ FLOW = [{"name": "repeat", "count": 2, "layers": ["act_norm", "lu_linear", SPLIN
 RESIDUAL = {"name": "residual_mlp", "hidden": 24}
 DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
 VAE = {"encoder": RESIDUAL, "decoder": RESIDUAL, "latent": 2, "context": 8}
+TANH = {"name": "mlp", "hidden": [16], "activation": "tanh"}
 MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
-CDE = {"name": "mlp", "hidden": [12]}
+CLASSIFY = {"name": "contract_series", "task": "classify"}
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
     "flow": [
@@ -60,6 +62,22 @@ EXAMPLES = {
         ("contract_plane", {"network": MADE, "observation": {"name": "gaussian_mixture", **TWO}}),
         ("contract_images", {"network": {**MADE, "hidden": 288}, "observation": {"name": "gaussian_mixture", **TWO}}),
     ],
+    "gru": [
+        ("contract_series", {"hidden": 8, "decay": True}),
+        ({"name": "contract_series", "task": "classify"}, {"hidden": 8}),
+    ],
+    "ode_rnn": [
+        ("contract_series", {"field": TANH, "hidden": 6}),
+        ({"name": "contract_series", "task": "classify"}, {"field": TANH, "hidden": 6, "solver": "rk4"}),
+    ],
+    "latent_ode": [
+        ("contract_series", {"field": TANH, "latent": 3, "sigma": 0.3, "learn_sigma": True}),
+        ({"name": "contract_series", "task": "classify"}, {"field": TANH, "encoder": "gru", "sigma": 0.3}),
+    ],
+    "neural_cde": [
+        (CLASSIFY, {"field": TANH, "hidden": 6}),
+        ("contract_series", {"field": TANH, "hidden": 6, "start": TANH, "control": "linear", "controller": "fixed"}),
+    ],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
         ("contract_images", {"blur": 0.7, "share": 0.6}),
@@ -67,10 +85,6 @@ EXAMPLES = {
     "gaussian": [
         ("contract_plane", {}),
         ("contract_images", {"shrink": 0.5}),  # 40 items in 288 dimensions
-    ],
-    "neural_cde": [
-        ("contract_series", {"field": CDE, "hidden": 6}),
-        ("contract_series", {"field": CDE, "hidden": 6, "start": CDE, "control": "linear", "controller": "fixed"}),
     ],
 }
 # the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
@@ -80,7 +94,7 @@ CASES = [(name, k) for name, cases in EXAMPLES.items() for k in range(len(cases)
 
 @pytest.fixture(autouse=True)
 def data_sets():
-    """Two small data sets, registered for one test."""
+    """Small data sets, registered for one test."""
     kept = dict(MEMBERS[Dataset])
 
     @registry.register(Dataset, "contract_plane")
@@ -120,17 +134,22 @@ def data_sets():
 
     @registry.register(Dataset, "contract_series")
     class Series(InMemory):
-        """Two classes of noise of 2 channels at irregular times, with gaps."""
+        """Two channels at irregular times with gaps; other values to be told, or one of two classes."""
 
-        shape, target_shape, unit_of_time = (6, 2), (2,), "seconds"
+        shape = (5, 2)
 
-        def __init__(self) -> None:
+        def __init__(self, task: Literal["forecast", "classify"] = "forecast") -> None:
+            self.target_shape = (3, 2) if task == "forecast" else (2,)
             for split, n in {"train": 40, "val": 4, "test": 4}.items():
                 noise = BatchNoise(n, generator=generator("contract", split))
-                mask = noise.uniform(6, 2) < 0.7
-                mask[:, 0] = True
-                times, label = noise.uniform(6).double().sort(1).values, torch.arange(n) % 2
-                self.hold(split, Batch(noise.normal(6, 2) * mask, times=times, mask=mask, target=label))
+                times, later = (noise.uniform(k).double().sort(1).values for k in (5, 3))
+                mask = noise.uniform(5, 2) < 0.7
+                mask[:, 2] = True
+                x, asked = noise.normal(5, 2) * mask, {}
+                if task == "forecast":
+                    asked = {"target_times": later, "target_mask": noise.uniform(3, 2) < 0.9}
+                y = noise.normal(3, 2) if asked else torch.arange(n) % 2
+                self.hold(split, Batch(x, times=times, mask=mask, target=y, **asked))
 
     @registry.register(Dataset, "contract_mixture")
     class Mixture(InMemory):
@@ -253,7 +272,7 @@ def test_decode_undoes_encode(name, k):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_weights_round_trip(name):
     model, dataset, batch = built(name, 0)
-    config = Config({"name": name, "data": "contract_plane", "model": {"name": name, **EXAMPLES[name][0][1]}})
+    config = Config({"name": name, "data": EXAMPLES[name][0][0], "model": {"name": name, **EXAMPLES[name][0][1]}})
     other = config.model(dataset.facts()).eval()
     other.load_state_dict(model.state_dict())
     a, b = (m.loss(batch, generator=generator("loss")).value for m in (model, other))
