@@ -39,7 +39,7 @@ def exact_divergence(field: VectorField, t: Tensor, x: Tensor, *, chunk: int | N
         ValueError: if the velocity has not the shape of x.
     """
     graph, size = torch.is_grad_enabled(), math.prod(x.shape[1:])
-    with _differentiable():
+    with differentiable():
         x, v = _evaluate(field, t, x, graph)
         total = x.new_zeros(len(x), dtype=torch.float64)
         width = _chunk(x) if chunk is None else chunk
@@ -73,7 +73,7 @@ def hutchinson(field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> tupl
             f"{list(probes.shape)}."
         )
     graph = torch.is_grad_enabled()
-    with _differentiable():
+    with differentiable():
         x, v = _evaluate(field, t, x, graph)
         parts = [
             (_pull_back(v, x, part, graph) * part).reshape(len(part), len(x), -1 if len(x) else 1)
@@ -200,7 +200,7 @@ def _draw(noise: Noise | None, count: int, x: Tensor, law: ProbeLaw) -> Tensor:
 
 
 @contextmanager
-def _differentiable() -> Iterator[None]:
+def differentiable() -> Iterator[None]:
     # fused attention kernels have no second derivative, and no rule for several cotangents at once
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield
