@@ -30,6 +30,7 @@ FIELD = {"name": "concat_mlp", "hidden": [16, 16], "time": "squash"}
 CONV = {"name": "concat_conv", "hidden": [8]}
 TANH = {"name": "mlp", "hidden": [16], "activation": "tanh"}
 MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
+CLASSIFY = {"name": "contract_series", "task": "classify"}
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
     "flow": [
@@ -83,6 +84,10 @@ EXAMPLES = {
     "latent_ode": [
         ("contract_series", {"field": TANH, "latent": 3, "sigma": 0.3, "learn_sigma": True}),
         ({"name": "contract_series", "task": "classify"}, {"field": TANH, "encoder": "gru", "sigma": 0.3}),
+    ],
+    "neural_cde": [
+        (CLASSIFY, {"field": TANH, "hidden": 6}),
+        ("contract_series", {"field": TANH, "hidden": 6, "start": TANH, "control": "linear", "controller": "fixed"}),
     ],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
