@@ -1,5 +1,6 @@
 """Cubic spirals of the plane: a neural ODE's and a neural SDE's first data."""
 
+import math
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ def flow(u: Tensor, h: float) -> Tensor:
     return u + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-def paths(start: Tensor, increments: Tensor, noise: float) -> Tensor:
+def paths(start: Tensor, normals: Tensor, noise: float) -> Tensor:
     """Paths of du = drift(u) dt + noise u dW (Ito, a Brownian motion a component) at evenly spaced times on [0, 1].
 
     Each step goes half a step along the drift's flow, multiplies by exp(noise dW - noise² h/2), which solves the noise
@@ -39,14 +40,14 @@ def paths(start: Tensor, increments: Tensor, noise: float) -> Tensor:
 
     Args:
         start: [B, 2] float64.
-        increments: [B, P, S, 2] float64 increments of the Brownian motions over the S steps between two times.
+        normals: [B, P, S, 2] float64, increments of the Brownian motions over the root of the step, for the S steps
+            between two of P + 1 times.
     Returns:
         [B, P + 1, 2] float64.
     Source: Strang 1968 (On the construction and comparison of difference schemes), section 2.
     """
-    steps = increments.shape[1] * increments.shape[2]
-    h, u, out = 1 / steps, start, [start]
-    factor = (noise * increments - noise**2 * h / 2).exp()
+    h, u, out = 1 / (normals.shape[1] * normals.shape[2]), start, [start]
+    factor = (noise * math.sqrt(h) * normals - noise**2 * h / 2).exp()
     for between in factor.unbind(1):
         jumps = between.unbind(1)
         u = flow(u, h / 2) * jumps[0]
@@ -77,8 +78,8 @@ class _Spirals(InMemory):
         draws = item_noise(n, self.registered_name, split, seed)
         start = torch.tensor(START, dtype=torch.float64) + spread * (2 * draws.uniform(2, dtype=torch.float64) - 1)
         steps = (POINTS - 1, SUBSTEPS, 2)
-        increments = draws.normal(*steps, dtype=torch.float64) if noise else torch.zeros(n, *steps, dtype=torch.float64)
-        u = paths(start, increments * ((POINTS - 1) * SUBSTEPS) ** -0.5, noise).float()
+        normals = draws.normal(*steps, dtype=torch.float64) if noise else torch.zeros(n, *steps, dtype=torch.float64)
+        u = paths(start, normals, noise).float()
         times = torch.linspace(0, 1, POINTS, dtype=torch.float64).repeat(n, 1)
         seen = torch.ones(n, POINTS, dtype=torch.bool)
         if whole:
