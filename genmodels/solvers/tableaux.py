@@ -21,6 +21,8 @@ class ButcherTableau:
         a: rows of the matrix below its diagonal; the first row is empty.
         b: weights.
         b_hat: weights of the embedded method of order `order` - 1; b - b_hat gives the error estimate.
+        stability: h |λ| on the negative real axis up to which y' = λ y does not grow.
+        interpolation: [stages] coefficients of θ, θ², … in the weight b_i(θ) of each stage.
     """
 
     order: int
@@ -28,6 +30,8 @@ class ButcherTableau:
     a: tuple[tuple[Fraction, ...], ...]
     b: tuple[Fraction, ...]
     b_hat: tuple[Fraction, ...] | None = None
+    stability: float | None = None
+    interpolation: tuple[tuple[Fraction, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         stages = len(self.b)
@@ -74,20 +78,40 @@ class ButcherTableau:
         return self.b_hat and tuple(float(b - h) for b, h in zip(self.b, self.b_hat, strict=True))
 
     @cached_property
+    def dense(self) -> tuple[tuple[float, ...], ...] | None:
+        """For each power θ, θ², … the weights of the stages in x(t + θ h), in float64."""
+        columns = self.interpolation and tuple(zip(*self.interpolation, strict=True))
+        return columns and tuple(tuple(map(float, column)) for column in columns)
+
+    @cached_property
     def pair_weights(self) -> tuple[float, ...]:
         """a_s - a_{s-1} in float64: h times this combination is the difference of the states of the last two stages."""
         *_, before, last = self.a
         return tuple(float(x - y) for x, y in zip(last, (*before, Fraction(0)), strict=True))
 
 
-EULER = ButcherTableau(1, _row(0), ((),), _row(1))
+def _through_middle(b: tuple[Fraction, ...], twice_middle: tuple[Fraction, ...]) -> tuple[tuple[Fraction, ...], ...]:
+    """Weights of the quartic through both states and slopes of a step and its middle x + h/2 Σ twice_middle_i k_i.
 
-MIDPOINT = ButcherTableau(2, _row(0, "1/2"), ((), _row("1/2")), _row(0, 1))
+    Source: Shampine 1986, Some practical Runge-Kutta formulas.
+    """
+    rows = []
+    for i, (weight, twice) in enumerate(zip(b, twice_middle, strict=True)):
+        first, last, middle = Fraction(i == 0), Fraction(i == len(b) - 1), twice / 2
+        square = last - 4 * first - 5 * weight + 16 * middle
+        cube = 5 * first - 3 * last + 14 * weight - 32 * middle
+        rows.append((first, square, cube, 2 * (last - first) - 8 * weight + 16 * middle))
+    return tuple(rows)
+
+
+EULER = ButcherTableau(1, _row(0), ((),), _row(1), stability=2.0)
+
+MIDPOINT = ButcherTableau(2, _row(0, "1/2"), ((), _row("1/2")), _row(0, 1), stability=2.0)
 
 # the embedded method is Euler's
-HEUN = ButcherTableau(2, _row(0, 1), ((), _row(1)), _row("1/2", "1/2"), _row(1, 0))
+HEUN = ButcherTableau(2, _row(0, 1), ((), _row(1)), _row("1/2", "1/2"), _row(1, 0), stability=2.0)
 
-RALSTON = ButcherTableau(2, _row(0, "2/3"), ((), _row("2/3")), _row("1/4", "3/4"), _row(1, 0))
+RALSTON = ButcherTableau(2, _row(0, "2/3"), ((), _row("2/3")), _row("1/4", "3/4"), _row(1, 0), stability=2.0)
 
 BOSH3 = ButcherTableau(
     3,
@@ -95,6 +119,7 @@ BOSH3 = ButcherTableau(
     ((), _row("1/2"), _row(0, "3/4"), _row("2/9", "1/3", "4/9")),
     _row("2/9", "1/3", "4/9", 0),
     _row("7/24", "1/4", "1/3", "1/8"),
+    stability=2.512745,
 )
 
 RK4 = ButcherTableau(
@@ -102,6 +127,7 @@ RK4 = ButcherTableau(
     _row(0, "1/2", "1/2", 1),
     ((), _row("1/2"), _row(0, "1/2"), _row(0, 0, 1)),
     _row("1/6", "1/3", "1/3", "1/6"),
+    stability=2.785294,
 )
 
 RK38 = ButcherTableau(
@@ -109,6 +135,7 @@ RK38 = ButcherTableau(
     _row(0, "1/3", "2/3", 1),
     ((), _row("1/3"), _row("-1/3", 1), _row(1, -1, 1)),
     _row("1/8", "3/8", "3/8", "1/8"),
+    stability=2.785294,
 )
 
 DOPRI5 = ButcherTableau(
@@ -125,6 +152,19 @@ DOPRI5 = ButcherTableau(
     ),
     _row("35/384", 0, "500/1113", "125/192", "-2187/6784", "11/84", 0),
     _row("5179/57600", 0, "7571/16695", "393/640", "-92097/339200", "187/2100", "1/40"),
+    stability=3.306568,
+    interpolation=_through_middle(
+        _row("35/384", 0, "500/1113", "125/192", "-2187/6784", "11/84", 0),
+        _row(
+            "6025192743/30085553152",
+            0,
+            "51252292925/65400821598",
+            "-2691868925/45128329728",
+            "187940372067/1594534317056",
+            "-1776094331/19743644256",
+            "11237099/235043384",
+        ),
+    ),
 )
 
 # published as decimal numbers: its order conditions hold to their 15 digits
@@ -166,5 +206,15 @@ TSIT5 = ButcherTableau(
         "-2.7077123499835256",
         "1.866628418170587",
         "0.015151515151515152",
+    ),
+    stability=3.506847,
+    interpolation=(
+        _row("1", "-2.763706197274826", "2.9132554618219126", "-1.0530884977290216"),
+        _row(0, "0.1317", "-0.2234", "0.1017"),
+        _row(0, "3.9302962368947516", "-5.941033872131505", "2.490627285651253"),
+        _row(0, "-12.411077166933676", "30.33818863028232", "-16.548102889244902"),
+        _row(0, "37.50931341651104", "-88.1789048947664", "47.37952196281928"),
+        _row(0, "-27.896526289197286", "65.09189467479366", "-34.87065786149661"),
+        _row(0, "1.5", "-4", "2.5"),
     ),
 )
