@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from ..model import Model
 from ..networks.mlp import MLP
 from ..networks.network import Network
-from ..registry import ConfigError, register
+from ..registry import ConfigError, member, names, register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..solvers.base import Backprop, Controller, Gradient, Solver, title
 from ..solvers.brownian import BrownianTree, path_seeds
@@ -64,10 +64,10 @@ class Equation(nn.Module):
 def check_solver(solver: Solver, field: RowSDE) -> None:
     """Raises ConfigError unless the solver solves such an equation."""
     if not solver.serves(field):
+        usable = [name for name in names(Solver) if member(Solver, name, "solver").serves(field)]
         raise ConfigError(
-            f"model.solver: '{title(solver)}' does not solve SDEs with {field.noise_type} noise and the calculus "
-            f"{field.calculus}. See `--list solver`: euler_maruyama, milstein, sriw1, sosri and sosri2 take "
-            "calculus: ito, milstein, stochastic_heun and reversible_heun take calculus: stratonovich."
+            f"model.solver: '{title(solver)}' needs {solver.wanted()}, and this model's equation has "
+            f"{field.noise_type} noise and {field.calculus} calculus. Use one of: {', '.join(usable)}."
         )
 
 
@@ -122,7 +122,7 @@ class StochasticModel(Model):
         controller: Controller | None,
         save: str = "last",
     ) -> Evolved:
-        """z [B, *] through the times on the paths of the seeds [B], with the training's settings where None is given."""
+        """z [B, *] through the times on the paths of the seeds [B], with the training's settings for None."""
         steps = row_by_row(self.controller if controller is None else controller)
         return evolve(
             field,
@@ -325,7 +325,9 @@ class NeuralSDEForecast(StochasticModel):
                     "say little about each; items must share their start and target_times (spread: 0)."
                 )
             y, mask = batch.target.double(), batch.target_mask
-            seen = torch.ones_like(y) if mask is None else mask.reshape(*mask.shape, *[1] * (3 - mask.ndim)).expand_as(y)
+            seen = (
+                torch.ones_like(y) if mask is None else mask.reshape(*mask.shape, *[1] * (3 - mask.ndim)).expand_as(y)
+            )
             y = torch.where(seen > 0, y, 0.0)
             count, total, square = count + seen.double().sum(0), total + y.sum(0), square + y.square().sum(0)
         if first is None or bool((count < 2).any()):

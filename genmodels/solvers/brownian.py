@@ -98,6 +98,7 @@ class BrownianTree(Brownian):
         self.shape, self.start, self.end, self.dtype = tuple(shape), low, high, dtype
         self.tolerance, self.depth = tolerance, max(1, math.ceil(-math.log2(tolerance)))
         self._keys = _mixed(self.seeds ^ PURPOSE)
+        self._counts = 2.0 ** torch.arange(self.depth, dtype=torch.float64, device=device)  # nodes of each level
         self._recent: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
     def select(self, rows: Tensor) -> "BrownianTree":
@@ -143,7 +144,7 @@ class BrownianTree(Brownian):
     def _query(self, t: Tensor) -> tuple[Tensor, Tensor]:
         length, t = self.end - self.start, t.to(self.seeds.device, torch.float64)
         place = ((t - self.start) / length).clamp(0.0, 1.0)[..., None]  # [1] or [B, 1], of the whole
-        counts = 2.0 ** torch.arange(self.depth, dtype=torch.float64, device=t.device)
+        counts = self._counts
         node = torch.minimum((place * counts).floor(), counts - 1)
         inside, span = place * counts - node, length / counts  # [B or 1, depth]
         left, q = inside < 0.5, 1 - (2 * inside - 1).abs()
@@ -165,13 +166,11 @@ class BrownianTree(Brownian):
         first, second = self._normals(names)
         weights = weights if weights.ndim == 4 else weights[:, :, None]
         weights = weights.expand(2, 2, len(self.seeds), self.depth + 1)
-        w, integral = (
-            torch.einsum("bl,bld->bd", a, first) + torch.einsum("bl,bld->bd", b, second) for a, b in weights
-        )
+        w, integral = (torch.einsum("bl,bld->bd", a, first) + torch.einsum("bl,bld->bd", b, second) for a, b in weights)
         return w.reshape(-1, *self.shape), integral.reshape(-1, *self.shape)
 
     def _normals(self, names: Tensor) -> tuple[Tensor, Tensor]:
-        """Two [B, depth + 1, D] float64 standard normals of each node [B, depth + 1] or [depth + 1], by Box and Muller."""
+        """Two [B, depth + 1, D] float64 standard normals of nodes [depth + 1] or [B, depth + 1] (Box and Muller)."""
         keys = _mixed(self._keys[:, None] + names * _signed(GOLDEN))
         components = torch.arange(1, math.prod(self.shape) + 1, device=keys.device) * _signed(GOLDEN)
         bits = _mixed(keys[..., None] + components)
@@ -181,7 +180,7 @@ class BrownianTree(Brownian):
 
 
 def path_seeds(noise: Noise, count: int | None = None) -> Tensor:
-    """[n] or [n, count] int64 seeds of Brownian paths, drawn from `noise`: item i's from its own stream, if it has one."""
+    """[n] or [n, count] int64 seeds of Brownian paths, drawn from `noise`."""
     draws = noise.uniform(*(() if count is None else (count,)), 2).mul(2**24).to(torch.int64)
     return draws[..., 0] << 24 | draws[..., 1]
 

@@ -84,6 +84,10 @@ class StochasticSolver(Solver):
             return False
         return field.noise_type in cls.noise_types and (field.noise_type == "additive" or field.calculus in cls.calculi)
 
+    @classmethod
+    def wanted(cls) -> str:
+        return f"an SDE with {' or '.join(cls.noise_types)} noise and {' or '.join(cls.calculi)} calculus"
+
     def velocity(self, field: SDE, t: Tensor, x: Tensor) -> Tensor:
         return field.drift(t, x)
 
@@ -199,7 +203,8 @@ class ReversibleHeun(StochasticSolver):
     def step(self, field: SDE, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Brownian) -> Step:
         h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s).w
         z, f, g = state
-        z = 2 * x - z + h * f + times_noise(field, g, w, x)
+        ahead = 2 * x - z + h * f + times_noise(field, g, w, x)
+        z = torch.where(h == 0, z, ahead)  # a step of length 0 must not turn x - ẑ around
         f_end, g_end = field.drift(s, z), field.diffusion(s, z)
         new = x + 0.5 * (h * (f + f_end) + times_noise(field, g + g_end, w, x))
         return Step(new, None, (z, f_end, g_end), (f, g, f_end, g_end))
