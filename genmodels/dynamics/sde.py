@@ -170,7 +170,7 @@ class NeuralSDE(StochasticModel):
         drift: f.
         diffusion: g; null for a linear layer.
         hidden: size of z.
-        timed: whether f and g see the time.
+        time_dependent: whether f and g see the time.
         calculus: of the equation.
         solver, gradient: of the equation.
         regularizers: of the solve, in training.
@@ -187,7 +187,7 @@ class NeuralSDE(StochasticModel):
         drift: Callable[..., Network] = MLP,
         diffusion: Callable[..., Network] | None = None,
         hidden: int = 32,
-        timed: bool = False,
+        time_dependent: bool = False,
         calculus: Calculus = "ito",
         solver: Solver = SOSRI2(),
         gradient: Gradient = Backprop(),
@@ -210,7 +210,7 @@ class NeuralSDE(StochasticModel):
         self.regularizers, self.tolerance = tuple(regularizers), tolerance
         self.dtype = getattr(torch, precision)
         self.encoder = nn.Linear(math.prod(transform.out_shape(self.shape)), hidden)
-        self.equation = Equation(drift, diffusion, hidden, timed, calculus, solver)
+        self.equation = Equation(drift, diffusion, hidden, time_dependent, calculus, solver)
         self.head = nn.Linear(hidden, target_shape[0])
         self.to(self.dtype)
 
@@ -270,8 +270,8 @@ class NeuralSDEForecast(StochasticModel):
     smallest number, not -∞.
 
     Args:
-        controller, drift, diffusion, timed, calculus, solver, gradient, regularizers, tolerance, precision: as for
-            `neural_sde`, for states that are the data themselves.
+        controller, drift, diffusion, time_dependent, calculus: of the equation, as for `neural_sde`.
+        solver, gradient, regularizers, tolerance, precision: as for `neural_sde`.
     Raises:
         ConfigError: if the data are not forecasts from one observation, or the solver does not solve such an equation.
     Source: Pal et al. 2021 (Opening the Blackbox), section 4.3.
@@ -282,7 +282,7 @@ class NeuralSDEForecast(StochasticModel):
         controller: Controller,
         drift: Callable[..., Network] = MLP,
         diffusion: Callable[..., Network] | None = None,
-        timed: bool = False,
+        time_dependent: bool = False,
         calculus: Calculus = "ito",
         solver: Solver = SOSRI2(),
         gradient: Gradient = Backprop(),
@@ -303,7 +303,7 @@ class NeuralSDEForecast(StochasticModel):
         self.solver, self.controller, self.gradient = solver, controller, gradient
         self.regularizers, self.tolerance = tuple(regularizers), tolerance
         self.dtype = getattr(torch, precision)
-        self.equation = Equation(drift, diffusion, shape[1], timed, calculus, solver)
+        self.equation = Equation(drift, diffusion, shape[1], time_dependent, calculus, solver)
         for name in ("data_mean", "data_variance"):
             self.register_buffer(name, torch.full(tuple(target_shape), torch.nan))
         self.to(self.dtype)

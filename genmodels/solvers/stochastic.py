@@ -243,7 +243,7 @@ class StochasticRungeKutta(StochasticSolver):
     change by the drift where δ = 1: tolerances of 0.1 are as usual here as 1e-5 for ODEs. If the last two drift stages
     share their time, stiffness = rms(k_4 - k_3)/rms(H_4 - H_3) with their states H, 0 where these coincide.
 
-    Source: Rößler 2010 (Runge-Kutta methods for the strong approximation of solutions of stochastic differential
+    Source: Rössler 2010 (Runge-Kutta methods for the strong approximation of solutions of stochastic differential
         equations), section 6; Rackauckas & Nie 2017 (Adaptive methods for stochastic differential equations), section 2
         (error estimates).
     """
@@ -322,9 +322,9 @@ def _between(t: Tensor, s: Tensor, c: float) -> Tensor:
 
 @register(Solver, "sriw1")
 class SRIW1(StochasticRungeKutta):
-    """Rößler's SRIW1: strong order 1.5 for diagonal Itô noise; two drifts and four diffusions per step.
+    """Rössler's SRIW1: strong order 1.5 for diagonal Itô noise; two drifts and four diffusions per step.
 
-    Source: Rößler 2010 (Runge-Kutta methods for the strong approximation of solutions of stochastic differential
+    Source: Rössler 2010 (Runge-Kutta methods for the strong approximation of solutions of stochastic differential
         equations), table 6.1.
     """
 

@@ -10,14 +10,14 @@ from torch import Tensor
 from genmodels.registry import build, names
 from genmodels.rng import generator
 from genmodels.solvers.base import Controller, Solver, integrate
-from genmodels.solvers.fields import RowField
+from genmodels.solvers.fields import RowField, VectorField
 from genmodels.solvers.runge_kutta import Dopri5, Heun
 from genmodels.solvers.solution import Record, Result, SolverError
 from genmodels.solvers.step_size import PI
 from genmodels.types import expand_like
 from tests.oracles import GAUSSIAN, LINEAR, probability_flow
 
-ADAPTIVE = [name for name in names(Solver) if build(Solver, name).adaptive]
+ADAPTIVE = [name for name in names(Solver) if build(Solver, name).adaptive and build(Solver, name).needs is VectorField]
 PLANE = torch.randn(5, 2, generator=generator("plane"), dtype=torch.float64)
 SPIRAL = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=torch.float64)
 UNIT = torch.tensor([0.0, 1.0], dtype=torch.float64)
