@@ -1,6 +1,7 @@
 """The contract of every registered model, on points of the plane and on images that are neither square nor grey."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ FLOW = [{"name": "repeat", "count": 2, "layers": ["act_norm", "lu_linear", SPLIN
 RESIDUAL = {"name": "residual_mlp", "hidden": 24}
 DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
 VAE = {"encoder": RESIDUAL, "decoder": RESIDUAL, "latent": 2, "context": 8}
+TANH = {"name": "mlp", "hidden": [16], "activation": "tanh"}
 MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
@@ -59,6 +61,18 @@ EXAMPLES = {
         ("contract_plane", {"network": MADE, "observation": {"name": "gaussian_mixture", **TWO}}),
         ("contract_images", {"network": {**MADE, "hidden": 288}, "observation": {"name": "gaussian_mixture", **TWO}}),
     ],
+    "gru": [
+        ("contract_series", {"hidden": 8, "decay": True}),
+        ({"name": "contract_series", "task": "classify"}, {"hidden": 8}),
+    ],
+    "ode_rnn": [
+        ("contract_series", {"field": TANH, "hidden": 6}),
+        ({"name": "contract_series", "task": "classify"}, {"field": TANH, "hidden": 6, "solver": "rk4"}),
+    ],
+    "latent_ode": [
+        ("contract_series", {"field": TANH, "latent": 3, "sigma": 0.3, "learn_sigma": True}),
+        ({"name": "contract_series", "task": "classify"}, {"field": TANH, "encoder": "gru", "sigma": 0.3}),
+    ],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
         ("contract_images", {"blur": 0.7, "share": 0.6}),
@@ -75,7 +89,7 @@ CASES = [(name, k) for name, cases in EXAMPLES.items() for k in range(len(cases)
 
 @pytest.fixture(autouse=True)
 def data_sets():
-    """Two small data sets, registered for one test."""
+    """Small data sets, registered for one test."""
     kept = dict(MEMBERS[Dataset])
 
     @registry.register(Dataset, "contract_plane")
@@ -112,6 +126,25 @@ def data_sets():
             for split, n in {"train": 200, "val": 4, "test": 4}.items():
                 noise = BatchNoise(n, generator=generator("contract", split))
                 self.hold(split, Batch((noise.uniform(1, 2, 3) < 0.4).float(), condition=torch.arange(n) % 3))
+
+    @registry.register(Dataset, "contract_series")
+    class Series(InMemory):
+        """Two channels at irregular times with gaps; other values to be told, or one of two classes."""
+
+        shape = (5, 2)
+
+        def __init__(self, task: Literal["forecast", "classify"] = "forecast") -> None:
+            self.target_shape = (3, 2) if task == "forecast" else (2,)
+            for split, n in {"train": 40, "val": 4, "test": 4}.items():
+                noise = BatchNoise(n, generator=generator("contract", split))
+                times, later = (noise.uniform(k).double().sort(1).values for k in (5, 3))
+                mask = noise.uniform(5, 2) < 0.7
+                mask[:, 2] = True
+                x, asked = noise.normal(5, 2) * mask, {}
+                if task == "forecast":
+                    asked = {"target_times": later, "target_mask": noise.uniform(3, 2) < 0.9}
+                y = noise.normal(3, 2) if asked else torch.arange(n) % 2
+                self.hold(split, Batch(x, times=times, mask=mask, target=y, **asked))
 
     @registry.register(Dataset, "contract_mixture")
     class Mixture(InMemory):
@@ -159,7 +192,7 @@ def test_loss_has_one_finite_value_per_item_and_a_gradient_for_every_parameter(n
     value = model.loss(batch, generator=generator("loss")).value
     assert value.shape == (7,)
     torch.testing.assert_close(value, model(batch, generator=generator("loss")).value)  # forward is the loss
-    wide = Batch(*(torch.cat([v] * 6) if v is not None else None for v in (batch.x, batch.condition)))
+    wide = batch[torch.arange(7).repeat(6)]
     if list(model.parameters()):
         model.loss(wide, generator=generator("loss", 1)).value.mean().backward()
     silent = [
@@ -234,7 +267,7 @@ def test_decode_undoes_encode(name, k):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_weights_round_trip(name):
     model, dataset, batch = built(name, 0)
-    config = Config({"name": name, "data": "contract_plane", "model": {"name": name, **EXAMPLES[name][0][1]}})
+    config = Config({"name": name, "data": EXAMPLES[name][0][0], "model": {"name": name, **EXAMPLES[name][0][1]}})
     other = config.model(dataset.facts()).eval()
     other.load_state_dict(model.state_dict())
     a, b = (m.loss(batch, generator=generator("loss")).value for m in (model, other))
