@@ -20,12 +20,14 @@ from .data.external import External
 from .model import Model
 from .registry import ConfigError
 from .rng import as_seeds
+from .series import draw_forecasts, draw_series
 from .sounds import SHOWN, draw_sounds, write_sounds
 from .training import processes
 from .types import Condition, SupportsSample
 
 Chosen = int | str | None  # a class; a split, `split:item`, or a file; None for what suits the data
 COLUMNS = 8
+PREDICTED = 8  # items in a picture of predictions
 MOST_SEEDS = 1_000_000  # of one request; they are held in memory
 
 
@@ -181,8 +183,8 @@ def write_samples(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]
 
 
 def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
-    """Images as a grid, points of the plane as a scatter plot, sounds as waveforms and spectrograms, anything else as
-    .npz; notes go into the metadata.
+    """Images as a grid, points of the plane as a scatter plot, sounds as waveforms and spectrograms, series as curves,
+    anything else as .npz; notes go into the metadata.
 
     Data whose items are not at hand to compare with give .npz as well, except sound.
 
@@ -197,7 +199,21 @@ def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]
         return _grid(stem.with_name(stem.name + ".png"), x, dataset, notes)
     if dataset.shape == (2,):
         return _scatter(stem.with_name(stem.name + ".png"), x, dataset, notes)
+    if dataset.unit_of_time is not None and x.ndim == 3:
+        return draw_series(stem.with_name(stem.name + ".png"), x, dataset, _texts(notes))
     return write_arrays(stem.with_name(stem.name + ".npz"), x, notes)
+
+
+def write_forecasts(
+    stem: Path, model: Model, dataset: Dataset, options: Mapping[str, Any], notes: dict[str, Any]
+) -> Written:
+    """A picture of predictions for the first items of "val", or of "train" without those; item i has the seed i."""
+    split = "val" if dataset.size("val") else "train"
+    seeds = torch.arange(min(PREDICTED, dataset.size(split)))
+    batch = dataset.take(split, seeds)
+    prediction = model.predict(batch.to(model.device), seeds=seeds, **options).detach()
+    path = stem.with_name(stem.name + ".png")
+    return Written(draw_forecasts(path, prediction, batch, dataset, _texts(notes | {"seeds": seeds.tolist()})), "")
 
 
 def write_arrays(path: Path, x: Tensor, notes: dict[str, Any]) -> Path:

@@ -205,9 +205,62 @@ def write_uci(folder: Path, table: str, rows: int = 400) -> Path:
     return folder
 
 
+def write_physionet(folder: Path, count: int = 60, which: str = "a", **changed: str | None) -> Path:
+    """Records and outcomes of a set in the format of the challenge; of a record `changed` by name, r132500, the text.
+
+    Record k has 2 + k % 5 times with two variables each.
+    """
+    random, place = np.random.default_rng(0 if which == "a" else 1), folder / f"set-{which}"
+    place.mkdir(parents=True, exist_ok=True)
+    first, outcomes = (
+        (132500 if which == "a" else 142500),
+        ["RecordID,SAPS-I,SOFA,Length_of_stay,Survival,In-hospital_death"],
+    )
+    for k in range(count):
+        number = first + k
+        lines = ["Time,Parameter,Value", f"00:00,RecordID,{number}", f"00:00,Age,{40 + k}", f"00:00,Gender,{k % 2}"]
+        lines += [f"00:00,Height,{-1 if k % 3 else 170.2}", f"00:00,ICUType,{1 + k % 4}", "00:00,Weight,80.5"]
+        for hour in np.sort(random.choice(np.arange(1, 48), 2 + k % 5, replace=False)):
+            time = f"{hour:02}:{random.integers(60):02}"
+            lines += [f"{time},HR,{random.integers(50, 120)}", f"{time},Temp,{36 + random.random():.1f}"]
+        text = changed.get(f"r{number}", "\n".join(lines) + "\n")
+        if text is not None:
+            (place / f"{number}.txt").write_text(text)
+        outcomes.append(f"{number},6,1,5,-1,{int(k % 7 == 0)}")
+    (folder / f"Outcomes-{which}.txt").write_text("\n".join(outcomes) + "\n")
+    return folder
+
+
+TS_HEADER = """# made for tests
+@problemName Toy
+@timeStamps false
+@missing true
+@univariate false
+@dimensions 2
+@equalLength false
+@classLabel true up down flat
+@data
+"""
+
+
+def write_uea(folder: Path, problem: str = "Toy", train: int = 40, test: int = 20, **changed: str) -> Path:
+    """The two files of a problem with two channels, three classes, lengths 3 … 7 and some values unknown."""
+    random, place = np.random.default_rng(3), folder / problem
+    place.mkdir(parents=True, exist_ok=True)
+    for part, count in (("TRAIN", train), ("TEST", test)):
+        lines = []
+        for k in range(count):
+            values = [[f"{v:.4f}" for v in random.normal(5, 2, 3 + k % 5)] for _ in range(2)]
+            if k % 4 == 0:
+                values[0][1] = "?"
+            lines.append(":".join(",".join(row) for row in values) + ":" + ("up", "down", "flat")[k % 3])
+        (place / f"{problem}_{part}.ts").write_text(changed.get(part, TS_HEADER + "\n".join(lines) + "\n"))
+    return folder
+
+
 @functools.cache
 def examples() -> dict[str, dict]:
-    """Arguments of the data sets that are read from files, by name; the files go when the process ends."""
+    """Arguments of data sets that are read from files, or are large, by name; the files go when the process ends."""
     place = tempfile.TemporaryDirectory(prefix="genmodels-tests-")
     atexit.register(place.cleanup)
     folder = Path(place.name)
@@ -230,4 +283,9 @@ def examples() -> dict[str, dict]:
         "table": {"path": str(write_table(folder / "rows.csv")), "condition": 3, "classes": 4},
         "array": {**write_arrays(folder), "flip": True},
         "uci": {"table": "miniboone", "path": str(write_uci(folder / "uci", "miniboone"))},
+        "physionet": {"path": str(write_physionet(folder / "physionet"))},
+        "uea": {"path": str(write_uea(folder / "uea")), "problem": "Toy"},
+        "spiral_sde": {"count": 400},
+        "lorenz": {"count": 100},
+        "van_der_pol": {"count": 40},
     }

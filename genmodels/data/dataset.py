@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -75,7 +76,7 @@ class Dataset(ABC):
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change with the contents or the splits; kept in every run and protocol.
 
-        Made from the sizes of the splits and evenly spaced items of each, with their conditions and targets: integers
+        Made from the sizes of the splits and evenly spaced items of each, with all that belongs to them: integers
         and levels enter exactly; of other numbers only mean and root mean square of each component, to some digits,
         because the last bits of simulated data differ between machines. Data sets that are read from files answer with
         a checksum of their contents instead, which is the same wherever the files lie.
@@ -88,7 +89,7 @@ class Dataset(ABC):
         return digest(facts)
 
     def _contents(self, batch: Batch) -> str:
-        parts = {name: getattr(batch, name) for name in ("x", "condition", "target", "target_mask", "mask")}
+        parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
         condition = parts.pop("condition")
         named = condition if isinstance(condition, Mapping) else {"": condition}
         parts |= {f"condition {name}": value for name, value in named.items()}

@@ -1,6 +1,5 @@
 """Neural SDEs: classifiers whose features diffuse, and forecasts that are laws of paths."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -18,6 +17,7 @@ from ..solvers.brownian import BrownianTree, path_seeds
 from ..solvers.stochastic import SOSRI2, Calculus, RowSDE
 from ..transforms import Transform
 from ..types import Batch, Loss, Seeds, Shape
+from .ode_rnn import row_by_row
 from .regularization import Evolved, Regularizer, evolve
 
 Precision = Literal["float32", "float64"]
@@ -50,12 +50,10 @@ class Equation(nn.Module):
         check_solver(solver, self.rows())
 
     def f(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.drift(t if self.timed else None, z)
+        return called(self.drift, t if self.timed else None, z)
 
     def g(self, t: Tensor, z: Tensor) -> Tensor:
-        if isinstance(self.diffusion, nn.Linear):
-            return self.diffusion(z)
-        return self.diffusion(t if self.timed else None, z)
+        return called(self.diffusion, t if self.timed else None, z)
 
     def rows(self) -> RowSDE:
         return RowSDE(self.f, self.g, calculus=self.calculus)
@@ -71,13 +69,9 @@ def check_solver(solver: Solver, field: RowSDE) -> None:
         )
 
 
-def row_by_row(controller: Controller) -> Controller:
-    """The controller as it is used outside training: every row has its own steps and error norm."""
-    if getattr(controller, "norm", "row") == "row":
-        return controller
-    own = copy.copy(controller)
-    own.norm = "row"
-    return own
+def called(network: nn.Module, t: Tensor | None, z: Tensor) -> Tensor:
+    """A network of z, or the linear layer that stands for it."""
+    return network(z) if isinstance(network, nn.Linear) else network(t, z)
 
 
 class StochasticModel(Model):
@@ -136,9 +130,12 @@ class StochasticModel(Model):
         )
 
     def tree(self, seeds: Tensor, z: Tensor, times: Tensor) -> BrownianTree:
-        ends = {"start": float(times.min()), "end": float(times.max())} if times.numel() else {"start": 0.0, "end": 1.0}
+        """The paths of the seeds for a solve from z through the times; rows with their own times do not share ends."""
+        first, last = times[0], times[-1]
         kind = {"tolerance": self.tolerance, "dtype": z.dtype, "device": z.device}
-        return BrownianTree(seeds, tuple(z.shape[1:]), **ends, **kind)
+        return BrownianTree(
+            seeds, tuple(z.shape[1:]), start=first, end=torch.where(last > first, last, first + 1), **kind
+        )
 
 
 def paths_of(seeds: Seeds | None, items: int, paths: int, where: str) -> Tensor:
@@ -392,6 +389,6 @@ def distinct(grid: Tensor) -> tuple[Tensor, Tensor]:
 
     Rows that share their times share one clock, [K] without repetitions; others keep their own, [L, B].
     """
-    if bool((grid == grid[:1]).all()) and len(grid):
+    if len(grid) and bool((grid == grid[:1]).all()) and bool((grid[0] > grid[0, 0]).any()):
         return torch.unique_consecutive(grid[0], return_inverse=True)
     return grid.T, torch.arange(grid.shape[1], device=grid.device)

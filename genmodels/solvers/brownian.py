@@ -68,7 +68,8 @@ class BrownianTree(Brownian):
     Args:
         seeds: [B] integers; row i depends on seeds[i] alone, whatever the other rows and whatever the steps.
         shape: of one item's noise.
-        start, end: the times within which the path can be asked for, in either order. Other ends are other paths.
+        start, end: the times within which the path can be asked for, in either order; [B] for times of each row's own.
+            Other ends are other paths.
         tolerance: length of the last level as a share of the whole; halving it costs one more level in every query.
         dtype: of the increments.
     Raises:
@@ -82,34 +83,36 @@ class BrownianTree(Brownian):
         seeds: Seeds,
         shape: Shape,
         *,
-        start: float,
-        end: float,
+        start: float | Tensor,
+        end: float | Tensor,
         tolerance: float = 2**-14,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        low, high = min(start, end), max(start, end)
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        ends = [torch.as_tensor(v, dtype=torch.float64, device=device) for v in (start, end)]
+        if not bool(((ends[0] - ends[1]).isfinite() & (ends[0] != ends[1])).all()):
             raise ValueError(f"BrownianTree: two different finite times are needed, found start={start}, end={end}.")
         if not 0 < tolerance <= 1:
             raise ValueError(f"BrownianTree: 0 < tolerance <= 1 is needed, found {tolerance}.")
         seeds = torch.arange(seeds) if isinstance(seeds, int) else torch.as_tensor(seeds)
         self.seeds = seeds.to(device, torch.int64)
-        self.shape, self.start, self.end, self.dtype = tuple(shape), low, high, dtype
+        self.start, self.end = torch.minimum(*ends), torch.maximum(*ends)
+        self.shape, self.dtype = tuple(shape), dtype
         self.tolerance, self.depth = tolerance, max(1, math.ceil(-math.log2(tolerance)))
         self._keys = _mixed(self.seeds ^ PURPOSE)
         self._counts = 2.0 ** torch.arange(self.depth, dtype=torch.float64, device=device)  # nodes of each level
         self._recent: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
     def select(self, rows: Tensor) -> "BrownianTree":
-        return self._with(self.seeds[rows])
+        start, end = (v[rows] if v.ndim else v for v in (self.start, self.end))
+        return self._with(self.seeds[rows], start, end)
 
     def another(self, noise: Noise) -> "BrownianTree":
-        return self._with(path_seeds(noise))
+        return self._with(path_seeds(noise), self.start, self.end)
 
-    def _with(self, seeds: Tensor) -> "BrownianTree":
-        ends = {"start": self.start, "end": self.end, "tolerance": self.tolerance}
-        return BrownianTree(seeds, self.shape, **ends, dtype=self.dtype, device=self.seeds.device)
+    def _with(self, seeds: Tensor, start: Tensor, end: Tensor) -> "BrownianTree":
+        kind = {"tolerance": self.tolerance, "dtype": self.dtype, "device": self.seeds.device}
+        return BrownianTree(seeds, self.shape, start=start, end=end, **kind)
 
     @torch.no_grad()
     def increment(self, t: Tensor, s: Tensor) -> Increment:
@@ -122,14 +125,16 @@ class BrownianTree(Brownian):
         return Increment(change.to(self.dtype), area.to(self.dtype))
 
     def _check(self, t: Tensor, s: Tensor) -> None:
-        if t.device.type != "cpu":  # asking would wait for the device
+        if t.device.type != "cpu" or self.start.device.type != "cpu":  # asking would wait for the device
             return
-        low, high = min(float(t.min()), float(s.min())), max(float(t.max()), float(s.max()))
-        slack = 1e-9 * (self.end - self.start)
-        if low < self.start - slack or high > self.end + slack:
+        asked, slack = (torch.minimum(t, s), torch.maximum(t, s)), 1e-9 * (self.end - self.start)
+        outside = (asked[0] < self.start - slack) | (asked[1] > self.end + slack)
+        if bool(outside.any()):
+            row = int(outside.flatten().nonzero()[0])
+            low, high, start, end = (v.expand_as(outside).flatten()[row] for v in (*asked, self.start, self.end))
             raise ValueError(
                 f"BrownianTree: the path was asked for between {low:.9g} and {high:.9g}, but it was made for "
-                f"[{self.start:.9g}, {self.end:.9g}]. Build it with the first and the last time of the solve."
+                f"[{start:.9g}, {end:.9g}]. Build it with the first and the last time of the solve."
             )
 
     def _known(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +147,9 @@ class BrownianTree(Brownian):
         return value
 
     def _query(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        length, t = self.end - self.start, t.to(self.seeds.device, torch.float64)
-        place = ((t - self.start) / length).clamp(0.0, 1.0)[..., None]  # [1] or [B, 1], of the whole
+        t = t.to(self.seeds.device, torch.float64)
+        length = (self.end - self.start)[..., None]  # [1] or [B, 1], as everything of the whole
+        place = ((t - self.start)[..., None] / length).clamp(0.0, 1.0)
         counts = self._counts
         node = torch.minimum((place * counts).floor(), counts - 1)
         inside, span = place * counts - node, length / counts  # [B or 1, depth]
@@ -151,7 +157,7 @@ class BrownianTree(Brownian):
         sign = torch.where(left, 1.0, -1.0)
         z, n = (span / 16).sqrt(), (span / 12).sqrt()
         # rows: W and its integral; columns: the normals of W and H over the whole, then Z and N of each level
-        whole, root = length * place.square(), length**0.5
+        whole, root = length * place.square(), length.sqrt()
         parts = (
             (root * place, z * q * (3 * q - 2), root * 12**-0.5 * 6 * place * (1 - place), n * sign * 3 * q * (1 - q)),
             (

@@ -51,15 +51,15 @@ class TensorBoard:
                 self.writer.add_scalar(name, float("nan") if value is None else float(value), step)
         self.writer.flush()
 
-    def picture(self, step: int, path: Path) -> None:
-        """A PNG, pixel by pixel; samples that are no picture (.npz) are left out."""
+    def picture(self, step: int, path: Path, name: str = "samples") -> None:
+        """A PNG, pixel by pixel; what is no picture (.npz) is left out."""
         if path.suffix != ".png":
             return
         from PIL import Image
 
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self.writer.add_image("samples", pixels, step, dataformats="HWC")
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..data.dataset import Dataset
 from ..model import Model
 from ..rng import generator
-from ..sampling import Written, default_seeds, draw, request, write_samples
-from ..types import Loss, NotApplicable, SupportsSample
+from ..sampling import Written, default_seeds, draw, request, write_forecasts, write_samples
+from ..types import Loss, NotApplicable, SupportsPredict, SupportsSample
 from . import processes
 from .console import Console, count
 from .ema import WeightAverage, best
@@ -160,28 +160,41 @@ class Watch:
         return {name: math.fsum(each.get(name, 0.0) for each in of_all) / items for name in names}
 
     def grid(self, done: int) -> None:
-        """Samples of fixed seeds under the first average of the weights; a model that cannot sample (yet) goes on."""
+        """Samples of fixed seeds, and predictions of series, under the first average of the weights; a model that
+        cannot do so (yet) goes on."""
         if isinstance(self.model, SupportsSample):
-            processes.by_main(lambda: self._grid(done))
+            processes.by_main(lambda: self._picture(done, "samples", self._draw))
+        if isinstance(self.model, SupportsPredict) and self._asks_for_series():
+            processes.by_main(lambda: self._picture(done, "predictions", self._predict))
 
-    def _grid(self, done: int) -> None:
+    def _asks_for_series(self) -> bool:
+        return self.dataset.take("train", torch.zeros(1, dtype=torch.int64)).target_times is not None
+
+    def _picture(self, done: int, what: str, draw: Callable[[int], Written]) -> None:
         try:
-            path, remark = self._draw(done)
-            self.console.at(done, f"samples in {path}{f' ({remark})' if remark else ''}")
+            with best(self.averages, self.model):
+                path, remark = draw(done)
+            self.console.at(done, f"{what} in {path}{f' ({remark})' if remark else ''}")
         except (NotApplicable, RuntimeError, ValueError, ArithmeticError) as error:
             # Early weights can be too wild for a solver; a picture is not worth the run.
-            self.console.at(done, f"no samples: {error}")
+            self.console.at(done, f"no {what}: {error}")
+            return
+        if self.board is not None:
+            self.board.picture(done, path, what)
 
     def _draw(self, done: int) -> Written:
         seeds = default_seeds(self.model, self.dataset)
-        with best(self.averages, self.model):
-            x, condition = draw(self.model, self.dataset, seeds, self.run.config.options("sample"))
-        weights = next(iter(self.averages), "model")
-        notes = request(seeds, condition, self.run.config.answer("sample"), weights, done)
-        written = write_samples(self.run.folder("samples") / f"{done:08d}", x, self.dataset, notes)
-        if self.board is not None:
-            self.board.picture(done, written.path)
-        return written
+        x, condition = draw(self.model, self.dataset, seeds, self.run.config.options("sample"))
+        notes = request(seeds, condition, self.run.config.answer("sample"), self._weights(), done)
+        return write_samples(self.run.folder("samples") / f"{done:08d}", x, self.dataset, notes)
+
+    def _predict(self, done: int) -> Written:
+        notes = {"predict": self.run.config.answer("predict"), "weights": self._weights(), "step": done}
+        stem = self.run.folder("samples") / f"{done:08d}-predictions"
+        return write_forecasts(stem, self.model, self.dataset, self.run.config.options("predict"), notes)
+
+    def _weights(self) -> str:
+        return next(iter(self.averages), "model")
 
     def close(self) -> None:
         """Nothing more will be said."""

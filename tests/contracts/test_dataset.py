@@ -80,7 +80,7 @@ def test_the_same_arguments_give_the_same_items(name):
     for split in SPLITS:
         a, b = some(first, split), some(again, split)
         assert torch.equal(a.x, b.x)
-        for field in ("condition", "target", "times", "mask"):
+        for field in ("condition", "target", "times", "mask", "target_times", "target_mask"):
             if isinstance(getattr(a, field), torch.Tensor):
                 assert torch.equal(getattr(a, field), getattr(b, field))
 
@@ -92,7 +92,7 @@ def test_every_path_is_named_as_local(name):
     given = {key for key, value in EXAMPLES.get(name, {}).items() if isinstance(value, str) and Path(value).exists()}
     assert given <= set(cls.local) <= {a.name for a in arguments(cls)}
     text = {a.name for a in arguments(cls) if a.hint in (str, str | None)}
-    assert text - set(cls.local) <= {"array", "delimiter"}, "a text that is no path decides what is read"
+    assert text - set(cls.local) <= {"array", "delimiter", "problem"}, "a text that is no path decides what is read"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if member(Dataset, name, "data").local])
@@ -127,8 +127,12 @@ def test_mirror_images_are_more_training_items_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "binary_digits"])  # few pixels: some are equal
 def test_splits_share_no_item(name):
-    dataset = make(name)
-    found = [{row.numpy().tobytes() for row in some(dataset, split).x} for split in SPLITS]
+    dataset, found = make(name), []
+    for split in SPLITS:
+        items = some(dataset, split)
+        asked = items.x if dataset.target_shape is None or not items.target.is_floating_point() else items.target
+        rows = zip(items.x, asked, strict=True)  # of one start there are many paths
+        found.append({x.numpy().tobytes() + y.numpy().tobytes() for x, y in rows})
     assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
 
 
@@ -144,6 +148,30 @@ def test_conditions_and_targets_are_as_stated(name):
             assert items.condition.shape[1:] == dataset.condition_shape
         if dataset.target_shape is not None and items.target.dtype == torch.int64:
             assert 0 <= items.target.min() and items.target.max() < dataset.target_shape[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_series_are_as_stated(name):
+    """Times never go back, in one unit; what was not observed is 0; padding repeats the last time unobserved."""
+    dataset = make(name)
+    for split in SPLITS:
+        items = some(dataset, split)
+        if items.times is None:
+            return
+        n, (steps, channels) = len(items), dataset.shape
+        assert dataset.unit_of_time and items.times.shape == (n, steps) and items.times.dtype == torch.float64
+        assert items.mask.dtype == torch.bool and items.mask.shape in ((n, steps), (n, steps, channels))
+        gaps, seen = items.times.diff(dim=1), items.mask.reshape(n, steps, -1)
+        assert (items.times >= 0).all() and (gaps >= 0).all() and seen.flatten(1).any(1).all()
+        assert (items.x[~seen.expand_as(items.x)] == 0).all() and (items.x != 0).any()
+        repeated = gaps == 0
+        assert not seen[:, 1:][repeated].any() and (~repeated | repeated.roll(-1, 1))[:, :-1].all()
+        if items.target_times is None:
+            continue
+        assert items.target.shape == (n, *dataset.target_shape) and items.target_times.dtype == torch.float64
+        assert items.target_times.shape == items.target.shape[:2] and (items.target_times.diff(dim=1) >= 0).all()
+        assert items.target_mask.dtype == torch.bool and items.target_mask.flatten(1).any(1).all()
+        assert items.target_mask.shape in (items.target.shape, items.target.shape[:2])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -135,6 +135,20 @@ def test_rows_may_have_times_of_their_own():
     torch.testing.assert_close(mixed.w[0], together.w[0])
 
 
+def test_rows_may_have_ends_of_their_own():
+    ends = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    path = BrownianTree(3, (2,), start=torch.tensor([0.0, 1.5, 0.2]), end=ends, dtype=torch.float64)
+    t, s = torch.tensor([[0.1, 1.6, 0.3], [0.4, 1.9, 1.0]], dtype=torch.float64)
+    together = path.increment(t, s)
+    for i, start in enumerate((0.0, 1.5, float(torch.tensor(0.2)))):
+        alone = BrownianTree(torch.tensor([i]), (2,), start=start, end=float(ends[i]), dtype=torch.float64)
+        torch.testing.assert_close(together.w[i], alone.increment(t[i], s[i]).w[0], rtol=1e-12, atol=1e-15)
+    chosen = path.select(torch.tensor([2, 0])).increment(t[[2, 0]], s[[2, 0]])
+    torch.testing.assert_close(chosen.h, together.h[[2, 0]])
+    with pytest.raises(ValueError, match=r"between 0\.1 and 0\.6.*made for \[0, 0\.5\]"):
+        path.increment(t, torch.tensor([0.6, 1.9, 1.0], dtype=torch.float64))
+
+
 def test_seeds_of_paths_come_from_the_noise_of_each_item():
     one, two = (path_seeds(SeedNoise(s), 4) for s in ([5, 9], [9]))
     assert torch.equal(one[1:], two) and len(one.unique()) == 8
@@ -143,7 +157,7 @@ def test_seeds_of_paths_come_from_the_noise_of_each_item():
     assert torch.equal(drawn, path_seeds(BatchNoise(10_000, generator=generator("paths"))))
     noise, path = SeedNoise([5, 9]), tree(3, 2)
     fresh = path.another(noise)
-    assert torch.equal(fresh.seeds, path_seeds(SeedNoise([5, 9]))) and (fresh.end, fresh.shape) == (1.0, (2,))
+    assert torch.equal(fresh.seeds, path_seeds(SeedNoise([5, 9]))) and (float(fresh.end), fresh.shape) == (1.0, (2,))
 
 
 def test_dtypes_and_shapes():
