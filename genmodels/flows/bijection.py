@@ -22,10 +22,12 @@ class Bijection(nn.Module, ABC):
     Attributes:
         shape: shape of one item of x.
         out_shape: shape of one item of z (a permutation of the same numbers).
+        numerical: whether it is known up to the tolerance of a solver alone.
         hands_on: whether its `initialize`, if it has one, only hands the batch on to its parts.
     """
 
     shape: Shape
+    numerical: ClassVar[bool] = False
     hands_on: ClassVar[bool] = False
 
     @property

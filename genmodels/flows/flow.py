@@ -142,7 +142,8 @@ class NormalizingFlow(Model):
         if not self.transform.volume:
             raise NotApplicable("the transform to model space has no log-determinant, so data have no density.")
         if self.bin_width is None:
-            return Likelihood(self._log_prob(x, condition, None), "exact")
+            numerical = any(getattr(layer, "numerical", False) for layer in self.layers.modules())
+            return Likelihood(self._log_prob(x, condition, None), "numerical" if numerical else "exact")
         seeds = as_seeds(len(x) if seeds is None else seeds)
         if len(seeds) != len(x) or draws < 1:
             raise ValueError(

@@ -1,10 +1,10 @@
 """Divergence of a vector field, exact or estimated, and the transport of densities along its flow."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..rng import Noise
 from ..types import Shape
 from .base import Controller, Fixed, Solver, integrate
-from .fields import Selectable, VectorField
+from .fields import Selectable, VectorField, tensors_of
 from .solution import Solution
 
 ProbeLaw = Literal["rademacher", "gaussian"]
@@ -24,10 +24,56 @@ WIDTH = {"cpu": 2**13}
 WIDTH_ELSEWHERE = 2**22
 
 
+PUSHED = 2**22  # numbers in tangents that are carried forward at once
+
+
+@runtime_checkable
+class Pushing(Protocol):
+    """A field that differentiates itself forward: one pass, and one backward pass through it for gradients.
+
+    Attributes:
+        pushes: whether it can at present.
+    """
+
+    pushes: bool
+
+    def push(self, t: Tensor, x: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, *shape] velocity, and [P, B, *shape] its derivative along tangents [P, B or 1, *shape]."""
+
+
+@runtime_checkable
+class Sketched(Protocol):
+    """A field of states and integrals that keeps what regularizers want to know of its latest evaluation.
+
+    Attributes:
+        velocity: [B, *shape] dx/dt of the state alone, without integrals.
+        frobenius: [B] |∂v/∂x|² (squared Frobenius norm) there: exact, or the unbiased estimate |εᵀ ∂v/∂x|² or
+            |∂v/∂x ε|² with the probes of the divergence, averaged over them.
+    """
+
+    velocity: Tensor
+    frobenius: Tensor
+
+
+class Differentiated(NamedTuple):
+    """What is known of a field at one time and state.
+
+    Args:
+        v: [B, *shape] velocity.
+        divergence: [B] float64 exact, or [P, B] estimates.
+        frobenius: as in `Sketched`; None if not asked for.
+    """
+
+    v: Tensor
+    divergence: Tensor
+    frobenius: Tensor | None
+
+
 def exact_divergence(field: VectorField, t: Tensor, x: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Velocity and its divergence Σ_i ∂v_i/∂x_i, by one vector-Jacobian product for each component of an item.
 
-    The products of a chunk share one batched backward pass. The field must work row by row.
+    The products of a chunk share one batched backward pass; a field that is `Pushing` makes them in its forward pass.
+    The field must work row by row.
 
     Args:
         t: [] or [B] time.
@@ -38,17 +84,28 @@ def exact_divergence(field: VectorField, t: Tensor, x: Tensor, *, chunk: int | N
     Raises:
         ValueError: if the velocity has not the shape of x.
     """
+    return _exact(field, t, x, chunk, False)[:2]
+
+
+def _exact(field: VectorField, t: Tensor, x: Tensor, chunk: int | None, square: bool) -> Differentiated:
     graph, size = torch.is_grad_enabled(), math.prod(x.shape[1:])
-    with _differentiable():
+    basis = torch.eye(size, dtype=x.dtype, device=x.device)
+    if chunk is None and _pushes(field, x.numel() * size):
+        v, columns = field.push(t, x, basis.reshape(size, 1, *x.shape[1:]))
+        columns = columns.reshape(size, len(x), size)
+        total = columns.diagonal(dim1=0, dim2=2).sum(1, dtype=torch.float64)
+        return Differentiated(v, total, columns.square().sum((0, 2)) if square else None)
+    with differentiable():
         x, v = _evaluate(field, t, x, graph)
-        total = x.new_zeros(len(x), dtype=torch.float64)
+        total, squares = x.new_zeros(len(x), dtype=torch.float64), x.new_zeros(len(x))
         width = _chunk(x) if chunk is None else chunk
-        basis = torch.eye(size, dtype=x.dtype, device=x.device)
         for start in range(0, size, width):
             units = basis[start : start + width].reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
             rows = _pull_back(v, x, units, graph).reshape(len(units), len(x), size)
             total = total + rows[:, :, start : start + width].diagonal(dim1=0, dim2=2).sum(1, dtype=torch.float64)
-    return (v, total) if graph else (v.detach(), total.detach())
+            squares = squares + rows.square().sum((0, 2)) if square else squares
+    found = Differentiated(v, total, squares if square else None)
+    return found if graph else _detached(found)
 
 
 def hutchinson(field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,15 +129,35 @@ def hutchinson(field: VectorField, t: Tensor, x: Tensor, probes: Tensor) -> tupl
             f"hutchinson: x has shape {list(x.shape)}, so probes must be [P, {', '.join(map(str, x.shape))}], found "
             f"{list(probes.shape)}."
         )
-    graph = torch.is_grad_enabled()
-    with _differentiable():
+    return _estimated(field, t, x, probes, False)[:2]
+
+
+def _estimated(field: VectorField, t: Tensor, x: Tensor, probes: Tensor, square: bool) -> Differentiated:
+    graph, probes = torch.is_grad_enabled(), probes.to(x.dtype)
+    if _pushes(field, probes.numel()):
+        v, moved = field.push(t, x, probes)
+        return Differentiated(v, *_contracted([moved], [probes], square))
+    with differentiable():
         x, v = _evaluate(field, t, x, graph)
-        parts = [
-            (_pull_back(v, x, part, graph) * part).reshape(len(part), len(x), -1 if len(x) else 1)
-            for part in probes.to(x.dtype).split(_chunk(x))
-        ]
-        estimates = torch.cat([part.sum(2, dtype=torch.float64) for part in parts])
-    return (v, estimates) if graph else (v.detach(), estimates.detach())
+        parts = probes.split(_chunk(x))
+        found = Differentiated(v, *_contracted([_pull_back(v, x, part, graph) for part in parts], parts, square))
+    return found if graph else _detached(found)
+
+
+def _contracted(products: Sequence[Tensor], probes: Sequence[Tensor], square: bool) -> tuple[Tensor, Tensor | None]:
+    """[P, B] products · probes in float64, and [B] the mean of |products|²."""
+    flat = [p.reshape(len(p), p.shape[1], -1 if p.shape[1] else 1) for p in products]
+    pairs = zip(flat, probes, strict=True)
+    estimates = torch.cat([(p * e.reshape(p.shape)).sum(2, dtype=torch.float64) for p, e in pairs])
+    return estimates, torch.cat([p.square().sum(2) for p in flat]).mean(0) if square else None
+
+
+def _detached(found: Differentiated) -> Differentiated:
+    return Differentiated(*(None if part is None else part.detach() for part in found))
+
+
+def _pushes(field: VectorField, numbers: int) -> bool:
+    return isinstance(field, Pushing) and field.pushes and numbers <= PUSHED
 
 
 def draw_probes(
@@ -141,51 +218,107 @@ def transport(
     if divergence not in ("exact", "hutchinson"):
         raise ValueError(f"transport: divergence is 'exact' or 'hutchinson', found {divergence!r}.")
     drawn = None if divergence == "exact" else probes if isinstance(probes, Tensor) else _draw(noise, probes, x, law)
-    size, columns = math.prod(x.shape[1:]), 1 if drawn is None else len(drawn)
-    joint = torch.cat((x.reshape(len(x), size).double(), x.new_zeros(len(x), columns, dtype=torch.float64)), 1)
+    field = joint(field, x, drawn)
     solution = integrate(
-        _joint(field, x.shape[1:], x.dtype, drawn),
-        joint,
+        field,
+        field.start(x),
         times,
         solver=solver,
         controller=controller,
         max_steps=max_steps,
         on_failure=on_failure,
-        seminorm=lambda y: y[:, :size],
+        seminorm=lambda y: y[:, : field.size],
     )
-    z = solution.x[:, :size].reshape(x.shape).to(x.dtype)
-    log_det = solution.x[:, size] if drawn is None else rearrange(solution.x[:, size:], "b p -> p b")
+    z, log_det = field.split(solution.x)
     return Transport(z, log_det, replace(solution, x=z))
 
 
-class _Joint:
-    """Velocity and divergence as one field on [B, D + P]."""
+class Joint:
+    """Velocity and divergence as one field on [B, D + P], and what it looks like at a `Sketched` one.
 
-    def __init__(self, field: VectorField, shape: Shape, dtype: torch.dtype, probes: Tensor | None) -> None:
-        self.field, self.shape, self.dtype, self.probes = field, shape, dtype, probes
+    The field of points sees them in their own dtype.
+
+    Args:
+        field: velocity of points.
+        shape: of one point.
+        dtype: of points.
+        probes: [P, B, *shape] for estimates of the divergence; None for its exact value.
+        wide: dtype in which points and log-determinants are stepped.
+        sketch: keep `velocity` and `frobenius` of the latest evaluation.
+    """
+
+    velocity: Tensor
+    frobenius: Tensor
+
+    def __init__(
+        self,
+        field: VectorField,
+        shape: Shape,
+        dtype: torch.dtype,
+        probes: Tensor | None,
+        wide: torch.dtype = torch.float64,
+        sketch: bool = False,
+    ) -> None:
+        self.field, self.shape, self.dtype, self.probes = field, tuple(shape), dtype, probes
+        self.wide, self.sketch = wide, sketch
+        self.size = math.prod(shape)
+
+    def start(self, x: Tensor) -> Tensor:
+        """[B, D + P] the points x [B, *shape] with zeros for their log-determinants."""
+        columns = 1 if self.probes is None else len(self.probes)
+        zeros = x.new_zeros(len(x), columns, dtype=self.wide)
+        return torch.cat((x.reshape(len(x), self.size).to(self.wide), zeros), 1)
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, *shape] points and [B] or [P, B] float64 log-determinants of a state."""
+        z, log_det = y[:, : self.size].reshape(len(y), *self.shape).to(self.dtype), y[:, self.size :].double()
+        return z, log_det[:, 0] if self.probes is None else rearrange(log_det, "b p -> p b")
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        size = math.prod(self.shape)
-        x = y[:, :size].reshape(len(y), *self.shape).to(self.dtype)
+        x = y[:, : self.size].reshape(len(y), *self.shape).to(self.dtype)
         if self.probes is None:
-            v, rate = exact_divergence(self.field, t, x)
-            rate = rate[:, None]
+            found = _exact(self.field, t, x, None, self.sketch)
+            rate = found.divergence[:, None]
         else:
-            v, rate = hutchinson(self.field, t, x, self.probes)
-            rate = rearrange(rate, "p b -> b p")
-        return torch.cat((v.reshape(len(y), size).double(), rate), 1)
+            found = _estimated(self.field, t, x, self.probes, self.sketch)
+            rate = rearrange(found.divergence, "p b -> b p")
+        if self.sketch:
+            self.velocity, self.frobenius = found.v, found.frobenius
+        return torch.cat((found.v.reshape(len(y), self.size).to(self.wide), rate.to(self.wide)), 1)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the field of points depends on."""
+        return tensors_of(self.field)
 
 
-class _SelectableJoint(_Joint):
+class _SelectableJoint(Joint):
     """The same of a field that can be narrowed to some of its rows."""
 
     def select(self, rows: Tensor) -> "_SelectableJoint":
         probes = None if self.probes is None else self.probes[:, rows]
-        return _SelectableJoint(self.field.select(rows), self.shape, self.dtype, probes)
+        return _SelectableJoint(self.field.select(rows), self.shape, self.dtype, probes, self.wide, self.sketch)
 
 
-def _joint(field: VectorField, shape: Shape, dtype: torch.dtype, probes: Tensor | None) -> _Joint:
-    return (_SelectableJoint if isinstance(field, Selectable) else _Joint)(field, shape, dtype, probes)
+def joint(
+    field: VectorField,
+    x: Tensor,
+    probes: Tensor | None,
+    *,
+    wide: torch.dtype = torch.float64,
+    sketch: bool = False,
+) -> Joint:
+    """The field of points like x [B, *shape] and their log-determinants.
+
+    Raises:
+        ValueError: if probes do not fit x.
+    """
+    if probes is not None and probes.shape[1:] != x.shape:
+        raise ValueError(
+            f"joint: x has shape {list(x.shape)}, so probes must be [P, {', '.join(map(str, x.shape))}], found "
+            f"{list(probes.shape)}."
+        )
+    make = _SelectableJoint if isinstance(field, Selectable) else Joint
+    return make(field, tuple(x.shape[1:]), x.dtype, probes, wide, sketch)
 
 
 def _draw(noise: Noise | None, count: int, x: Tensor, law: ProbeLaw) -> Tensor:
@@ -200,7 +333,8 @@ def _draw(noise: Noise | None, count: int, x: Tensor, law: ProbeLaw) -> Tensor:
 
 
 @contextmanager
-def _differentiable() -> Iterator[None]:
+def differentiable() -> Iterator[None]:
+    """Gradients enabled, and attention by its formula: what differentiating a field twice needs."""
     # fused attention kernels have no second derivative, and no rule for several cotangents at once
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield

@@ -190,6 +190,25 @@ class StepDecay(LearningRate):
         return self.ratio ** (step // self.every)
 
 
+@register(LearningRate, "inverse_decay")
+class InverseDecay(LearningRate):
+    """1/(1 + rate k) at step k = 0, 1, …
+
+    Args:
+        rate: how fast it falls: the factor is a half after 1/rate steps.
+        warmup: steps of a linear warm-up.
+    """
+
+    def __init__(self, rate: float = 1e-5, warmup: int = 0) -> None:
+        _check_warmup("inverse_decay", warmup)
+        if rate < 0:
+            raise ConfigError(f"inverse_decay: rate must be at least 0, found {rate}.")
+        self.rate, self.warmup = rate, warmup
+
+    def shape(self, step: int, steps: int) -> float:
+        return 1 / (1 + self.rate * step)
+
+
 def _check_rate(name: str, lr: float) -> None:
     if lr <= 0:
         raise ValueError(f"{name}: lr must be above 0, found {lr}.")

@@ -14,6 +14,11 @@ ARGUMENTS = {  # what has no default; anything else is built as it is
     "zuko": {"flow": "NSF", "arguments": {"transforms": 1, "passes": 2, "bins": 4, "hidden_features": [16]}},
     "inverse": {"of": {"name": "coupling", "network": NETWORK}},
     "fold": {"height": 3},
+    "continuous": {  # weak enough for the bounds on rounding below to hold for its solver
+        "network": {"name": "concat_mlp", "hidden": [8]},
+        "end": 0.05,
+        "controller": {"name": "fixed", "steps": 6},
+    },
     "row_autoregressive": {"network": {"name": "wavenet2d", "channels": 6, "layers": 3, "height_cycle": 2}},
     "multiscale": {
         "levels": [[{"name": "permutation"}, {"name": "coupling", "network": NETWORK}], [{"name": "elementwise"}]]

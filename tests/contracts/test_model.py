@@ -27,6 +27,8 @@ RESIDUAL = {"name": "residual_mlp", "hidden": 24}
 DIT = {"name": "dit", "patch": 4, "width": 16, "depth": 1, "heads": 2}
 VAE = {"encoder": RESIDUAL, "decoder": RESIDUAL, "latent": 2, "context": 8}
 TANH = {"name": "mlp", "hidden": [16], "activation": "tanh"}
+FIELD = {"name": "concat_mlp", "hidden": [16, 16], "time": "squash"}
+CONV = {"name": "concat_conv", "hidden": [8]}
 MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
@@ -74,14 +76,23 @@ EXAMPLES = {
         ({"name": "contract_series", "task": "classify"}, {"field": TANH, "encoder": "gru", "sigma": 0.3}),
     ],
     "neural_sde": [
-        ("contract_classes", {"controller": {"name": "fixed", "steps": 3}, "drift": TANH, "hidden": 4}),
+        ("contract_targets", {"controller": {"name": "fixed", "steps": 3}, "drift": TANH, "hidden": 4}),
         (
-            "contract_classes",
+            "contract_targets",
             {"controller": {"name": "pi", "rtol": 0.1, "atol": 0.1}, "diffusion": TANH, "time_dependent": True},
         ),
     ],
     "neural_sde_forecast": [("contract_paths", {"controller": {"name": "fixed", "steps": 2}, "drift": TANH})],
     "latent_sde": [("contract_series", {"drift": TANH, "control": TANH, "sigma": 0.3, "learn_sigma": True})],
+    "cnf": [
+        ("contract_plane", {"layers": [{"name": "continuous", "network": FIELD, "end": 0.5, "learn_end": True}]}),
+        ("contract_plane", {"layers": ["act_norm", {"name": "continuous", "network": FIELD}], "conditional": True}),
+        ("contract_images", {"layers": ["squeeze", "act_norm", {"name": "continuous", "network": CONV}]}),
+    ],
+    "neural_ode": [
+        ("contract_targets", {"network": FIELD, "augment": 1}),
+        ("contract_targets", {"network": FIELD, "encoder": RESIDUAL, "latent": [3], "controller": "fixed"}),
+    ],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
         ("contract_images", {"blur": 0.7, "share": 0.6}),
@@ -94,6 +105,7 @@ EXAMPLES = {
 WHOLE = {"neural_sde_forecast"}  # whose loss is no sum over items
 # the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
 TIGHT, LOOSE = {"controller": PI(rtol=1e-7, atol=1e-7)}, {"controller": PI(rtol=1e-5, atol=1e-5)}
+SOLVED = ("diffusion", "cnf")  # whose answers take a controller
 CASES = [(name, k) for name, cases in EXAMPLES.items() for k in range(len(cases))]
 
 
@@ -156,16 +168,16 @@ def data_sets():
                 y = noise.normal(3, 2) if asked else torch.arange(n) % 2
                 self.hold(split, Batch(x, times=times, mask=mask, target=y, **asked))
 
-    @registry.register(Dataset, "contract_classes")
-    class Classes(InMemory):
-        """Points of the plane in three classes, to be told apart."""
+    @registry.register(Dataset, "contract_targets")
+    class Targets(InMemory):
+        """Points of the mixture with arbitrary classes to be told."""
 
         shape, target_shape, transform = (2,), (3,), "standardize"
 
         def __init__(self) -> None:
-            for split, n in {"train": 40, "val": 4, "test": 4}.items():
+            for split, n in {"train": 600, "val": 20, "test": 20}.items():
                 noise = BatchNoise(n, generator=generator("contract", split))
-                self.hold(split, Batch(noise.normal(2), target=torch.arange(n) % 3))
+                self.hold(split, Batch(MIXTURE.sample(noise), target=torch.arange(n) % 3))
 
     @registry.register(Dataset, "contract_paths")
     class Paths(InMemory):
@@ -257,7 +269,7 @@ def test_likelihood_of_a_batch_is_that_of_its_items_and_float32_is_enough(name, 
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsLogProb):
         pytest.skip("has no likelihood")
-    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} | TIGHT if name == "diffusion" else {}
+    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} | TIGHT if name in SOLVED else {}
     c = given(model, batch)
     double, x = copy.deepcopy(model).double(), batch.x.double()
     with torch.no_grad():
@@ -275,7 +287,7 @@ def test_density_of_the_plane_integrates_to_one(name, k):
     if not isinstance(model, SupportsLogProb):
         pytest.skip("has no likelihood")
     points, area = grid(-9, 9, 61)
-    options = {"controller": PI(rtol=1e-3, atol=1e-3)} if name == "diffusion" else {}
+    options = {"controller": PI(rtol=1e-3, atol=1e-3)} if name in SOLVED else {}
     c = torch.zeros(len(points), dtype=torch.int64) if model.conditional else None
     with torch.no_grad():
         if model.likelihood(points[:1], condition=None if c is None else c[:1]).kind == "bound":
@@ -290,7 +302,7 @@ def test_decode_undoes_encode(name, k):
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsEncode):
         pytest.skip("has no latent")
-    options = TIGHT if name == "diffusion" else {}
+    options = TIGHT if name in SOLVED else {}
     with torch.no_grad():
         z = model.double().encode(batch.x.double(), condition=given(model, batch), **options)
         back = model.decode(z, condition=given(model, batch), **options)

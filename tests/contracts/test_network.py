@@ -16,6 +16,8 @@ NETWORKS = names(Network)
 every = pytest.mark.parametrize("name", NETWORKS)
 SMALL = {
     "mlp": {"hidden": (24, 24)},
+    "concat_mlp": {"hidden": (24, 24)},
+    "concat_conv": {"hidden": (12, 12)},
     "residual_mlp": {"hidden": 24},
     "made": {"hidden": 24},
     "wavenet2d": {"channels": 12, "layers": 3},

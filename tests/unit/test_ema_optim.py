@@ -19,7 +19,17 @@ from genmodels.training.ema import (
     exponent_of,
     std_of,
 )
-from genmodels.training.optim import SGD, Adam, Adamax, Constant, Cosine, LearningRate, OneCycle, StepDecay
+from genmodels.training.optim import (
+    SGD,
+    Adam,
+    Adamax,
+    Constant,
+    Cosine,
+    InverseDecay,
+    LearningRate,
+    OneCycle,
+    StepDecay,
+)
 
 
 class Small(nn.Module):
@@ -286,6 +296,15 @@ def test_cosine_at_its_corners():
 def test_step_decay_is_torchs(every, ratio):
     expected = reference(torch.optim.lr_scheduler.StepLR, 30, step_size=every, gamma=ratio)
     assert factors(StepDecay(every, ratio), 30) == pytest.approx(expected, rel=1e-12)
+
+
+def test_inverse_decay_is_its_formula():
+    assert factors(InverseDecay(0.5), 4) == pytest.approx([1, 1 / 1.5, 1 / 2, 1 / 2.5], rel=1e-12)
+    assert InverseDecay(1e-5).factor(100_000, 200_000) == pytest.approx(0.5, rel=1e-12)
+    assert factors(InverseDecay(1.0, warmup=2), 3) == pytest.approx([0.5, 0.5, 1 / 3], rel=1e-12)
+    for bad in ({"rate": -1e-5}, {"warmup": -1}):
+        with pytest.raises(ValueError, match="inverse_decay"):
+            InverseDecay(**bad)
 
 
 def test_step_decay_at_its_corners():
