@@ -9,6 +9,7 @@ from genmodels.dynamics.sde import NeuralSDE, NeuralSDEForecast, distinct
 from genmodels.model import Model
 from genmodels.registry import ConfigError, build
 from genmodels.rng import BatchNoise, generator
+from genmodels.solvers.base import Fixed, Solver
 from genmodels.solvers.step_size import PI
 from genmodels.transforms import Identity
 from genmodels.types import Batch
@@ -78,35 +79,32 @@ def test_a_prediction_is_the_mean_over_paths():
     assert ((many[0] - others.mean(0)).abs() < 4 * others.std(0) * math.sqrt(2 / 2000)).all()
 
 
+@torch.no_grad()
 def test_steps_and_solver_are_the_dial_of_a_prediction():
-    model, batch = classifier(solver="sriw1"), points()
-    fine = PI(rtol=1e-3, atol=1e-3)
-    exact = model.predict(batch, controller=PI(rtol=1e-4, atol=1e-4))
-    errors = [float((model.predict(batch, controller=c) - exact).abs().max()) for c in (fine, PI(rtol=0.3, atol=0.3))]
-    assert errors[0] < errors[1] / 4, "all see the same paths"
-    assert (model.predict(batch, solver=build_solver("euler_maruyama")) - exact).abs().max() > errors[0]
-
-
-def build_solver(name: str):
-    from genmodels.solvers.base import Solver
-
-    return build(Solver, name)
+    model, batch = classifier(solver="sriw1"), points(3)
+    exact = model.predict(batch, paths=4, controller=Fixed(128))
+    errors = [float((model.predict(batch, paths=4, controller=Fixed(n)) - exact).abs().max()) for n in (32, 4)]
+    assert errors[0] < errors[1] / 3, "all see the same paths"
+    other = model.predict(batch, paths=4, solver=build(Solver, "euler_maruyama"), controller=Fixed(32))
+    assert 1e-6 < float((other - exact).abs().max()) < 0.3
 
 
 def test_the_loss_is_a_cross_entropy_on_one_path_and_learns():
-    model, batch = classifier(precision="float32"), points(60)
+    model, batch = classifier(precision="float32", controller="fixed", solver="milstein"), points(60)
     batch = batch.replace(target=(batch.x[:, 0] > 0).long())
-    optimizer, g = torch.optim.Adam(model.parameters(), lr=0.02), generator("train")
+    optimizer, g = torch.optim.Adam(model.parameters(), lr=0.05), generator("train")
     first = model.loss(batch, generator=generator("first"))
     assert set(first.logs) >= {"nfe", "cross_entropy", "accuracy"} and first.value.shape == (60,)
     again = model.loss(batch, generator=generator("first"))
     torch.testing.assert_close(first.value, again.value)
     assert not torch.equal(first.value, model.loss(batch, generator=generator("second")).value)
-    for _ in range(60):
+    for _ in range(100):
         optimizer.zero_grad()
         model.loss(batch, generator=g).value.mean().backward()
         optimizer.step()
-    assert float(model.loss(batch, generator=generator("first")).value.mean()) < 0.6 * float(first.value.mean())
+    with torch.no_grad():
+        last = model.loss(batch, generator=generator("first")).value
+    assert last.mean() < 0.6 * first.value.mean()
 
 
 def test_both_calculi_and_time():
@@ -141,13 +139,13 @@ def test_mistakes_of_classification_are_named():
 
 def test_the_law_of_a_forecast_is_that_of_the_equation():
     model, batch = ornstein_uhlenbeck(forecaster()), paths(2)
-    law = model.predict(batch, seeds=[5, 6], paths=4000, controller=PI(rtol=0.05, atol=0.05)).detach()
+    law = model.predict(batch, seeds=[5, 6], paths=2000, controller=PI(rtol=0.1, atol=0.1)).detach()
     mean, variance = law[..., 0], (2 * law[..., 1]).exp()
     for k, t in enumerate((0.0, 0.5, 1.0)):
         exact = 0.125 * -math.expm1(-2 * t)
         wanted = torch.tensor([1.0, -1.0]).double() * math.exp(-t)
-        assert (mean[:, k] - wanted).abs().max() < 4 * math.sqrt(exact / 4000) + 1e-3
-        assert (variance[:, k] - exact).abs().max() < 4 * exact * math.sqrt(2 / 4000) + 1e-3
+        assert (mean[:, k] - wanted).abs().max() < 4 * math.sqrt(exact / 2000) + 2e-3
+        assert (variance[:, k] - exact).abs().max() < 4 * exact * math.sqrt(2 / 2000) + 2e-3
     assert law.isfinite().all(), "also at the start, where all paths agree"
     alone = model.predict(batch[1:], seeds=[6], paths=7)
     torch.testing.assert_close(model.predict(batch, seeds=[5, 6], paths=7)[1:], alone, rtol=1e-9, atol=1e-9)
