@@ -5,25 +5,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from genmodels.config import Config, load
 from genmodels.data.dataset import centred
 from genmodels.data.uci import TABLES as PUBLISHED
 from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.protocol import FOLDER, Protocol
+from genmodels.model import Model
 from genmodels.networks.network import networks
 from genmodels.registry import resolve
 from genmodels.training.loop import train
 from genmodels.transforms import Transform
-from genmodels.types import SupportsLogProb
+from genmodels.types import SupportsLogProb, SupportsPredict, SupportsSample
 from tests.data_files import (
     cifar_files,
     write_cifar_archive,
     write_mnist,
+    write_physionet,
     write_pictures,
     write_sounds,
     write_table,
     write_uci,
+    write_uea,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +74,11 @@ OWN_DATA = {
     "audio/nanoflow_ljspeech": sounds,
     **{f"tables/{table}{kind}": uci(table) for table in UCI for kind in ("", "_ar")},
 }
+# likewise by the name of the data set, wherever such a configuration lies
+OWN_SERIES = {
+    "physionet": lambda folder, node: [f"data.path={write_physionet(folder / 'records')}"],
+    "uea": lambda folder, node: [f"data.path={write_uea(folder / 'archive', node['problem'])}"],
+}
 STEP = "model.layers[1].layers[{}].network"
 # networks of millions of parameters are cut down; what they are is tested by their count
 SMALL = {
@@ -103,30 +113,50 @@ SMALL = {
 def protocol(config: Config) -> Protocol:
     """The configuration's own, or one such as users write for data that only they have."""
     if config.protocols:
-        places = {"path": config.tree["data"]["path"]} if config.tree["data"]["name"] in ("uci", "mnist") else {}
+        own = ("uci", "mnist", *OWN_SERIES)
+        places = {"path": config.tree["data"]["path"]} if config.tree["data"]["name"] in own else {}
         return Protocol.load(config.protocols[0], places)
     metrics = [{"name": "nll" if config.dataset().bin_width is None else "bits_per_dim"}]
     return Protocol({"name": "own", "version": 1, "dataset": config.tree["data"], "metrics": metrics})
+
+
+def written(config: Config, model: Model, sound: bool) -> list[str]:
+    """The kinds of files that a run leaves of samples and of predictions of series."""
+    data, kinds = config.dataset(), []
+    if isinstance(model, SupportsSample):
+        drawn = len(data.shape) == 3 or data.shape == (2,) or data.unit_of_time is not None
+        kinds += ["", ".png"] if sound else [".png"] if drawn else [".npz"]  # WAV files in a folder
+    if isinstance(model, SupportsPredict) and data.take("train", torch.tensor([0])).target_times is not None:
+        kinds.append(".png")
+    return sorted(kinds)
+
+
+def scored(config: Config, model: Model) -> tuple[str, ...]:
+    """Metrics of which a protocol for the model has one at least."""
+    if config.dataset().target_shape is not None:
+        return ("accuracy", "squared_error")
+    return ("bits_per_dim", "nll") if isinstance(model, SupportsLogProb) else ("authenticity",)
 
 
 @pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_configuration_travels_the_whole_way(path, tmp_path):
     name = f"{path.parent.name}/{path.stem}"
-    make = OWN_DATA.get(name) or OWN_DATA.get(path.parent.name, lambda folder: [])
+    node = yaml.safe_load(path.read_text()).get("data", {})
+    series = OWN_SERIES.get(node.get("name"), lambda folder, node: [])
+    make = OWN_DATA.get(name) or OWN_DATA.get(path.parent.name, lambda folder: series(folder, node))
     overrides = [*TINY, *make(tmp_path), *SMALL.get(name, [])]
     config = load([path], overrides)
     assert Config(config.tree).hash == config.hash == load([path], overrides).hash
     assert set(config.protocols) <= {p.stem for p in FOLDER.glob("*.yaml")}
     run = train(config, root=tmp_path, quiet=True)
-    drawn = len(config.dataset().shape) == 3 or config.dataset().shape == (2,)
-    kinds = ["", ".png"] if path.parent.name == "audio" else [".png"] if drawn else [".npz"]  # WAV files in a folder
-    assert sorted(p.suffix for p in (run.path / "samples").iterdir()) == kinds
     full = protocol(config)
     model = run.load()
-    names = ("bits_per_dim", "nll") if isinstance(model, SupportsLogProb) else ("authenticity",)
-    metrics = [m for m in full.tree["metrics"] if m["name"] in names]
-    small = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "metrics": metrics}
+    found = [p.suffix for p in run.path.glob("samples/*")]
+    assert sorted(found) == written(config, model, path.parent.name == "audio")
+    metrics = [m for m in full.tree["metrics"] if m["name"] in scored(config, model)]
+    questions = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "predict": {"num_items": 4}}
+    small = {**questions, "metrics": metrics}
     options = (
         {"likelihood": {"controller": "fixed", "num_steps": 2}} if config.tree["model"]["name"] == "diffusion" else {}
     )

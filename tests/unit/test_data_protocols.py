@@ -24,8 +24,18 @@ from genmodels.metrics.features import FeatureExtractor
 from genmodels.metrics.metric import Metric
 from genmodels.registry import names, register
 from genmodels.rng import SeedNoise
-from genmodels.types import Likelihood, Shape
-from tests.data_files import cifar_files, idx, write_cifar_archive, write_mnist, write_pictures, write_sounds, write_uci
+from genmodels.types import Batch, Likelihood, Shape
+from tests.data_files import (
+    cifar_files,
+    idx,
+    write_cifar_archive,
+    write_mnist,
+    write_physionet,
+    write_pictures,
+    write_sounds,
+    write_uci,
+    write_uea,
+)
 from tests.evaluation_fakes import FakeRun, _Base
 
 pytestmark = pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
@@ -108,8 +118,12 @@ def files(name: str, folder: Path) -> Path:
         return write_cifar_archive(folder / "cifar-10-python.tar.gz", cifar_files())
     if name.startswith("image_folder"):
         return write_pictures(folder / "pictures", 90, 66, 70)
-    if name == "mnist_binary":
+    if name.startswith("mnist"):
         return write_mnist(folder / "mnist", (28, 28))
+    if name.startswith("physionet"):
+        return write_physionet(folder / "records")
+    if name == "character_trajectories":
+        return write_uea(folder / "archive", "CharacterTrajectories")
     if name in ("wav_folder", "speech"):
         return write_sounds(folder / "sounds", 6, 33_000, 22_050)
     return write_uci(folder / "data", name)
@@ -128,7 +142,8 @@ def test_data_of_protocols_are_complete_and_not_augmented(name, tmp_path):
     assert tree["name"] == name and tree["description"] and "cost" not in [m["name"] for m in tree["metrics"]]
     found = protocol(name, files(name, tmp_path))
     node = found.tree["dataset"]
-    assert not node.get("flip") and node.get("task", "generate") == "generate"
+    predicted = found.dataset.target_shape is not None
+    assert not node.get("flip") and predicted == (node.get("task", "generate") != "generate" or node["name"] == "uea")
     assert found.dataset.size("test") > 0
     if name.startswith("cifar10"):  # all training images are the reference, and none is held out
         assert [found.dataset.size(split) for split in ("train", "val", "test")] == [100, 0, 20]
@@ -195,6 +210,44 @@ def test_recordings_are_scored_by_the_likelihood_of_a_sample(tmp_path):
     assert result["not_applicable"] == {}
 
 
+class Constant(_Base):
+    """One answer to every question: the first class, or 0 with a standard deviation of 1."""
+
+    def __init__(self, shape: Shape, target_shape: Shape) -> None:
+        super().__init__(shape)
+        self.target_shape = target_shape
+
+    def predict(self, batch: Batch, *, seeds: Any = None) -> Tensor:
+        if batch.target_times is None:
+            return torch.eye(*self.target_shape)[:1].repeat(len(batch), 1)
+        return torch.zeros(*batch.target.shape, 2)
+
+
+PREDICTED = ("mnist_classify", "physionet_mortality", "physionet_interpolate", "character_trajectories")
+SERIES = ("annulus", "lorenz", "oscillators", "spiral_ode", "spiral_series", "van_der_pol")
+SERIES += ("digit_series", "digit_series_30", "digit_series_60", "digit_series_interpolate")
+
+
+@pytest.mark.parametrize("name", [*PREDICTED, *SERIES])
+def test_predictions_are_scored_where_targets_count(name, tmp_path):
+    own = name in PREDICTED
+    found = protocol(name, files(name, tmp_path / "files")) if own else Protocol.load(name)
+    data = found.dataset
+    result = evaluate(FakeRun(tmp_path / "run", Constant(data.shape, data.target_shape)), found, device="cpu")
+    values = {row["name"]: row["value"] for row in result["metrics"]}
+    target, mask = data.all("test").target, data.all("test").target_mask
+    assert result["not_applicable"] == {} and {m["name"] for m in found.tree["metrics"]} == set(values)
+    if not target.is_floating_point():
+        share, classes = (target == 0).double().mean().item(), data.target_shape[0]
+        assert values["accuracy"] == pytest.approx(share, abs=1e-12)
+        log_total = math.log(math.e + classes - 1)
+        assert values["cross_entropy"] == pytest.approx(log_total - share, rel=1e-6)
+    else:
+        y = target[mask] if mask.ndim == 3 else target[mask].flatten()
+        assert values["squared_error"] == pytest.approx(y.double().square().mean().item(), rel=1e-9)
+        assert values["forecast_nll"] == pytest.approx((values["squared_error"] + math.log(2 * math.pi)) / 2, rel=1e-9)
+
+
 # ---- one hash for one set of files ----
 
 
@@ -225,7 +278,11 @@ def test_other_contents_have_another_hash(name, tmp_path):
         shutil.copy(place / "000.png", place / "002.png")
     elif name in ("wav_folder", "speech"):
         shutil.copy(path / "002.wav", path / "003.wav")
-    elif name == "mnist_binary":
+    elif name.startswith("physionet"):
+        write_physionet(path, 61)
+    elif name == "character_trajectories":
+        write_uea(path, "CharacterTrajectories", train=39)
+    elif name.startswith("mnist"):
         write_mnist(path, (28, 28), t10k_labels_idx1_ubyte=idx(np.arange(20) % 7))
     else:
         shutil.rmtree(path)
