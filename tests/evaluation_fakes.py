@@ -78,6 +78,19 @@ class Series(Points):
             self.hold(split, items.replace(target=target.where(mask, torch.nan), target_mask=mask))
 
 
+class SharedStart(Points):
+    """Random values of shape [4, 2] as target, of items that all start in one state."""
+
+    registered_name = "shared_start"
+
+    def __init__(self, sizes=(300, 20, 200)):
+        super().__init__(sizes)
+        for split in ("train", "val", "test"):
+            items, g = self.all(split), generator("shared start", split)
+            target = 2 * torch.randn(len(items), 4, 2, generator=g)
+            self.hold(split, Batch(torch.ones(len(items), 1, 2), target=target))
+
+
 class Tap(Network):
     """A network that passes x through and is there to be counted."""
 

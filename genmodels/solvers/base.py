@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..registry import ConfigError, kind, member, names, register
 from ..types import expand_like
-from .fields import VectorField
+from .fields import SDE, VectorField
 from .march import March, divide
 from .solution import Record, Result, Solution, SolverError
 
@@ -63,6 +63,17 @@ class Solver(ABC):
     def error_order(self) -> float:
         """The power of h that the error estimate goes with."""
         return self.order
+
+    @classmethod
+    def serves(cls, field: Any) -> bool:
+        """Whether it can step a field."""
+        return isinstance(field, cls.needs)
+
+    @classmethod
+    def wanted(cls) -> str:
+        """What fields it can step, in words."""
+        purpose = (cls.needs.__doc__ or "").split("\n")[0].rstrip(".")
+        return f"a {cls.needs.__name__} ({purpose})"
 
     def start(self, field: Any, t: Tensor, x: Tensor) -> State:
         """The memory before the first step; t is [] or [B]."""
@@ -292,13 +303,13 @@ def _check_arguments(x: Tensor, save: str, on_failure: str) -> None:
 
 
 def _check_field(solver: Solver, field: Any) -> None:
-    if isinstance(field, solver.needs):
+    if solver.serves(field):
         return
-    usable = [name for name in names(Solver) if isinstance(field, member(Solver, name, "solver").needs)]
-    purpose = (solver.needs.__doc__ or "").split("\n")[0].rstrip(".")
+    usable = [name for name in names(Solver) if member(Solver, name, "solver").serves(field)]
+    kind = f" with {field.noise_type} noise and {field.calculus} calculus" if isinstance(field, SDE) else ""
     raise ConfigError(
-        f"integrate: solver '{title(solver)}' needs a {solver.needs.__name__} ({purpose}), which "
-        f"{type(field).__name__} is not. Use one of: {', '.join(usable) or 'none is registered for this field'}."
+        f"integrate: solver '{title(solver)}' needs {solver.wanted()}, which {type(field).__name__}{kind} is not. "
+        f"Use one of: {', '.join(usable) or 'none is registered for this field'}."
     )
 
 

@@ -9,9 +9,9 @@ from genmodels.evaluation.answers import QUESTIONS
 from genmodels.metrics.metric import Metric, Subject
 from genmodels.registry import build, names, resolve
 from genmodels.types import Likelihood, NotApplicable, Samples
-from tests.evaluation_fakes import Classes, Levels, Points, Series, UniformLevels, answers
+from tests.evaluation_fakes import Classes, Levels, Points, Series, SharedStart, UniformLevels, answers
 
-DATA = [Levels(), Points(), Classes(), Series()]
+DATA = [Levels(), Points(), Classes(), Series(), SharedStart()]
 
 
 def started(name):
@@ -39,7 +39,10 @@ def feed(metric, dataset, question, n, batch_size, order=None, spoil=False):
             spoil = False
         if "likelihood" in parts:
             parts["likelihood"] = Likelihood(parts["likelihood"], "exact")
-        if metric.registered_name == "forecast_nll":  # forecasts that are laws: mean and log standard deviation
+        if metric.registered_name in (
+            "forecast_nll",
+            "moments",
+        ):  # forecasts that are laws: mean and log standard deviation
             parts["prediction"] = torch.stack([parts["prediction"], 0.1 * parts["prediction"]], -1)
         if metric.features is not None:
             parts["features"] = {metric.features.identity: metric.features(parts["x"]).cpu()}

@@ -89,6 +89,15 @@ EXAMPLES = {
         (CLASSIFY, {"field": TANH, "hidden": 6}),
         ("contract_series", {"field": TANH, "hidden": 6, "start": TANH, "control": "linear", "controller": "fixed"}),
     ],
+    "neural_sde": [
+        ("contract_targets", {"controller": {"name": "fixed", "steps": 3}, "drift": TANH, "hidden": 4}),
+        (
+            "contract_targets",
+            {"controller": {"name": "pi", "rtol": 0.1, "atol": 0.1}, "diffusion": TANH, "time_dependent": True},
+        ),
+    ],
+    "neural_sde_forecast": [("contract_paths", {"controller": {"name": "fixed", "steps": 2}, "drift": TANH})],
+    "latent_sde": [("contract_series", {"drift": TANH, "control": TANH, "sigma": 0.3, "learn_sigma": True})],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
         ("contract_images", {"blur": 0.7, "share": 0.6}),
@@ -98,6 +107,7 @@ EXAMPLES = {
         ("contract_images", {"shrink": 0.5}),  # 40 items in 288 dimensions
     ],
 }
+WHOLE = {"neural_sde_forecast"}  # whose loss is no sum over items
 # the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
 TIGHT, LOOSE = {"controller": PI(rtol=1e-7, atol=1e-7)}, {"controller": PI(rtol=1e-5, atol=1e-5)}
 SOLVED = ("diffusion", "cnf")  # whose answers take a controller
@@ -174,6 +184,19 @@ def data_sets():
                 y = noise.normal(3, 2) if asked else torch.arange(n) % 2
                 self.hold(split, Batch(x, times=times, mask=mask, target=y, **asked))
 
+    @registry.register(Dataset, "contract_paths")
+    class Paths(InMemory):
+        """Random walks from one state."""
+
+        shape, target_shape = (1, 2), (3, 2)
+
+        def __init__(self) -> None:
+            for split, n in {"train": 40, "val": 4, "test": 4}.items():
+                walk = BatchNoise(n, generator=generator("contract", split)).normal(3, 2).cumsum(1)
+                times = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64).repeat(n, 1)
+                first = {"x": torch.ones(n, 1, 2), "times": torch.zeros(n, 1, dtype=torch.float64)}
+                self.hold(split, Batch(**first, target=1 + walk, target_times=times))
+
     @registry.register(Dataset, "contract_mixture")
     class Mixture(InMemory):
         """Many points of the mixture, without labels."""
@@ -218,7 +241,7 @@ def test_loss_has_one_finite_value_per_item_and_a_gradient_for_every_parameter(n
     model, _, batch = built(name, k)
     model.train()
     value = model.loss(batch, generator=generator("loss")).value
-    assert value.shape == (7,)
+    assert value.shape == (() if name in WHOLE else (7,))
     torch.testing.assert_close(value, model(batch, generator=generator("loss")).value)  # forward is the loss
     wide = batch[torch.arange(7).repeat(6)]
     if list(model.parameters()):

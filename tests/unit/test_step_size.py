@@ -10,15 +10,15 @@ from torch import Tensor
 from genmodels.registry import build, member, names
 from genmodels.rng import generator
 from genmodels.solvers.base import Controller, Solver, integrate
-from genmodels.solvers.fields import RowField
+from genmodels.solvers.fields import RowField, VectorField
 from genmodels.solvers.runge_kutta import Dopri5, Heun
 from genmodels.solvers.solution import Record, Result, SolverError
 from genmodels.solvers.step_size import PI
 from genmodels.types import expand_like
 from tests.oracles import GAUSSIAN, LINEAR, probability_flow
 
-STEPPERS = [name for name in names(Solver) if not member(Solver, name, "solver").whole]
-ADAPTIVE = [name for name in STEPPERS if build(Solver, name).adaptive]
+FIELDS = [name for name in names(Solver) if member(Solver, name, "solver").needs is VectorField]
+ADAPTIVE = [name for name in FIELDS if not member(Solver, name, "solver").whole and build(Solver, name).adaptive]
 PLANE = torch.randn(5, 2, generator=generator("plane"), dtype=torch.float64)
 SPIRAL = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]], dtype=torch.float64)
 UNIT = torch.tensor([0.0, 1.0], dtype=torch.float64)
