@@ -1,6 +1,6 @@
 """A training step of a latent ODE on irregular series: ours against torchdiffeq on the union of all times.
 
-    python -m evals.benchmarks.series [--batch 64] [--points 40] [--repeats 10] [--threads 1]
+    python -m evals.benchmarks.series [--batch 32] [--points 20] [--repeats 5] [--threads 1]
         [--out evals/results/benchmarks/series.json]
 
 Every series has times of its own. The reference formulation solves the whole batch through the union of all times and
@@ -143,7 +143,7 @@ def compare(case: str, batch: Batch, solver: Solver, controller: Controller, the
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in (("batch", 64), ("points", 40), ("repeats", 10), ("threads", 1)):
+    for name, default in (("batch", 32), ("points", 20), ("repeats", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=Path("evals/results/benchmarks/series.json"))
     options = parser.parse_args(arguments)

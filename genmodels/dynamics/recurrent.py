@@ -237,7 +237,7 @@ class SeriesModel(Model):
         if not high >= low:
             raise ValueError("prepare: there are no training items to take the times from.")
         self.origin.fill_(low)
-        self.ends.copy_(torch.tensor([low, high]))
+        self.ends.copy_(torch.tensor([low, high], dtype=torch.float64))
         if self.measures:
             self.scale.fill_(high - low if high > low else 1.0)
         for module in self.modules():

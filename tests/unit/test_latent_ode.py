@@ -192,7 +192,7 @@ def test_the_predictive_law_is_that_of_the_linear_model():
 
 
 def test_samples_have_the_covariance_of_the_prior():
-    model, _ = built()
+    model, batch = built()
     times = torch.tensor([3.2, 3.2, 4.5], dtype=torch.float64)
     x = model.sample(3000, times=times).flatten(1)
     h = flows(model, model.clock(times)[None])[0].reshape(6, 2).detach()
@@ -202,7 +202,10 @@ def test_samples_have_the_covariance_of_the_prior():
     same(x.T.cov() / scale / scale[:, None], expected / scale / scale[:, None], 4 * 1.5 / math.sqrt(3000))
     clean = model.sample(5, times=times, mean=True)
     assert torch.equal(clean[:, 0], clean[:, 1])
-    assert model.sample(2).shape == (2, POINTS, CHANNELS)
+    known = torch.cat((batch.times[batch.mask.any(2)], batch.target_times.flatten()))
+    first, last = known.min(), known.max()  # to the last bit: the earliest time is where samples may begin
+    spread = torch.linspace(0, 1, POINTS, dtype=torch.float64) * (last - first) + first
+    assert torch.equal(model.sample(2), model.sample(2, times=spread))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -128,6 +128,15 @@ def test_what_comes_later_does_not_matter_for_a_forecast(name):
     assert (changed[:, 3:] - out[:, 3:]).abs().max() > 1e-3
 
 
+def test_at_an_observation_the_forecast_is_read_off_the_state_after_it():
+    model, batch = built("ode_rnn")
+    series = model.series(batch, "test")
+    times = series.times * model.scale + model.origin + 1e-9  # just after: times are scaled and back
+    out = model.predict(batch.replace(target=None, target_mask=None, target_times=times))
+    expected = model.readout(model.encoder.read(series).states[:, 1:])
+    same(out, expected, 1e-7)
+
+
 @pytest.mark.parametrize("classes", [None, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_trained(name, classes):
