@@ -32,6 +32,8 @@ class KineticJacobian(Regularizer):
     Source: Finlay et al. 2020 (How to train your neural ODE), section 3.
     """
 
+    differentiates = True
+
     def __init__(
         self,
         coefficient: float = 0.01,
@@ -79,6 +81,8 @@ class Taylor(Regularizer):
         ConfigError: if the order is below 1.
     Source: Kelly et al. 2020 (Learning differential equations that are easy to solve), section 4.
     """
+
+    differentiates = True
 
     def __init__(self, coefficient: float = 0.01, end: float | None = None, order: int = 2) -> None:
         super().__init__(coefficient, end)
