@@ -8,20 +8,12 @@ not trained again, so the same command continues a study. `--publish` copies res
 `evals.studies.sharing`.
 """
 
-import argparse
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 from genmodels.config import read
-from genmodels.evaluation.evaluate import publish
-from genmodels.evaluation.results import read as read_result
 
-ROOT = Path(__file__).resolve().parents[2]
+from .plans import ROOT, Plan, main
+
 PLANES = ("checkerboard", "moons")
 BUDGET = "train.steps=1000"  # of the many runs that compare ways of sharing
 DEPTHS = (4, 8, 16)
@@ -30,16 +22,6 @@ VARIANTS = {  # of one network for all steps: what differs from the configuratio
     "decomp": {"embedding": 0, "inject": "[]"},
     "nanoflow": {},
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run: its name, its configuration file, the protocol that scores it, and overrides."""
-
-    name: str
-    config: str
-    protocol: str
-    overrides: tuple[str, ...] = ()
 
 
 def sharing(config: str, layer: str, variant: str) -> tuple[str, ...]:
@@ -112,34 +94,5 @@ STUDIES: dict[str, Callable[[], Iterator[Plan]]] = {
 }
 
 
-def carry_out(plan: Plan, root: Path, threads: int) -> None:
-    """Train a run to its end and evaluate it, in processes of their own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    train = ["train.py", f"configs/{plan.config}.yaml", f"name={plan.name}", *plan.overrides, "--root", str(root)]
-    score = ["-m", "evals.evaluate", str(root / plan.name), "--protocol", plan.protocol]
-    for command in (train, score):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{plan.name}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    print(plan.name, flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", choices=STUDIES)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--root", type=Path, default=Path("runs/flows"))
-    parser.add_argument("--publish", action="store_true", help="copy the results to evals/results")
-    given = parser.parse_args()
-    threads = max(1, (os.cpu_count() or 1) // given.jobs)
-    plans = [plan for study in given.studies for plan in STUDIES[study]()]
-    with ThreadPoolExecutor(given.jobs) as pool:
-        for future in [pool.submit(carry_out, plan, given.root, threads) for plan in plans]:
-            future.result()
-    for plan in plans if given.publish else ():  # at the end, so that all are evaluated by the same clean commit
-        for path in (given.root / plan.name / "eval" / plan.protocol).glob("*.json"):
-            publish(path, read_result(path)[0])
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, STUDIES, "runs/flows")

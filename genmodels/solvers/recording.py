@@ -40,7 +40,7 @@ class Recorder:
             "u": u.clone(),
             "wanted": wide[0] + u * (wide[-1] - wide[0]),
             "t": wide[0].expand_as(u).clone(),
-            "s": wide[-1].expand_as(u).clone(),
+            "s": wide[0].expand_as(u).clone(),  # a step of length 0 until there is one
             "x": x.expand(len(u), *x.shape).clone(),
         }
 
