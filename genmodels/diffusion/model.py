@@ -7,24 +7,24 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from ..dynamics.regularization import Evolved, Regularizer, evolve
 from ..model import Model, check_labels
 from ..networks.network import Network
-from ..registry import ConfigError, register
+from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..solvers.base import Controller, Fixed, Solver, integrate
 from ..solvers.divergence import transport
 from ..solvers.fields import RowField
-from ..solvers.runge_kutta import Dopri5, Heun
+from ..solvers.runge_kutta import Dopri5, Heun, Tsit5
 from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, expand_like, sum_items
+from .checks import at_least_one, check_settings, one_each
 from .denoiser import Denoiser, Guided, Preconditioned
 from .parametrization import Target, target
 from .schedules import Linear, Schedule
 from .times import LogitNormal, TimeLaw
 from .weightings import Uniform, Weighting
-
-LARGEST_INPUT = 5.0  # standard deviation beyond which a network should not be fed x_t as it is
 
 
 @register(Model, "diffusion")
@@ -49,6 +49,9 @@ class DiffusionModel(Model):
         condition_dropout: share of items whose condition is hidden in training, item by item; 0 gives up guidance and
             unconditional answers.
         sigma_data: root mean square of T(x), for the prediction and the weighting "edm"; null to measure it.
+        regularizers: penalties in training on the ODE from noise to data, for samples that take fewer evaluations.
+        regularized_items: for how many items of a batch, under their conditions, that ODE is then solved.
+        solver, controller: of that solve; a controller of null is pi at 1e-3 with one clock for all.
     Raises:
         ConfigError: if a number is out of its range, or if the network would be fed inputs of a very large scale.
     Source: Lipman et al. 2023 (Flow Matching); Song et al. 2021 (Score-based generative modeling through SDEs),
@@ -65,6 +68,10 @@ class DiffusionModel(Model):
         conditional: bool = True,
         condition_dropout: float = 0.1,
         sigma_data: float | None = None,
+        regularizers: tuple[Regularizer, ...] = (),
+        regularized_items: int = 16,
+        solver: Solver = Tsit5(),
+        controller: Controller | None = None,
         *,
         shape: Shape,
         num_classes: int | None,
@@ -73,7 +80,10 @@ class DiffusionModel(Model):
         bin_width: float | None,
     ) -> None:
         super().__init__()
-        _check(schedule, prediction, condition_dropout, sigma_data)
+        check_settings(schedule, prediction, condition_dropout, sigma_data, regularized_items)
+        self.regularizers, self.regularized_items = tuple(regularizers), regularized_items
+        self.solver, self.controller = solver, controller or PI(1e-3, 1e-3, norm="batch")
+        self.differentiates_twice = any(r.differentiates for r in self.regularizers)
         self.shape, self.bin_width, self.transform = tuple(shape), bin_width, transform
         self.conditional = conditional and (num_classes is not None or condition_shape is not None)
         if not self.conditional:
@@ -137,7 +147,26 @@ class DiffusionModel(Model):
         density = self.times.density(t, self.schedule, span)
         weight = self.weighting(denoiser.prediction, scales, density, denoiser.sigma_data)
         error = error.reshape(len(batch), math.prod(self.model_shape)).mean(1)
-        return Loss(weight.to(error.dtype) * error, {"squared_error": error.detach().mean()})
+        value, logs = weight.to(error.dtype) * error, {"squared_error": error.detach().mean()}
+        if self.training and self.regularizers:
+            solved = self._regularized(len(batch), condition, generator)
+            value, logs = value + solved.penalty.mean().to(value.dtype), logs | solved.logs
+        return Loss(value, logs)
+
+    def _regularized(self, rows: int, condition: Tensor | None, generator: Generator | None) -> Evolved:
+        """A solve from noise to data under the first conditions of a batch, for its mean penalty alone."""
+        noise = BatchNoise(min(rows, self.regularized_items), generator=generator, device=self.device)
+        return evolve(
+            RowField(self.denoiser.velocity, None if condition is None else condition[: noise.n]),
+            self.prior_scale() * noise.normal(*self.model_shape, dtype=self.dtype),
+            self._grid(1, self.controller).flip(0),
+            solver=self.solver,
+            controller=self.controller,
+            gradient=None,
+            regularizers=self.regularizers,
+            progress=self.progress,
+            noise=noise,
+        )
 
     def _drop(self, condition: Condition | None, noise: Noise) -> Tensor:
         """The conditions with a share of them replaced by "no condition", item by item."""
@@ -181,7 +210,7 @@ class DiffusionModel(Model):
         """
         seeds = as_seeds(seeds)
         condition = self._checked(condition, len(seeds), "sample")
-        _at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
+        at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
         ode = {"num_steps": num_steps, "solver": solver, "controller": controller, "guidance": guidance}
         drawn = []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
@@ -250,7 +279,7 @@ class DiffusionModel(Model):
 
     def _grid(self, num_steps: int, controller: Controller) -> Tensor:
         """Evenly spaced times from t_min to t_max; step control, which lands on every one, is given the ends alone."""
-        _at_least_one("diffusion", num_steps=num_steps)
+        at_least_one("diffusion", num_steps=num_steps)
         steps = num_steps if isinstance(controller, Fixed) else 1
         return torch.linspace(self.denoiser.t_min, self.denoiser.t_max, steps + 1, dtype=torch.float64)
 
@@ -309,8 +338,8 @@ class DiffusionModel(Model):
         if not self.transform.volume:
             raise NotApplicable("the transform to model space has no log-determinant, so data have no density.")
         condition = self._checked(condition, len(x), "likelihood")
-        _at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
-        seeds = _one_each(seeds, len(x))
+        at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
+        seeds = one_each(seeds, len(x))
         times = self._grid(num_steps, controller)
         ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
         wanted = x.requires_grad or any(p.requires_grad for p in self.parameters())
@@ -362,19 +391,6 @@ class DiffusionModel(Model):
         return condition.to(self.device)
 
 
-def _check(schedule: Schedule, prediction: Target, dropout: float, sigma_data: float | None) -> None:
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"model.condition_dropout: 0 <= condition_dropout < 1 is needed, found {dropout}.")
-    if sigma_data is not None and not sigma_data > 0:
-        raise ConfigError(f"model.sigma_data: a number > 0, or null to measure it, is needed, found {sigma_data}.")
-    largest = float(schedule.scales(torch.tensor(schedule.t_max))[1])
-    if prediction != "edm" and largest > LARGEST_INPUT:
-        raise ConfigError(
-            f"model.prediction: with this schedule the network would be fed noise of standard deviation {largest:g}. "
-            "Use prediction: edm, which scales its inputs to 1, or a schedule that ends near 1."
-        )
-
-
 def _mean(values: Tensor, divergence: str) -> Likelihood:
     """The mean of values [draws, P, B], with its standard error over the probes."""
     draws, probes, _ = values.shape
@@ -382,16 +398,3 @@ def _mean(values: Tensor, divergence: str) -> Likelihood:
         return Likelihood(values.mean((0, 1)), "numerical")
     stderr = (values.var(1).sum(0) / probes).sqrt() / draws if probes > 1 else None
     return Likelihood(values.mean((0, 1)), "stochastic", stderr)
-
-
-def _one_each(seeds: Seeds | None, n: int) -> Tensor:
-    found = as_seeds(n if seeds is None else seeds)
-    if len(found) != n:
-        raise ValueError(f"likelihood: one seed per item is needed, found {len(found)} for {n} items.")
-    return found
-
-
-def _at_least_one(where: str, **counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{where}: {name} must be at least 1, found {count}.")

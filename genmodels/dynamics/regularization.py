@@ -68,9 +68,11 @@ class Regularizer(ABC):
         ConfigError: if a coefficient is negative.
     Attributes:
         traced: True if the value needs the graph of the solver's own steps, which not every gradient method has.
+        differentiates: True if the value itself differentiates the field, so that networks cannot be compiled.
     """
 
     traced: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = False
 
     def __init__(self, coefficient: float, end: float | None = None) -> None:
         for key, value in (("coefficient", coefficient), ("end", end)):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import ConfigError, register
 from ..rng import Noise
-from ..solvers.divergence import ProbeLaw, draw_probes
+from ..solvers.divergence import ProbeLaw, Sketched, draw_probes
 from .augmented import Rate
 from .regularization import Regularizer, Solve
 
@@ -19,7 +19,8 @@ class KineticJacobian(Regularizer):
     """RNODE: ∫ (kinetic |f|² + jacobian |εᵀ ∂f/∂x|²)/D |dt| along the solution, with one probe ε for the solve.
 
     The second term estimates the squared Frobenius norm of the Jacobian, E |εᵀ J|² = |J|². Both are more components of
-    the state, which error norms do not see; they work with every gradient method. D is the number of components of an
+    the state, which error norms do not see; they work with every gradient method. In a continuous flow the Jacobian is
+    that of its divergence, exact or with the probes of that, at no further cost. D is the number of components of an
     item, so that a coefficient does not depend on it.
 
     Args:
@@ -31,6 +32,8 @@ class KineticJacobian(Regularizer):
         ConfigError: if a weight is negative, or both are 0.
     Source: Finlay et al. 2020 (How to train your neural ODE), section 3.
     """
+
+    differentiates = True
 
     def __init__(
         self,
@@ -57,9 +60,12 @@ class KineticJacobian(Regularizer):
         return solve.integral
 
     def _kinetic(self, field: Function, t: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        return self.kinetic * _mean_square(v)
+        return self.kinetic * _mean_square(field.velocity if isinstance(field, Sketched) else v)
 
     def _both(self, field: Function, t: Tensor, x: Tensor, v: Tensor, probe: Tensor) -> Tensor:
+        if isinstance(field, Sketched):  # has differentiated itself for its divergence already
+            v = field.velocity
+            return self.kinetic * _mean_square(v) + self.jacobian * field.frobenius * (len(v) / v.numel())
         (pulled,) = torch.autograd.grad(v, x, probe.to(v), create_graph=True, materialize_grads=True, allow_unused=True)
         return self.kinetic * _mean_square(v) + self.jacobian * _mean_square(pulled)
 
@@ -80,6 +86,8 @@ class Taylor(Regularizer):
     Source: Kelly et al. 2020 (Learning differential equations that are easy to solve), section 4.
     """
 
+    differentiates = True
+
     def __init__(self, coefficient: float = 0.01, end: float | None = None, order: int = 2) -> None:
         super().__init__(coefficient, end)
         if order < 1:
@@ -93,6 +101,8 @@ class Taylor(Regularizer):
         return solve.integral
 
     def _rate(self, field: Function, t: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        if isinstance(field, Sketched):  # of points alone, without their log-determinants
+            field, x, v = field.field, field.split(x)[0], field.velocity
         return _mean_square(v if self.order == 1 else derivative(field, self.order)(t, x))
 
 

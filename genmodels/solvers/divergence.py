@@ -44,16 +44,21 @@ class Pushing(Protocol):
 
 @runtime_checkable
 class Sketched(Protocol):
-    """A field of states and integrals that keeps what regularizers want to know of its latest evaluation.
+    """A field of points and integrals that keeps what regularizers want to know of its latest evaluation.
 
     Attributes:
-        velocity: [B, *shape] dx/dt of the state alone, without integrals.
+        field: velocity of the points alone.
+        velocity: [B, *shape] dx/dt of the points.
         frobenius: [B] |∂v/∂x|² (squared Frobenius norm) there: exact, or the unbiased estimate |εᵀ ∂v/∂x|² or
             |∂v/∂x ε|² with the probes of the divergence, averaged over them.
     """
 
+    field: VectorField
     velocity: Tensor
     frobenius: Tensor
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, *shape] points, and the integrals of a state."""
 
 
 class Differentiated(NamedTuple):
@@ -248,8 +253,8 @@ class Joint:
         sketch: keep `velocity` and `frobenius` of the latest evaluation.
     """
 
-    velocity: Tensor
-    frobenius: Tensor
+    velocity: Tensor | None = None
+    frobenius: Tensor | None = None
 
     def __init__(
         self,

@@ -93,7 +93,8 @@ def test_log_det_is_that_of_the_jacobian_of_the_solve():
 
 def test_the_end_of_the_flow_is_learnt_by_its_gradient():
     f, x = layer(end=0.7, learn_end=True, controller={"name": "fixed", "steps": 8}), randn(5, 3)
-    weights = randn(5, 3, seed=1)
+    weights, end = randn(5, 3, seed=1), f.root.detach().square()
+    torch.testing.assert_close(f.velocity()(T, x), end * f.network(end * T, x))
 
     def value(root: Tensor) -> Tensor:
         z, log_det = torch.func.functional_call(f, {"root": root}, (x,))
@@ -326,7 +327,7 @@ def test_a_few_steps_of_training_raise_the_likelihood():
         value = model.loss(Batch(x), generator=generator("loss", k)).value.mean()
         value.backward()
         optimizer.step()
-        values.append(float(value))
+        values.append(float(value.detach()))
     assert values[-1] < values[0] - 0.1
 
 
@@ -362,3 +363,42 @@ def test_a_flow_of_several_scales_for_images():
     assert loss.value.shape == (12,) and math.isfinite(float(loss.logs["bits_per_dim"]))
     loss.value.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_penalties_see_the_points_alone_and_reuse_the_jacobian_of_the_divergence():
+    """A linear field: |∂v/∂x|² = T²|A|² everywhere, v = T A x, and d²x/dt² = T² A² x."""
+    x, how = (
+        randn(4, 3),
+        {"controller": {"name": "pi", "rtol": 1e-9, "atol": 1e-9, "norm": "batch"}, "divergence": "exact"},
+    )
+
+    def charged(divergence: str, **regularizer: object) -> Tensor:
+        model = flow(
+            [{"name": "continuous", "network": FIELD}],
+            (3,),
+            **{**how, "divergence": divergence},
+            regularizers=[regularizer],
+        )
+        model.layers.bijections[0] = linear()
+        penalty = model.train().loss(Batch(x), generator=generator("loss")).value
+        model.regularizers = ()
+        return penalty - model.loss(Batch(x), generator=generator("loss")).value
+
+    times = torch.linspace(0, 1, 401, dtype=torch.float64)
+    path = torch.stack([x @ torch.linalg.matrix_exp(1.5 * t * A).T for t in times])
+    energy = torch.trapezoid((1.5 * path @ A.T).square().mean(2), times, dim=0)
+    bent = torch.trapezoid((2.25 * path @ A.T @ A.T).square().mean(2), times, dim=0)
+    rnode = {"name": "kinetic_jacobian", "coefficient": 1.0}
+    norm = 2.25 * A.square().sum() / 3
+    for divergence in ("exact", "hutchinson"):
+        torch.testing.assert_close(charged(divergence, **rnode, jacobian=0.0).detach(), energy, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            charged(divergence, name="taylor", coefficient=1.0).detach(), bent, rtol=0, atol=1e-4
+        )
+    exact = charged("exact", **rnode, kinetic=0.0).detach()
+    torch.testing.assert_close(exact, norm.expand(4), rtol=0, atol=1e-6)
+    estimated = charged("hutchinson", **rnode, kinetic=0.0).detach()
+    # |J ε|² over all signs: one of these for each row
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=torch.float64)
+    possible = 2.25 * (signs @ A.T).square().sum(1) / 3
+    assert ((estimated[:, None] - possible).abs().min(1).values < 1e-6).all() and (estimated - norm).abs().max() > 1e-2
