@@ -84,8 +84,8 @@ def table(found: list[Row]) -> str:
         "|---:|:---|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {r['dropped']:.0%} | {TITLES[r['model']]} | {r['accuracy']:.3f} ± {r['stderr']:.3f} | {r['parameters']:,} | "
-        f"{r['nfe']:.3g} | {r['seconds']:.0f} |"
+        f"| {r['dropped']:.0%} | {TITLES[r['model']]} | {r['accuracy']:.3f} ± {r['stderr']:.3f} | "
+        f"{r['parameters']:,} | {r['nfe']:.3g} | {r['seconds']:.0f} |"
         for r in found
     ]
     return "\n".join(lines) + "\n"
