@@ -1,6 +1,7 @@
 """Penalties on the path that a solution takes, and a random end of it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class KineticJacobian(Regularizer):
 
     The second term estimates the squared Frobenius norm of the Jacobian, E |εᵀ J|² = |J|². Both are more components of
     the state, which error norms do not see; they work with every gradient method. D is the number of components of an
-    item, so that a coefficient does not depend on it.
+    item, so that a coefficient does not depend on it. In a continuous flow both are those of the points, and the
+    Jacobian's comes with the divergence at no cost.
 
     Args:
         coefficient, end: see `Regularizer`.
@@ -59,9 +61,12 @@ class KineticJacobian(Regularizer):
         return solve.integral
 
     def _kinetic(self, field: Function, t: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        return self.kinetic * _mean_square(v)
+        return self.kinetic * _mean_square(field.velocity if _sketches(field) else v)
 
     def _both(self, field: Function, t: Tensor, x: Tensor, v: Tensor, probe: Tensor) -> Tensor:
+        if _sketches(field):
+            size = max(field.velocity[0].numel(), 1)
+            return self._kinetic(field, t, x, v) + self.jacobian * field.frobenius / size
         (pulled,) = torch.autograd.grad(v, x, probe.to(v), create_graph=True, materialize_grads=True, allow_unused=True)
         return self.kinetic * _mean_square(v) + self.jacobian * _mean_square(pulled)
 
@@ -97,6 +102,8 @@ class Taylor(Regularizer):
         return solve.integral
 
     def _rate(self, field: Function, t: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        if _sketches(field):
+            field, x, v = field.field, field.split(x)[0], field.velocity
         return _mean_square(v if self.order == 1 else derivative(field, self.order)(t, x))
 
 
@@ -144,6 +151,13 @@ class Steer(Regularizer):
 
     def value(self, solve: Solve) -> None:
         return None
+
+
+def _sketches(field: Any) -> bool:
+    """Whether the state holds log-determinants beside points, and the field knows the parts of its latest evaluation:
+    the `velocity` of points and the squared norm `frobenius` [B] of its Jacobian, for nothing; `field` and `split(x)`
+    are the velocity and the points by themselves."""
+    return getattr(field, "sketch", False)
 
 
 def _mean_square(y: Tensor) -> Tensor:
