@@ -63,7 +63,7 @@ ONLY_SDE = ("error_estimate", "stiffness", "both", "steps", "local-unbiased", "l
 PLAIN = ("vanilla", "steer")  # without a coefficient
 # The coefficients of the papers hold for mean E h and max S, see the docstrings of `error_estimate` and `stiffness`.
 EXPERIMENTS = {
-    "annulus": Experiment("annulus/neural_ode", "annulus", "accuracy", _ode((100.0, 10.0), 0.1, 1.0)),
+    "annulus": Experiment("annulus/neural_ode", "annulus", "accuracy", _ode((100.0, 10.0), 0.1, 2.0)),
     "digits": Experiment(
         "digits/neural_ode", "digits_classify", "accuracy", _ode((100.0, 10.0), 0.1, 0.3), ("train.steps=600",)
     ),

@@ -76,6 +76,32 @@ def test_integrals_leave_the_solution_alone(regularizer, save):
         torch.testing.assert_close(both.dense(line(0.3, 1.7)), alone.dense(line(0.3, 1.7)), rtol=0, atol=1e-13)
 
 
+class Flow:
+    """Points and log-determinants as one state, as continuous flows solve for them; knows its latest parts."""
+
+    sketch = True
+
+    def __init__(self, field):
+        self.field = field
+
+    def __call__(self, t, y):
+        self.velocity = self.field(t, y[:, :2])
+        self.frobenius = self.field.matrix.square().sum().expand(len(y))
+        return torch.cat((self.velocity, self.field.matrix.trace().expand(len(y), 1)), 1)
+
+    def split(self, y):
+        return y[:, :2], y[:, 2]
+
+
+@pytest.mark.parametrize("regularizer", [KineticJacobian(), KineticJacobian(jacobian=0.0), Taylor(order=2)])
+def test_penalties_on_a_flow_are_those_on_its_points(regularizer):
+    """Log-determinants add nothing; of the Jacobian a flow has its own norm, here without an estimate."""
+    start = torch.cat((START, torch.ones(1, 1, dtype=torch.float64)), 1)
+    whole = penalty(regularizer, Flow(Linear(SPIRAL)), start)
+    alone = penalty(regularizer, Linear(SPIRAL))  # |εᵀA|² is |A|² for the spiral's A and signs ε
+    torch.testing.assert_close(whole, alone, rtol=1e-5, atol=0)
+
+
 def test_steer_draws_the_end_uniformly_around_it():
     noise = BatchNoise(1, generator=generator("steer"))
     ends = torch.stack([Steer(width=0.25).times(line(1, 3), noise) for _ in range(2000)])
