@@ -33,7 +33,7 @@ def guarded(command: Callable[[Sequence[str]], int | None]) -> Callable[[Sequenc
     def run(argv: Sequence[str] | None = None) -> int:
         from .evaluation.results import ResultError
         from .registry import ConfigError
-        from .solvers.base import SolverError
+        from .solvers.solution import SolverError
         from .training import processes
         from .training.checkpoint import CheckpointError
         from .training.guard import TrainingFailed

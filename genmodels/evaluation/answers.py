@@ -24,7 +24,7 @@ from ..model import Model
 from ..operations import count_operations
 from ..rng import generator
 from ..sampling import to_device
-from ..solvers.base import SolverError
+from ..solvers.solution import SolverError
 from ..training import processes
 from ..types import (
     Batch,

@@ -1,9 +1,7 @@
-"""What a solver is, and `integrate`, the one loop that runs them: step rules, step control, outcomes."""
+"""What a solver is, and `integrate`, the one way to run them: step rules, step control, gradients, outcomes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntEnum
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..registry import ConfigError, kind, member, names, register
-from ..rng import Noise
 from ..types import expand_like
-from .fields import Counted, VectorField
+from .fields import Counted, VectorField, narrow
+from .norms import finite_rows
+from .recording import Recorder
+from .solution import Record, Result, Solution, SolverError, worst
 
 State = tuple[Tensor, ...]  # a solver's memory between steps; each tensor has the batch axis first
 RUNNING = -1  # the status of a row that has not ended
@@ -25,14 +25,14 @@ class Step(NamedTuple):
     Args:
         x: [B, *shape] state at the new time.
         error: [B, *shape] local error estimate, with graph; None if the method has none.
-        stiffness: [B] float64 estimate of the largest |eigenvalue| of ∂f/∂x, with graph; None if the method has none.
         state: memory for the next step.
+        slopes: what the method evaluated on the way, from which it makes stiffness and interpolation.
     """
 
     x: Tensor
     error: Tensor | None
-    stiffness: Tensor | None
     state: State
+    slopes: tuple[Tensor, ...] = ()
 
 
 @kind
@@ -47,7 +47,9 @@ class Solver(ABC):
         stages: evaluations of the field per step, besides those of `start`.
         needs: protocol of the field.
         counts: method of the field whose calls are its evaluations.
-        adaptive: True if steps carry an error estimate of size O(h^order), as step control needs.
+        adaptive: True if steps carry an error estimate of size O(h^error_order), as step control needs.
+        stability: largest h |λ| on the negative real axis for which y' = λ y does not grow; None if there is no bound,
+            or if it is not known.
     """
 
     order: ClassVar[float]
@@ -55,139 +57,56 @@ class Solver(ABC):
     needs: ClassVar[type] = VectorField
     counts: ClassVar[str] = "__call__"
     adaptive: ClassVar[bool] = False
+    stability: ClassVar[float | None] = None
+
+    @property
+    def error_order(self) -> float:
+        """The power of h that the error estimate goes with."""
+        return self.order
 
     def start(self, field: Any, t: Tensor, x: Tensor) -> State:
         """The memory before the first step; t is [] or [B]."""
         return ()
 
     @abstractmethod
-    def step(self, field: Any, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Noise | None) -> Step:
+    def step(self, field: Any, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
         """One step from time t to time s, both [] or both [B] float64; all randomness comes from `noise`."""
 
-    def slope(self, field: Any, t: Tensor, x: Tensor, state: State) -> Tensor:
-        """[B, *shape] dx/dt at (t, x), for the choice of a first step; from `state` where it is known already."""
+    def velocity(self, field: Any, t: Tensor, x: Tensor) -> Tensor:
+        """[B, *shape] dx/dt at (t, x): one evaluation."""
         return field(t, x)
 
+    def slope(self, field: Any, t: Tensor, x: Tensor, state: State) -> Tensor:
+        """[B, *shape] dx/dt at (t, x); from `state` where it is known already."""
+        return self.velocity(field, t, x)
 
-class Result(IntEnum):
-    """How an integration ended; `message` says it in words."""
+    def stiffness(self, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor | None:
+        """[B] float64 estimate of the largest |eigenvalue| of ∂f/∂x in a step, with graph; None without one."""
+        return None
 
-    def __new__(cls, value: int, message: str, advice: str) -> "Result":
-        member = int.__new__(cls, value)
-        member._value_, member.message, member.advice = value, message, advice
-        return member
+    def interpolant(self, field: Any, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor:
+        """[K, B, *shape] coefficients of θ⁰ … θ^{K-1} of the solution within a step, θ = (t' - t)/(s - t).
 
-    success = 0, "reached the last time", ""
-    max_steps_reached = (
-        1,
-        "used up max_steps before the last time",
-        "Raise max_steps, or loosen rtol and atol (in float32 an rtol below 1e-6 is lost in rounding noise).",
-    )
-    step_underflow = (
-        2,
-        "needed steps too short for floating-point time",
-        "The solution is singular or very stiff there: look at the field near this time, smooth or regularise it, "
-        "loosen rtol and atol, compute in float64, or use a fixed grid.",
-    )
-    non_finite = (
-        3,
-        "met an infinite or undefined state",
-        "Look at the field near this time (divisions, logarithms, exponentials), compute in float64, or shorten "
-        "the steps, or let step control choose them (controller: pi).",
-    )
+        By default the cubic that has both states and both slopes (order 3), for an evaluation more than the step's.
+        """
+        h = expand_like(s - t, x).to(x.dtype)
+        a, b = h * self.velocity(field, t, x), h * self.slope(field, s, step.x, step.state)
+        rise = step.x - x
+        return torch.stack((x, a, 3 * rise - 2 * a - b, a + b - 2 * rise))
 
-
-@dataclass(frozen=True, slots=True)
-class Solution:
-    """Where an integration ended and what it cost; with graph, except for counts and times.
-
-    Sums run over a row's accepted steps. E is the root mean square over the row of the local error estimate, divided by
-    atol + rtol max(|x|, |x⁺|) under step control and bare on a fixed grid; S is the stiffness estimate, h a step.
-
-    Args:
-        x: [B, *shape] state at the last time (where a row failed: its last finite state).
-        path: [L, B, *shape] states at `times`, nan where a row did not get; None unless save="all".
-        nfe: [B] int64 evaluations of the field on the row's path; those of rejected steps count.
-        steps: [B] int64 accepted steps.
-        rejected: [B] int64 rejected steps.
-        error: [B] float64 Σ E |h|; None without an error estimate.
-        stiffness: [B] float64 Σ S |h|; None without a stiffness estimate.
-        result: how it ended: that of the first row that failed.
-        error_squared: [B] float64 Σ E².
-        stiffness_max: [B] float64 max S.
-        time: [B] float64 where each row ended.
-        status: [B] int64 `Result` of each row.
-    Source: error, error_squared, stiffness: Pal et al. 2021 (Opening the Blackbox), section 3; its code averages E |h|
-        over steps (here error / steps) and takes the maximum of S.
-    """
-
-    x: Tensor
-    path: Tensor | None
-    nfe: Tensor
-    steps: Tensor
-    rejected: Tensor
-    error: Tensor | None
-    stiffness: Tensor | None
-    result: Result
-    error_squared: Tensor | None
-    stiffness_max: Tensor | None
-    time: Tensor
-    status: Tensor
-
-
-class SolverError(RuntimeError):
-    """An integration that did not reach its last time.
-
-    Attributes:
-        result: why.
-        row: the first row that failed.
-        time: the last time that it reached.
-        steps: its accepted steps.
-        rejected: its rejected steps.
-    """
-
-    def __init__(self, solution: Solution) -> None:
-        self.result = solution.result
-        self.row = int(solution.status.cpu().gt(0).nonzero()[0])
-        self.time, self.steps = float(solution.time[self.row]), int(solution.steps[self.row])
-        self.rejected = int(solution.rejected[self.row])
-        super().__init__(
-            f"integrate: row {self.row} of {len(solution.x)} {self.result.message}: {self.result.name} in step "
-            f"{self.steps + 1} from t = {self.time:.9g}, after {self.rejected} rejected steps. {self.result.advice} "
-            'on_failure="return" gives the last finite state instead of this error.'
-        )
-
-
-class Heuristics(NamedTuple):
-    """The running sums of `Solution`: [B] float64 each, or None."""
-
-    error: Tensor | None
-    error_squared: Tensor | None
-    stiffness: Tensor | None
-    stiffness_max: Tensor | None
-
-    @classmethod
-    def zeros(cls, x: Tensor) -> "Heuristics":
-        return cls(*[x.new_zeros(len(x), dtype=torch.float64)] * 4)
-
-    def add(self, error: Tensor | None, stiffness: Tensor | None, h: Tensor, rows: Tensor) -> "Heuristics":
-        """With a step of length h: its error norm and stiffness, [B] each, where `rows` [B] is True."""
-        e = None if error is None else torch.where(rows, error, 0.0)
-        s = None if stiffness is None else torch.where(rows, stiffness, 0.0)
-        return Heuristics(
-            _merged(torch.add, self.error, None if e is None else e * h),
-            _merged(torch.add, self.error_squared, None if e is None else e.square()),
-            _merged(torch.add, self.stiffness, None if s is None else s * h),
-            _merged(torch.maximum, self.stiffness_max, s),
-        )
-
-
-def _merged(f: Callable[[Tensor, Tensor], Tensor], total: Tensor | None, value: Tensor | None) -> Tensor | None:
-    return value if total is None or value is None else f(total, value)
+    def solve(self, problem: "Problem", controller: "Controller") -> Solution:
+        """A whole integration; a back-end that has loops of its own replaces it."""
+        return controller.solve(problem)
 
 
 class Problem(NamedTuple):
-    """What a controller must solve: the checked arguments of `integrate`, with times on the state's device."""
+    """What is to be solved: the checked arguments of `integrate`, with times on the state's device.
+
+    Args:
+        times: [L], or [L, B] where each row has its own.
+        direction: 1 forwards, -1 backwards.
+        span: length of the (longest) interval.
+    """
 
     field: Any
     x: Tensor
@@ -195,8 +114,11 @@ class Problem(NamedTuple):
     direction: int
     span: float
     solver: Solver
-    noise: Noise | None
+    noise: Any
     keep_path: bool
+    keep_dense: bool
+    stop: "Termination | None"
+    record: Record | None
     max_steps: int
     stop_at_failure: bool
     seminorm: Callable[[Tensor], Tensor]
@@ -214,44 +136,148 @@ class Controller(ABC):
         """Raises ConfigError if this controller cannot steer the solver."""
 
 
+@kind
+class Gradient(ABC):
+    """How gradients get from the result of an integration to what it depends on.
+
+    Attributes:
+        calls: evaluations of the field in backward passes since the last solve.
+        differentiates_trace: True if the recorded error and stiffness of steps carry gradients.
+    """
+
+    calls: int = 0
+    differentiates_trace: ClassVar[bool] = True
+
+    @abstractmethod
+    def solve(self, problem: Problem, controller: Controller) -> Solution:
+        """The solution of a problem, with gradients."""
+
+
+@register(Gradient, "backprop")
+class Backprop(Gradient):
+    """Backpropagation through every accepted step (discretise, then optimise): exact for the steps taken.
+
+    Memory grows with the number of steps. The lengths of adaptive steps count as constants.
+    """
+
+    def solve(self, problem: Problem, controller: Controller) -> Solution:
+        return problem.solver.solve(problem, controller)
+
+
+@kind
+class Termination(ABC):
+    """Ends the integration of a row before its last time.
+
+    It stops where `reached` first holds at the end of a step; `locate` then says where within the step.
+    """
+
+    @abstractmethod
+    def reached(self, problem: Problem, field: Any, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor:
+        """[B] bool: whether a row is to stop within the step from (t, x) to (s, step.x)."""
+
+    def locate(
+        self, problem: Problem, field: Any, t: Tensor, s: Tensor, x: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """[B] times and [B, *shape] states where rows that are to stop do so; by default the end of the step."""
+        return s.expand(len(x)), step.x
+
+
 @register(Controller, "fixed")
 class Fixed(Controller):
-    """The steps are the given grid: one step for each interval, the same for every row."""
+    """The steps are the given grid, the same for every row, or each row's own.
+
+    Args:
+        steps: equal steps that every interval of the grid is divided into.
+    Raises:
+        ValueError: if there is not at least one.
+    """
+
+    def __init__(self, steps: int = 1) -> None:
+        if steps < 1:
+            raise ValueError(f"fixed: steps must be at least 1, found {steps}.")
+        self.steps = steps
 
     def solve(self, problem: Problem) -> Solution:
-        x, times, solver = problem.x, problem.times[: problem.max_steps + 1], problem.solver
-        field = Counted(problem.field, solver.counts)
-        grid = times.unbind() if len(x) else times[:1].unbind()  # nothing is evaluated for an empty batch
-        state = solver.start(field, grid[0], x) if len(x) else ()
+        x, solver, noise = problem.x, problem.solver, problem.noise
+        grid = self._grid(problem.times)
+        allowed = (
+            grid[: problem.max_steps + 1].unbind() if len(x) else grid[:1].unbind()
+        )  # an empty batch costs nothing
+        field, recorder = Counted(problem.field, solver.counts), Recorder(problem, None)
+        state = solver.start(field, allowed[0], x) if len(x) else ()
         alive = x.new_ones(len(x), dtype=torch.bool)
-        steps, sums = alive.to(torch.int64) * 0, Heuristics(None, None, None, None)
-        path, calls = [x], [field.calls]
-        for t, s in pairwise(grid):
-            taken = solver.step(field, t, s, x, state, problem.noise)
+        passed = steps = alive.to(torch.int64) * 0
+        index, stopped = torch.arange(len(x), device=x.device), ~alive
+        time = grid[:1].detach().expand(1, len(x))[0] if grid.ndim == 1 else grid[0].detach()
+        path, calls, failed = [x], [field.calls], ~alive
+        for number, (t, s) in enumerate(pairwise(allowed)):
+            taken = solver.step(field, t, s, x, state, noise)
+            running, moves = alive, (s != t) & alive  # an interval of length 0 is padding
             alive = alive & finite_rows(taken.x)
+            failed = failed | (running & ~alive)
+            new, end = taken.x, s.detach().expand(len(x))
+            if problem.stop is not None:
+                ends = alive & problem.stop.reached(problem, field, t, s, x, taken)
+                if bool(ends.any()):
+                    where, there = problem.stop.locate(problem, field, t, s, x, taken)
+                    new = torch.where(expand_like(ends, x), there, new)
+                    end = torch.where(ends, where.detach(), end)
+                    stopped = stopped | ends
+            if recorder.active:
+                self._record(recorder, index, alive & moves, steps, number == len(grid) - 2, t, s, x, taken, field)
             # a row that fails is frozen; where asking costs no wait for a device, only if there is one
             intact = x.device.type == "cpu" and bool(alive.all())
-            x, state = taken.x if intact else torch.where(expand_like(alive, x), taken.x, x), taken.state
-            if taken.error is not None or taken.stiffness is not None:
-                error = None if taken.error is None else rms(problem.seminorm(taken.error))
-                sums = sums.add(error, taken.stiffness, (s - t).abs(), alive)
-            steps = steps + alive
+            x, state = new if intact else torch.where(expand_like(alive, x), new, x), taken.state
+            time, passed, steps = torch.where(alive, end, time), passed + alive, steps + (alive & moves)
+            alive = alive & ~stopped
             calls.append(field.calls)
-            path += [x] if problem.keep_path else []
-        last = len(problem.times) - 1 if len(x) else 0
-        status = torch.where(alive, Result.success if len(grid) > last else Result.max_steps_reached, Result.non_finite)
-        ended = steps + (status == Result.non_finite)  # the step that failed was evaluated too
+            path += [x] if problem.keep_path and (number + 1) % self.steps == 0 else []
+        complete = len(allowed) == len(grid) or not len(x)
+        status = torch.where(alive, Result.success if complete else Result.max_steps_reached, Result.success)
+        status = torch.where(failed, Result.non_finite, status)
         return Solution(
             x=x,
-            path=_masked(torch.stack(path), steps, len(problem.times)) if problem.keep_path else None,
-            nfe=torch.tensor(calls, device=x.device)[ended],
+            path=_masked(path, passed // self.steps, len(problem.times)) if problem.keep_path else None,
+            nfe=torch.tensor(calls, device=x.device)[passed + failed],  # the step that failed was evaluated too
             steps=steps,
             rejected=torch.zeros_like(steps),
             result=worst(status),
-            time=times.detach()[steps],
+            time=time,
             status=status,
-            **sums._asdict(),
+            trace=recorder.trace(),
+            picked=recorder.picked(),
+            dense=recorder.interpolation(),
+            stopped=None if problem.stop is None else stopped,
         )
+
+    def _grid(self, times: Tensor) -> Tensor:
+        """[steps (L - 1) + 1, …] the times with the ends of the steps between them."""
+        if self.steps == 1:
+            return times
+        parts = [torch.lerp(times[:-1], times[1:], k / self.steps) for k in range(self.steps)]
+        return torch.cat((torch.stack(parts, 1).flatten(0, 1), times[-1:]))
+
+    @staticmethod
+    def _record(
+        recorder: Recorder,
+        index: Tensor,
+        alive: Tensor,
+        steps: Tensor,
+        last: bool,
+        t: Tensor,
+        s: Tensor,
+        x: Tensor,
+        taken: Step,
+        field: Any,
+    ) -> None:
+        wide = (t.expand(len(x)), s.expand(len(x)))
+        step = taken
+        if not bool(alive.all()):
+            rows = alive.nonzero()[:, 0]
+            index, steps, x, wide = index[rows], steps[rows], x[rows], tuple(v[rows] for v in wide)
+            step = narrow(taken, rows)
+        final = torch.full_like(index, last, dtype=torch.bool)
+        recorder.add(index, steps, final, *wide, x, step, None, field)
 
 
 def integrate(
@@ -261,23 +287,31 @@ def integrate(
     *,
     solver: Solver,
     controller: Controller = Fixed(),
-    noise: Noise | None = None,
-    save: Literal["last", "all"] = "last",
+    gradient: Gradient = Backprop(),
+    noise: Any = None,
+    save: Literal["last", "all", "dense"] = "last",
+    stop: Termination | None = None,
+    record: Record | None = None,
     max_steps: int = 10_000,
     on_failure: Literal["raise", "return"] = "raise",
     seminorm: Callable[[Tensor], Tensor] | None = None,
 ) -> Solution:
     """Solve dx/dt = field(t, x) (or what else the solver steps) from times[0] to times[-1].
 
-    Row i of the result depends on row i of x alone. Gradients flow through the steps taken (discretise, then optimise);
-    the lengths of adaptive steps count as constants.
+    Row i of the result depends on row i of x alone, unless the controller's norm is over the batch.
 
     Args:
         field: what `solver.needs`; a `RowField` lets step control stop evaluating rows that are done.
         x: [B, *shape] state at times[0]; its dtype is kept.
-        times: [L] real, strictly increasing, or strictly decreasing to run backwards. Under `Fixed` each interval is
-            one step and the field gets t of shape []; under step control steps land on the times and t has shape [B].
-        save: "all" keeps the states at every time.
+        times: [L] real, strictly increasing, or strictly decreasing to run backwards; or [L, B], where every row has
+            times of its own, which may repeat (padding: such an interval is passed over). Under `Fixed` each interval
+            is divided into steps, and the field gets t of the shape [] of shared times, or [B]; under step control
+            steps land on the times, and t has shape [B].
+        gradient: how gradients are taken.
+        noise: a `Brownian` path, for SDEs.
+        save: "all" keeps the states at every time, "dense" lets `Solution.dense` be asked for any time.
+        stop: ends rows before their last time.
+        record: what to keep of the accepted steps.
         max_steps: most steps of a row, rejected ones included.
         on_failure: raise a SolverError, or return the last finite state.
         seminorm: the part [B, *] of a state-like [B, *shape] that error norms see, None for all of it; accumulated
@@ -290,13 +324,25 @@ def integrate(
     _check_arguments(x, save, on_failure)
     _check_field(solver, field)
     controller.check(solver)
-    start, end = _check_times(times)
-    grid, direction = times.to(x.device, torch.float64), 1 if end > start else -1
-    keep, stop, part = save == "all", on_failure == "raise", seminorm or _whole
-    solution = controller.solve(
-        Problem(field, x, grid, direction, abs(end - start), solver, noise, keep, max_steps, stop, part)
+    direction, span = _check_times(times, len(x))
+    problem = Problem(
+        field,
+        x,
+        times.to(x.device, torch.float64),
+        direction,
+        span,
+        solver,
+        noise,
+        save == "all",
+        save == "dense",
+        stop,
+        record,
+        max_steps,
+        on_failure == "raise",
+        seminorm or _whole,
     )
-    if stop and solution.result != Result.success:
+    solution = gradient.solve(problem, controller)
+    if problem.stop_at_failure and solution.result != Result.success:
         raise SolverError(solution)
     return solution
 
@@ -313,9 +359,10 @@ def _whole(y: Tensor) -> Tensor:
 def _check_arguments(x: Tensor, save: str, on_failure: str) -> None:
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"integrate: x must be [B, *shape] of floating point, found {x.dtype} {list(x.shape)}.")
-    if save not in ("last", "all") or on_failure not in ("raise", "return"):
+    if save not in ("last", "all", "dense") or on_failure not in ("raise", "return"):
         raise ValueError(
-            f"integrate: save is 'last' or 'all' and on_failure 'raise' or 'return', found {save!r} and {on_failure!r}."
+            "integrate: save is 'last', 'all' or 'dense' and on_failure 'raise' or 'return', found "
+            f"{save!r} and {on_failure!r}."
         )
 
 
@@ -330,43 +377,36 @@ def _check_field(solver: Solver, field: Any) -> None:
     )
 
 
-def _check_times(times: Tensor) -> tuple[float, float]:
-    """The two ends of a grid."""
+def _check_times(times: Tensor, rows: int) -> tuple[int, float]:
+    """The direction of a grid and the length of its longest row."""
     values = times.detach().to("cpu", torch.float64)
-    if values.ndim != 1 or len(values) < 2 or times.is_complex() or not values.isfinite().all():
-        raise ValueError(f"integrate: times must be [L] finite numbers, L at least 2, found {values.tolist()}.")
-    gaps = values.diff()
-    wrong = (gaps * (values[-1] - values[0]).sign() <= 0).nonzero()
-    if len(wrong):
-        i = int(wrong[0])
+    shaped = values.ndim == 1 or (values.ndim == 2 and values.shape[1] == rows)
+    if not shaped or len(values) < 2 or times.is_complex() or not values.isfinite().all():
+        found = values.tolist() if values.numel() <= 20 else f"shape {list(values.shape)}"
         raise ValueError(
-            "integrate: times must strictly increase, or strictly decrease to run backwards, found "
-            f"times[{i}] = {float(values[i])!r} and times[{i + 1}] = {float(values[i + 1])!r} on the way from "
-            f"{float(values[0])!r} to {float(values[-1])!r}."
+            f"integrate: times must be [L] or [L, {rows}] finite numbers, L at least 2, for {rows} rows; found {found}."
         )
-    return float(values[0]), float(values[-1])
+    table = values[:, None] if values.ndim == 1 else values
+    ways = table[-1] - table[0]
+    direction = -1 if bool((ways < 0).any()) else 1
+    gaps = direction * table.diff(dim=0)
+    wrong = ((gaps <= 0) if values.ndim == 1 else (gaps < 0)).nonzero()
+    if len(wrong):
+        i, row = wrong[0].tolist()
+        place = f"{i}" if values.ndim == 1 else f"{i}, {row}"
+        after = f"{i + 1}" if values.ndim == 1 else f"{i + 1}, {row}"
+        how = "strictly increase, or strictly decrease" if values.ndim == 1 else "increase in every row, or decrease"
+        raise ValueError(
+            f"integrate: times must {how} to run backwards, found "
+            f"times[{place}] = {float(table[i, row])!r} and times[{after}] = {float(table[i + 1, row])!r} on the way "
+            f"from {float(table[0, row])!r} to {float(table[-1, row])!r}."
+        )
+    return direction, float(ways.abs().max()) if table.numel() else 0.0
 
 
-def _masked(path: Tensor, steps: Tensor, length: int) -> Tensor:
-    """The path [*, B, *shape] with [length, B, *shape], nan after the last step of each row."""
-    missing = path.new_full((length - len(path), *path.shape[1:]), torch.nan)
-    reached = torch.arange(length, device=path.device)[:, None] <= steps
-    return torch.where(expand_like(reached, path), torch.cat((path, missing)), torch.nan)
-
-
-def worst(status: Tensor) -> Result:
-    """The outcome of a batch: that of its first row that failed."""
-    failed = [code for code in status.tolist() if code > 0]
-    return Result(failed[0]) if failed else Result.success
-
-
-def finite_rows(x: Tensor) -> Tensor:
-    """[B] bool: whether every component of a row is finite."""
-    flat = x.detach().flatten(1) if x.ndim > 1 else x.detach()[:, None]
-    return torch.linalg.vector_norm(flat, ord=torch.inf, dim=1).isfinite() if flat.shape[1] else flat.isfinite().all(1)
-
-
-def rms(x: Tensor) -> Tensor:
-    """[B] float64 root mean square of each row; its gradient at 0 is 0."""
-    flat = x.flatten(1) if x.ndim > 1 else x[:, None]
-    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64) / max(flat.shape[1], 1) ** 0.5
+def _masked(path: list[Tensor], reached: Tensor, length: int) -> Tensor:
+    """The states [*, B, *shape] as [length, B, *shape], nan after the last time that a row reached."""
+    states = torch.stack(path)
+    missing = states.new_full((length - len(states), *states.shape[1:]), torch.nan)
+    there = torch.arange(length, device=states.device)[:, None] <= reached
+    return torch.where(expand_like(there, states), torch.cat((states, missing)), torch.nan)

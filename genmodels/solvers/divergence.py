@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..rng import Noise
 from ..types import Shape
-from .base import Controller, Fixed, Solution, Solver, integrate
+from .base import Controller, Fixed, Solver, integrate
 from .fields import Selectable, VectorField
+from .solution import Solution
 
 ProbeLaw = Literal["rademacher", "gaussian"]
 # Cotangents are pulled back side by side until this many numbers are in work: beyond it a CPU gains nothing from
@@ -98,7 +99,7 @@ class Transport(NamedTuple):
     Args:
         z: [B, *shape] the points at the last time.
         log_det: log|det ∂z/∂x|, float64: [B] exact, [P, B] one estimate for each probe.
-        solution: cost and outcome of the solve; its stiffness is that of state and log-determinant together.
+        solution: cost and outcome of the solve.
     """
 
     z: Tensor

@@ -1,10 +1,11 @@
-"""What solvers integrate: vector fields, fields with data of their own for each row, and the count of evaluations."""
+"""What solvers integrate: fields, fields with data of their own for each row, what they depend on, what they cost."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..registry import ConfigError
 from ..types import Condition
 
 
@@ -24,6 +25,26 @@ class Selectable(Protocol):
         """The field of the given rows [n], int64."""
 
 
+@runtime_checkable
+class SDE(Protocol):
+    """A stochastic differential equation dx = f(t, x) dt + g(t, x) dW, row by row.
+
+    Attributes:
+        noise_type: "additive" (g does not depend on x) and "diagonal" have a Wiener process for every component and g
+            of the state's shape; "general" has M for an item, and a matrix g.
+        calculus: in whose sense the equation is written.
+    """
+
+    noise_type: Literal["additive", "diagonal", "general"]
+    calculus: Literal["ito", "stratonovich"]
+
+    def drift(self, t: Tensor, x: Tensor) -> Tensor:
+        """[B, *shape] f at time t ([] or [B], float64) in state x [B, *shape]."""
+
+    def diffusion(self, t: Tensor, x: Tensor) -> Tensor:
+        """[B, *shape] g, or [B, *shape, M] for general noise."""
+
+
 class RowField:
     """f(t, x, *arguments), where each argument has a row for every item (labels, prompts) or is None.
 
@@ -40,6 +61,38 @@ class RowField:
     def select(self, rows: Tensor) -> "RowField":
         return RowField(self.f, *narrow(self.arguments, rows))
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What f and its arguments depend on."""
+        return (*tensors_of(self.f), *(v for v in _leaves(self.arguments) if v.requires_grad))
+
+
+def tensors_of(field: Any) -> tuple[Tensor, ...]:
+    """The tensors that require gradients and that a field depends on, each once.
+
+    Raises:
+        ConfigError: if the field is a plain function, which does not tell.
+    """
+    owner = getattr(field, "__self__", field)
+    if isinstance(owner, nn.Module):
+        found = tuple(p for p in owner.parameters() if p.requires_grad)
+    elif hasattr(owner, "tensors"):
+        found = tuple(owner.tensors())
+    else:
+        raise ConfigError(
+            f"integrate: this way of taking gradients must know the tensors that the field depends on, and "
+            f"{getattr(field, '__name__', type(field).__name__)} does not tell. Give a module, a method of one, a "
+            "RowField of these, or an object with a method tensors(); or use gradient backprop or checkpoint."
+        )
+    return tuple({id(v): v for v in found}.values())
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(item)
+
 
 class Counted:
     """A field that counts its evaluations, and insists that they have the state's shape and dtype."""
@@ -50,12 +103,19 @@ class Counted:
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         self.calls += self.method == "__call__"
         v = self.field(t, x)
-        if v.shape != x.shape:
-            raise ValueError(
-                f"integrate: the field turned a state of shape {list(x.shape)} into a velocity of shape "
-                f"{list(v.shape)}; both must have the same shape."
-            )
-        return v.to(x.dtype)
+        if not isinstance(v, Tensor) or v.shape != x.shape or not v.is_floating_point():
+            self._refuse(t, x, v)
+        return v if v.dtype == x.dtype else v.to(x.dtype)
+
+    def _refuse(self, t: Tensor, x: Tensor, v: Any) -> None:
+        found = f"{v.dtype} of shape {list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+        times = t.detach().flatten()
+        when = f"t = {float(times[0]):.9g}" if times.numel() else "no time"
+        raise ValueError(
+            f"integrate: the field turned a state of shape {list(x.shape)} into a velocity of shape "
+            f"{found.split(' of shape ')[-1]} ({found}) at {when}, in evaluation {self.calls}; state and velocity must "
+            "have one shape, and be of floating point."
+        )
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.field, name)

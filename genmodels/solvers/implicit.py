@@ -10,8 +10,10 @@ from ..registry import register
 from ..rng import Noise
 from ..types import expand_like
 from . import tableaux
-from .base import Solver, State, Step, VectorField, rms
+from .base import Solver, State, Step
+from .fields import VectorField
 from .newton import Dense, Krylov, Linearised, implicit
+from .norms import rms
 from .runge_kutta import combination
 from .tableaux import ButcherTableau
 
@@ -94,7 +96,7 @@ class DiagonallyImplicit(Solver):
         new = torch.addcmul(x, wide, combination(tableau.weights, slopes))
         error = None if tableau.error_weights is None else wide * combination(tableau.error_weights, slopes)
         error = None if error is None else newton.marked(error, torch.inf)
-        return Step(newton.marked(new, torch.nan), error, None, (slopes[-1],) if tableau.fsal else ())
+        return Step(newton.marked(new, torch.nan), error, (slopes[-1],) if tableau.fsal else (), tuple(slopes))
 
 
 class _Newton:

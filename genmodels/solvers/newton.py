@@ -173,7 +173,5 @@ def _gradient(out: Tensor, at: Tensor, v: Tensor, *, create_graph: bool = False)
     """vᵀ ∂out/∂at, 0 where out does not depend on it."""
     if not out.requires_grad:
         return torch.zeros_like(at)
-    (value,) = torch.autograd.grad(
-        out, at, v, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
+    (value,) = torch.autograd.grad(out, at, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return torch.zeros_like(at) if value is None else value

@@ -1,5 +1,6 @@
 """Explicit Runge-Kutta methods: one step rule, driven by a tableau."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,12 +10,16 @@ from ..registry import register
 from ..rng import Noise
 from ..types import expand_like
 from . import tableaux
-from .base import Solver, State, Step, VectorField, rms
+from .base import Solver, State, Step
+from .fields import VectorField
+from .norms import rms
 from .tableaux import ButcherTableau
 
 
 class RungeKutta(Solver):
     """k_i = f(t + c_i h, x + h Σ_{j<i} a_ij k_j), x⁺ = x + h Σ b_i k_i, error h Σ (b_i - b̂_i) k_i, with h = s - t.
+
+    Within a step x(t + θ h) = x + h Σ b_i(θ) k_i where the tableau has such weights, else the cubic of both ends.
 
     A method whose last stage lies at (s, x⁺) hands that evaluation on to the next step. If the last two stages share
     their time, stiffness = rms(k_m - k_{m-1}) / rms(Y_m - Y_{m-1}) with the stages' states Y, 0 where these coincide;
@@ -29,7 +34,7 @@ class RungeKutta(Solver):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.order, cls.stages = cls.tableau.order, cls.tableau.new_stages
-        cls.adaptive = cls.tableau.b_hat is not None
+        cls.adaptive, cls.stability = cls.tableau.b_hat is not None, cls.tableau.stability
 
     def start(self, field: VectorField, t: Tensor, x: Tensor) -> State:
         return (field(t, x),) if self.tableau.fsal else ()
@@ -51,23 +56,31 @@ class RungeKutta(Solver):
             slopes.append(field(s if c == 1 else torch.add(t, h, alpha=c), y))
         new = y if tableau.fsal else torch.addcmul(x, wide, combination(tableau.weights, slopes))
         error = None if tableau.error_weights is None else wide * combination(tableau.error_weights, slopes)
-        stiffness = _stiffness(tableau, slopes, wide) if tableau.paired else None
-        return Step(new, error, stiffness, (slopes[-1],) if tableau.fsal else ())
+        return Step(new, error, (slopes[-1],) if tableau.fsal else (), tuple(slopes))
+
+    def stiffness(self, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor | None:
+        if not self.tableau.paired:
+            return None
+        # the states' own difference would cancel: it is taken from the slopes
+        wide = expand_like(s - t, x).to(x.dtype)
+        apart = rms(wide * combination(self.tableau.pair_weights, step.slopes))
+        away = rms(step.slopes[-1] - step.slopes[-2])
+        return torch.where(apart > 0, away / torch.where(apart > 0, apart, 1.0), 0.0)
+
+    def interpolant(self, field: VectorField, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor:
+        if self.tableau.dense is None:
+            return super().interpolant(field, t, s, x, step)
+        wide = expand_like(s - t, x).to(x.dtype)
+        return torch.stack((x, *(wide * combination(weights, step.slopes) for weights in self.tableau.dense)))
 
 
-def combination(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+def combination(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     """Σ weights_i slopes_i, without the terms whose weight is 0."""
     total: Any = None
     for weight, slope in zip(weights, slopes, strict=False):
         if weight:
             total = weight * slope if total is None else torch.add(total, slope, alpha=weight)
     return total
-
-
-def _stiffness(tableau: ButcherTableau, slopes: list[Tensor], wide: Tensor) -> Tensor:
-    # the states' own difference would cancel: it is taken from the slopes
-    apart = rms(wide * combination(tableau.pair_weights, slopes))
-    return torch.where(apart > 0, rms(slopes[-1] - slopes[-2]) / torch.where(apart > 0, apart, 1.0), 0.0)
 
 
 @register(Solver, "euler")
@@ -154,3 +167,15 @@ class Tsit5(RungeKutta):
     """
 
     tableau = tableaux.TSIT5
+
+
+@register(Solver, "dopri8")
+class Dopri8(RungeKutta):
+    """Dormand-Prince 8(7): order 8 with error and stiffness estimates; thirteen evaluations per step (FSAL).
+
+    For tolerances below about 1e-8, in float64.
+
+    Source: Prince & Dormand 1981, High order embedded Runge-Kutta formulae.
+    """
+
+    tableau = tableaux.DOPRI8

@@ -1,28 +1,19 @@
 """Step control: every row of the batch has its own time, step and verdict on each attempt."""
 
-from typing import Any, NamedTuple
+import warnings
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..registry import ConfigError, member, names, register
 from ..types import expand_like
-from .base import (
-    RUNNING,
-    Controller,
-    Heuristics,
-    Problem,
-    Result,
-    Solution,
-    Solver,
-    State,
-    Step,
-    finite_rows,
-    rms,
-    title,
-    worst,
-)
+from .base import RUNNING, Controller, Problem, Solver, State, Step, title
+from .batch import solve_batch
 from .fields import Counted, Selectable, narrow
+from .norms import finite_rows, rms
+from .recording import Recorder
+from .solution import Result, Solution, worst
 
 
 class Rows(NamedTuple):
@@ -37,7 +28,6 @@ class Rows(NamedTuple):
     nfe: Tensor
     steps: Tensor
     rejected: Tensor
-    sums: Heuristics
     x: Tensor
     state: State
 
@@ -51,6 +41,7 @@ class Attempt(NamedTuple):
     lands: Tensor
     error: Tensor
     bad: Tensor
+    stops: Tensor | None
 
 
 class Verdict(NamedTuple):
@@ -64,10 +55,37 @@ class Verdict(NamedTuple):
 
 
 class Log(NamedTuple):
-    """What left the loop: rows that ended, and (time, row, state) of the requested times that were reached."""
+    """What left the loop: rows that ended, (time, row, state) of the requested times that were reached, and rows that
+    were stopped."""
 
     ended: list[Rows]
     landed: list[tuple[Tensor, Tensor, Tensor]]
+    stopped: list[Tensor]
+
+
+class Grid(NamedTuple):
+    """The requested times [L, B or 1], and the last place of the run of equal times that each place is in."""
+
+    times: Tensor
+    ends: Tensor | None
+
+    @classmethod
+    def of(cls, times: Tensor) -> "Grid":
+        if times.ndim == 1:
+            return cls(times[:, None], None)
+        places = torch.arange(len(times), device=times.device)[:, None].expand_as(times)
+        last = torch.cat((times[1:] != times[:-1], torch.ones_like(times[:1], dtype=torch.bool)))
+        marked = torch.where(last, places, len(times))
+        return cls(times, marked.flip(0).cummin(0).values.flip(0))
+
+    def time(self, place: Tensor, index: Tensor) -> Tensor:
+        """[n] the times of rows at places, the last one beyond the end."""
+        place = place.clamp(max=len(self.times) - 1)
+        return self.times[place, 0] if self.ends is None else self.times[place, index]
+
+    def run(self, place: Tensor, index: Tensor) -> Tensor:
+        """[n] the last place with the same time."""
+        return place if self.ends is None else self.ends[place.clamp(max=len(self.times) - 1), index]
 
 
 @register(Controller, "pi")
@@ -78,6 +96,9 @@ class PI(Controller):
     solver and (p, q) the exponents, h⁺ = h clip(safety E^{-p/k} E₋^{q/k}, min_factor, max_factor), where E₋ (at least
     1e-4) belongs to the row's last accepted step; after a rejection h⁺ = h clip(safety E^{-p/k}, min_factor, 1). The
     first step is Hairer's automatic choice, for one evaluation more. Step lengths are constants to autograd.
+
+    With the norm "batch" there is one clock for the batch and E is taken over all of it: faster, and what is found for
+    an item depends on its batch. Answers about single items are to be had with "row".
 
     Steps are shortened to land on the requested times, rather than interpolated between: every method keeps its order
     there, in values and in gradients, and the field is never evaluated beyond the last time. A grid finer than the
@@ -93,8 +114,9 @@ class PI(Controller):
             (1, 0) the elementary integral control.
         first_step: length of the first step, None for the automatic choice.
         max_step: longest step; set it where the error estimate is blind (a narrow event, a fast forcing).
+        norm: whether every row has steps of its own ("row"), or the batch has one clock ("batch").
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range; in `integrate`, if rtol is below the resolution of the state.
     Source: Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, section II.4; Gustafsson 1991.
     """
 
@@ -108,9 +130,10 @@ class PI(Controller):
         exponents: tuple[float, float] = (0.85, 0.2),
         first_step: float | None = None,
         max_step: float | None = None,
+        norm: Literal["row", "batch"] = "row",
     ) -> None:
         rules = (
-            (rtol >= 0 and atol > 0, "rtol >= 0 and atol > 0", (rtol, atol)),
+            (rtol > 0 and atol > 0, "rtol > 0 and atol > 0", (rtol, atol)),
             (0 < safety <= 1, "0 < safety <= 1", safety),
             (0 < min_factor < 1 < max_factor, "0 < min_factor < 1 < max_factor", (min_factor, max_factor)),
             (exponents[0] > 0 and exponents[1] >= 0, "exponents (p, q) with p > 0 and q >= 0", exponents),
@@ -122,7 +145,7 @@ class PI(Controller):
                 raise ValueError(f"pi: {rule} is needed, found {found}.")
         self.rtol, self.atol, self.safety = rtol, atol, safety
         self.min_factor, self.max_factor, self.exponents = min_factor, max_factor, tuple(exponents)
-        self.first_step, self.max_step = first_step, max_step
+        self.first_step, self.max_step, self.norm = first_step, max_step, norm
 
     def check(self, solver: Solver) -> None:
         if not solver.adaptive:
@@ -133,44 +156,70 @@ class PI(Controller):
             )
 
     def solve(self, problem: Problem) -> Solution:
-        times = problem.times.detach()
-        field = Counted(problem.field, problem.solver.counts)
-        rows = self._begin(problem, field, times)
-        log = Log([], [(torch.zeros_like(rows.index), rows.index, problem.x)])
+        self.check_resolution(problem.x.dtype)
+        if self.norm == "batch":
+            return solve_batch(self, problem)
+        grid, noise = Grid.of(problem.times.detach()), problem.noise
+        field, recorder = Counted(problem.field, problem.solver.counts), Recorder(problem, (self.rtol, self.atol))
+        rows = self._begin(problem, field, grid)
+        log = Log([], [(torch.zeros_like(rows.index), rows.index, problem.x)], [])
+        if rows.index.numel() and grid.ends is not None:
+            rows, noise = _drop(problem, field, rows, log, noise, (rows.status != RUNNING).cpu(), False)
         while len(rows.index):
             calls = field.calls
-            attempt = self._attempt(problem, field, rows, times)
-            verdict = self._judge(problem, rows, attempt, len(times))
+            attempt = self._attempt(problem, field, rows, grid, noise)
+            verdict = self._judge(problem, rows, attempt, grid)
             # the only wait for the device in a step
             flags = torch.stack(
                 (verdict.accept, verdict.accept & attempt.lands, verdict.status != RUNNING, verdict.status > 0)
             ).cpu()
-            rows = _move(rows, attempt, verdict, flags[0], field.calls - calls)
+            if recorder.active and flags[0].any():
+                _record(recorder, rows, attempt, verdict, field)
+            if attempt.stops is not None:
+                log.stopped.append(rows.index[verdict.accept & attempt.stops])
+                attempt = self._stopped(problem, field, rows, attempt, verdict)
+            rows = _move(rows, attempt, verdict, grid, flags[0], field.calls - calls)
             if problem.keep_path and flags[1].any():
                 where = flags[1].nonzero()[:, 0].to(rows.t.device)
                 log.landed.append((rows.goal[where] - 1, rows.index[where], rows.x[where]))
-            rows = _drop(problem, field, rows, log, flags[2], bool(flags[3].any()))
-        return _collect(problem, log)
+            rows, noise = _drop(problem, field, rows, log, noise, flags[2], bool(flags[3].any()))
+        return _collect(problem, log, recorder, grid)
 
-    def _begin(self, problem: Problem, field: Counted, times: Tensor) -> Rows:
+    def check_resolution(self, dtype: torch.dtype) -> None:
+        """Raises ValueError if rtol asks for more digits than a state has; warns where rounding sets the steps."""
+        resolution = torch.finfo(dtype).eps
+        if self.rtol < resolution:
+            raise ValueError(
+                f"pi: rtol = {self.rtol:g} is below the resolution {resolution:.2g} of {dtype}. Compute in float64 "
+                "(precision: float64), or raise rtol."
+            )
+        if dtype == torch.float32 and self.rtol < 1e-6:
+            warnings.warn(
+                f"pi: with rtol = {self.rtol:g} in float32 rounding, not the field, sets many of the steps: numbers of "
+                "evaluations say little then. Compute in float64 (precision: float64), or take rtol >= 1e-6.",
+                stacklevel=4,
+            )
+
+    def _begin(self, problem: Problem, field: Counted, grid: Grid) -> Rows:
         x, n = problem.x, len(problem.x)
-        t = times[:1].expand(n)
+        index = torch.arange(n, device=x.device)
+        zero = torch.zeros_like(index)
+        t = grid.time(zero, index)
         state, h = (), t
         if n:
             state = problem.solver.start(field, t, x)
             h = self._first_step(problem, field, t, x, state)
-        zero = torch.zeros(n, dtype=torch.int64, device=x.device)
+        goal = grid.run(zero, index) + 1
         return Rows(
-            index=torch.arange(n, device=x.device),
+            index=index,
             t=t,
             h=h,
-            goal=zero + 1,
+            goal=goal,
             previous=torch.full_like(t, 1e-4),
-            status=zero + RUNNING,
+            status=torch.where(goal < len(grid.times), RUNNING, Result.success),
             nfe=zero + field.calls,
             steps=zero,
             rejected=zero,
-            sums=Heuristics.zeros(x),
             x=x,
             state=state,
         )
@@ -189,23 +238,34 @@ class PI(Controller):
         d0, d1 = self._norm(problem, x, x, x), self._norm(problem, slope, x, x)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=longest)
         wide = problem.direction * expand_like(h0, x).to(x.dtype)
-        probe = field(t + problem.direction * h0, x + wide * slope)
+        probe = problem.solver.velocity(field, t + problem.direction * h0, x + wide * slope)
         steepest = torch.maximum(d1, self._norm(problem, probe - slope, x, x) / h0)
-        h1 = (0.01 / steepest) ** (1 / problem.solver.order)
+        h1 = (0.01 / steepest) ** (1 / problem.solver.error_order)
         h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), h1)
         h = torch.minimum(100 * h0, h1).clamp(max=longest)
         return torch.where(h.isfinite() & (h > 0), h, 1e-3 * longest)  # an infinite slope: the attempts will tell
 
-    def _attempt(self, problem: Problem, field: Counted, rows: Rows, times: Tensor) -> Attempt:
-        goal = times[rows.goal.clamp(max=len(times) - 1)]
+    def _attempt(self, problem: Problem, field: Counted, rows: Rows, grid: Grid, noise: Any) -> Attempt:
+        goal = grid.time(rows.goal, rows.index)
         lands = rows.h * (1 + 1e-9) >= (goal - rows.t).abs()  # no sliver is left over by rounding
         s = torch.where(lands, goal, rows.t + problem.direction * rows.h)
-        step = problem.solver.step(field, rows.t, s, rows.x, rows.state, None)
+        step = problem.solver.step(field, rows.t, s, rows.x, rows.state, noise)
         error = self._norm(problem, step.error, rows.x, step.x)
         bad = ~(error.detach().isfinite() & finite_rows(step.x))
-        return Attempt(step, s, (s - rows.t).abs(), lands, error, bad)
+        stops = problem.stop and problem.stop.reached(problem, field, rows.t, s, rows.x, step)
+        return Attempt(step, s, (s - rows.t).abs(), lands, error, bad, stops)
 
-    def _judge(self, problem: Problem, rows: Rows, attempt: Attempt, length: int) -> Verdict:
+    @staticmethod
+    def _stopped(problem: Problem, field: Counted, rows: Rows, attempt: Attempt, verdict: Verdict) -> Attempt:
+        """The attempt with its rows that are to stop moved back to where they do."""
+        if not bool((verdict.accept & attempt.stops).any()):
+            return attempt
+        s, x = problem.stop.locate(problem, field, rows.t, attempt.s, rows.x, attempt.step)
+        new = torch.where(expand_like(attempt.stops, x), x, attempt.step.x)
+        step = attempt.step._replace(x=new)
+        return attempt._replace(step=step, s=torch.where(attempt.stops, s.detach(), attempt.s))
+
+    def _judge(self, problem: Problem, rows: Rows, attempt: Attempt, grid: Grid) -> Verdict:
         running, bad = rows.status == RUNNING, attempt.bad
         # A row that is not finite makes gradients of shared parameters nan even where it is masked. In a graph such an
         # attempt is thrown away whole and made again with that row's shorter step; for other rows it does not count.
@@ -213,7 +273,7 @@ class PI(Controller):
         counted = running & (bad | ~spoilt)
         error = torch.where(bad, 1.0, attempt.error.detach()).clamp(min=1e-30)
         accept = counted & ~bad & (error <= 1)
-        p, q = (exponent / problem.solver.order for exponent in self.exponents)
+        p, q = (exponent / problem.solver.error_order for exponent in self.exponents)
         grown = attempt.h * (self.safety * error**-p * rows.previous**q).clamp(self.min_factor, self.max_factor)
         # what a step that was cut very short to land has to say drowns in rounding: the step wanted before it stands
         cut = self.max_factor * attempt.h < rows.h
@@ -222,7 +282,9 @@ class PI(Controller):
         shrunk = attempt.h * (self.safety * error**-p).clamp(self.min_factor, 1.0)
         shrunk = torch.where(bad, self.min_factor * attempt.h, shrunk)
         h = torch.where(accept, grown, shrunk).clamp(max=self.max_step or problem.span)
-        status = torch.where(accept & attempt.lands & (rows.goal == length - 1), Result.success, rows.status)
+        ends = attempt.lands & (grid.run(rows.goal, rows.index) >= len(grid.times) - 1)
+        ends = ends if attempt.stops is None else ends | attempt.stops
+        status = torch.where(accept & ends, Result.success, rows.status)
         shortest = 10 * torch.finfo(torch.float64).eps * rows.t.abs().clamp(min=problem.span)
         stuck = counted & ~accept & (h < shortest)
         status = torch.where(stuck, torch.where(bad, Result.non_finite, Result.step_underflow), status)
@@ -231,10 +293,18 @@ class PI(Controller):
         return Verdict(counted, accept, torch.where(counted, h, rows.h), previous, status)
 
 
-def _move(rows: Rows, attempt: Attempt, verdict: Verdict, accepted: Tensor, calls: int) -> Rows:
+def _record(recorder: Recorder, rows: Rows, attempt: Attempt, verdict: Verdict, field: Counted) -> None:
+    last = verdict.status == Result.success
+    given = (rows.index, rows.steps, last, rows.t, attempt.s, rows.x, attempt.step, attempt.error)
+    if not bool(verdict.accept.all()):
+        given = narrow(given, verdict.accept.nonzero()[:, 0])
+    recorder.add(*given, field)
+
+
+def _move(rows: Rows, attempt: Attempt, verdict: Verdict, grid: Grid, accepted: Tensor, calls: int) -> Rows:
     """The rows after an attempt; `accepted` is the verdict's on the CPU."""
     step, accept = attempt.step, verdict.accept
-    x, state, sums = rows.x, rows.state, rows.sums
+    x, state = rows.x, rows.state
     if accepted.all():
         x, state = step.x, step.state
     elif accepted.any():
@@ -242,35 +312,34 @@ def _move(rows: Rows, attempt: Attempt, verdict: Verdict, accepted: Tensor, call
         state = tuple(
             torch.where(expand_like(accept, new), new, old) for new, old in zip(step.state, state, strict=True)
         )
-    if accepted.any():
-        sums = sums.add(attempt.error, step.stiffness, attempt.h, accept)
     return rows._replace(
         t=torch.where(accept, attempt.s, rows.t),
         h=verdict.h,
-        goal=rows.goal + (accept & attempt.lands),
+        goal=torch.where(accept & attempt.lands, grid.run(rows.goal, rows.index) + 1, rows.goal),
         previous=verdict.previous,
         status=verdict.status,
         nfe=rows.nfe + calls * verdict.counted,
         steps=rows.steps + accept,
         rejected=rows.rejected + (verdict.counted & ~accept),
-        sums=sums,
         x=x,
         state=state,
     )
 
 
-def _drop(problem: Problem, field: Counted, rows: Rows, log: Log, ended: Tensor, failed: bool) -> Rows:
+def _drop(
+    problem: Problem, field: Counted, rows: Rows, log: Log, noise: Any, ended: Tensor, failed: bool
+) -> tuple[Rows, Any]:
     """Take rows that have ended out of the batch, if the field can be narrowed; `ended` is on the CPU."""
     if ended.all() or (failed and problem.stop_at_failure):
         log.ended.append(rows._replace(state=()))
-        return narrow(rows, rows.index[:0])
+        return narrow(rows, rows.index[:0]), noise
     if not ended.any() or not isinstance(problem.field, Selectable):
-        return rows
+        return rows, noise
     out, stay = (mask.nonzero()[:, 0].to(rows.t.device) for mask in (ended, ~ended))
     log.ended.append(narrow(rows._replace(state=()), out))
     rows = narrow(rows, stay)
     field.field = problem.field.select(rows.index)
-    return rows
+    return rows, None if problem.noise is None else problem.noise.select(rows.index)
 
 
 def _join(parts: list[Any], order: Tensor) -> Any:
@@ -282,28 +351,41 @@ def _join(parts: list[Any], order: Tensor) -> Any:
     return parts[0]
 
 
-def _collect(problem: Problem, log: Log) -> Solution:
+def _collect(problem: Problem, log: Log, recorder: Recorder, grid: Grid) -> Solution:
     x, n = problem.x, len(problem.x)
     if not log.ended:  # an empty batch
         empty = torch.zeros(0, dtype=torch.int64, device=x.device)
-        time, sums = empty.double(), Heuristics.zeros(x)
-        rows = Rows(empty, time, time, empty, time, empty, empty, empty, empty, sums, x, ())
+        time = empty.double()
+        rows = Rows(empty, time, time, empty, time, empty, empty, empty, empty, x, ())
     else:
         order = torch.cat([part.index for part in log.ended]).argsort()
         rows = _join(log.ended, order)
-    path = None
-    if problem.keep_path:
-        goals, index, states = (torch.cat(each) for each in zip(*log.landed, strict=True))
-        path = x.new_full((len(problem.times) * n, *x.shape[1:]), torch.nan)
-        path = path.index_copy(0, goals * n + index, states).reshape(len(problem.times), *x.shape)
+    stopped = None
+    if problem.stop is not None:
+        stopped = torch.zeros(n, dtype=torch.bool, device=x.device)
+        stopped[torch.cat([rows.index[:0], *log.stopped])] = True
     return Solution(
         x=rows.x,
-        path=path,
+        path=_path(problem, log, grid) if problem.keep_path else None,
         nfe=rows.nfe,
         steps=rows.steps,
         rejected=rows.rejected,
         result=worst(rows.status),
         time=rows.t,
         status=rows.status,
-        **rows.sums._asdict(),
+        trace=recorder.trace(),
+        picked=recorder.picked(),
+        dense=recorder.interpolation(),
+        stopped=stopped,
     )
+
+
+def _path(problem: Problem, log: Log, grid: Grid) -> Tensor:
+    x, n, length = problem.x, len(problem.x), len(problem.times)
+    goals, index, states = (torch.cat(each) for each in zip(*log.landed, strict=True))
+    goals = torch.where(goals > 0, goals, grid.run(goals, index))
+    path = x.new_full((length * n, *x.shape[1:]), torch.nan)
+    path = path.index_copy(0, goals * n + index, states).reshape(length, *x.shape)
+    if grid.ends is None:
+        return path
+    return path[grid.ends, torch.arange(n, device=x.device)]  # equal times have one state

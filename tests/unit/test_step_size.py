@@ -9,9 +9,10 @@ from torch import Tensor
 
 from genmodels.registry import build, names
 from genmodels.rng import generator
-from genmodels.solvers.base import Controller, Result, Solver, SolverError, integrate
+from genmodels.solvers.base import Controller, Solver, integrate
 from genmodels.solvers.fields import RowField
 from genmodels.solvers.runge_kutta import Dopri5, Heun
+from genmodels.solvers.solution import Record, Result, SolverError
 from genmodels.solvers.step_size import PI
 from genmodels.types import expand_like
 from tests.oracles import GAUSSIAN, LINEAR, probability_flow
@@ -82,15 +83,15 @@ def test_same_steps_as_an_independent_implementation(exponents, evaluations, acc
         firsts.append(float(t))
         return x @ SPIRAL.T
 
-    out = integrate(field, start, 5 * UNIT, solver=Dopri5(), controller=PI(1e-6, 1e-6, exponents=exponents))
+    control = PI(1e-6, 1e-6, exponents=exponents)
+    out = integrate(field, start, 5 * UNIT, solver=Dopri5(), controller=control, record=Record())
     assert (out.nfe.item(), out.steps.item(), out.rejected.item()) == (evaluations, accepted, 0)
     first = firsts[7]  # after the start, Hairer's probe and five stages inside, the first step's end
     assert first == pytest.approx(0.0204022911, abs=1e-10)
     if error:
-        assert out.error.item() == pytest.approx(error, rel=1e-7)
-        assert out.error_squared.item() == pytest.approx(squared, rel=1e-6)
-    assert out.stiffness_max.item() == pytest.approx(2.0024984, abs=1e-6)
-    assert out.stiffness.item() == pytest.approx(5 * 2.0024984, rel=1e-4)
+        assert (out.trace.error * out.trace.h).sum().item() == pytest.approx(error, rel=1e-7)
+        assert out.trace.error.square().sum().item() == pytest.approx(squared, rel=1e-6)
+    torch.testing.assert_close(out.trace.stiffness, torch.full_like(out.trace.h, 2.0024984), rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,8 @@ def test_rows_are_independent_and_evaluations_honest(name, selectable):
     def solve(rows: list[int], counts: list[int], narrowed: bool):
         field = Rates(rate[rows], counts)
         plain = lambda t, x: field(t, x)  # noqa: E731
-        return integrate(field if narrowed else plain, x[rows], times, solver=solver, controller=control, save="all")
+        settings = {"solver": solver, "controller": control, "save": "all", "record": Record()}
+        return integrate(field if narrowed else plain, x[rows], times, **settings)
 
     counts: list[int] = []
     whole = solve([0, 1, 2, 3], counts, selectable)
@@ -168,7 +170,10 @@ def test_rows_are_independent_and_evaluations_honest(name, selectable):
         for name_ in ("nfe", "steps", "rejected", "status"):
             assert getattr(part, name_).tolist() == getattr(whole, name_)[rows].tolist()
         torch.testing.assert_close(part.path, whole.path[:, rows], rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(part.error, whole.error[rows], rtol=1e-9, atol=1e-14)
+        steps = len(part.trace.t)
+        for mine, all_ in zip(part.trace, whole.trace, strict=True):
+            if mine is not None:
+                torch.testing.assert_close(mine, all_[:steps, rows], rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -207,9 +212,10 @@ def test_control_does_not_know_the_unit_of_time(name):
 
 def test_float32_keeps_its_dtype_and_agrees():
     control = PI(1e-4, 1e-4)
-    single = integrate(LINEAR.field, PLANE.float(), UNIT, solver=Dopri5(), controller=control)
+    settings = {"solver": Dopri5(), "controller": control, "record": Record()}
+    single = integrate(LINEAR.field, PLANE.float(), UNIT, **settings)
     double = integrate(LINEAR.field, PLANE, UNIT, solver=Dopri5(), controller=control)
-    assert single.x.dtype == torch.float32 and single.error.dtype == torch.float64
+    assert single.x.dtype == torch.float32 and single.trace.error.dtype == torch.float64
     torch.testing.assert_close(single.x.double(), double.x, rtol=1e-4, atol=1e-4)
     assert single.nfe.tolist() == double.nfe.tolist()
 
@@ -290,7 +296,7 @@ def test_gradients_are_those_of_the_accepted_steps(name):
 
     control = PI(1e-4, 1e-4)
     field = lambda t, x: pendulum(t, x, theta)  # noqa: E731
-    out = integrate(field, x, 1.5 * UNIT, solver=Recording(), controller=control)
+    out = integrate(field, x, 1.5 * UNIT, solver=Recording(), controller=control, record=Record())
     starts = {t: s for t, s in seen}  # the last attempt from a time is the accepted one
     times = [0.0]
     while times[-1] < 1.5:
@@ -298,7 +304,7 @@ def test_gradients_are_those_of_the_accepted_steps(name):
     assert len(times) == out.steps.item() + 1
     again = integrate(field, x, torch.tensor(times, dtype=torch.float64), solver=solver)
     torch.testing.assert_close(out.x, again.x, rtol=1e-13, atol=0)
-    assert torch.is_grad_enabled() and out.error.requires_grad
+    assert torch.is_grad_enabled() and out.trace.error.requires_grad
     for a, b in zip(
         torch.autograd.grad(out.x.square().sum(), (x, theta)),
         torch.autograd.grad(again.x.square().sum(), (x, theta)),
@@ -327,12 +333,13 @@ def test_the_error_sum_is_differentiable_with_steps_held():
 
     def heuristics(theta: Tensor) -> tuple[Tensor, ...]:
         field = lambda t, y: pendulum(t, y, theta)  # noqa: E731
-        out = integrate(field, PLANE[:2], 0.5 * UNIT, solver=Dopri5(), controller=control)
+        out = integrate(field, PLANE[:2], 0.5 * UNIT, solver=Dopri5(), controller=control, record=Record())
         assert out.steps.tolist() == [1, 1] and out.rejected.tolist() == [0, 0]
-        return out.error, out.error_squared, out.stiffness, out.stiffness_max
+        return out.trace.error, out.trace.stiffness
 
     assert torch.autograd.gradcheck(heuristics, (theta,))
-    rest = integrate(lambda t, x: theta[0] * 0 * x, PLANE[:2], UNIT, solver=Dopri5(), controller=control)
+    still = lambda t, x: theta[0] * 0 * x  # noqa: E731
+    rest = integrate(still, PLANE[:2], UNIT, solver=Dopri5(), controller=control, record=Record()).trace
     (gradient,) = torch.autograd.grad((rest.error + rest.stiffness).sum(), theta)
     assert gradient.tolist() == [0.0, 0.0], "finite where error and stiffness vanish"
 
@@ -366,7 +373,15 @@ def test_builds_from_configuration():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"rtol": -1.0}, {"atol": 0.0}, {"safety": 1.5}, {"min_factor": 1.0}, {"exponents": (0.0, 0.1)}, {"max_step": 0.0}],
+    [
+        {"rtol": -1.0},
+        {"rtol": 0.0},
+        {"atol": 0.0},
+        {"safety": 1.5},
+        {"min_factor": 1.0},
+        {"exponents": (0.0, 0.1)},
+        {"max_step": 0.0},
+    ],
 )
 def test_arguments_are_checked(arguments):
     with pytest.raises(ValueError, match=rf"pi: .*{next(iter(arguments))}.* is needed, found"):
