@@ -1,7 +1,7 @@
 """Implicit Runge-Kutta methods for stiff fields: each stage is the solution of an equation."""
 
 import copy
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,18 +9,17 @@ from torch import Tensor
 from ..registry import register
 from ..rng import Noise
 from ..types import expand_like
-from . import tableaux
+from . import tableaux_implicit as tableaux
 from .base import Solver, State, Step
 from .fields import VectorField
 from .newton import Dense, Krylov, Linearised, implicit
 from .norms import rms
-from .runge_kutta import combination
-from .tableaux import ButcherTableau
+from .runge_kutta import RungeKutta, combination
 
 LARGEST_DENSE = 32  # components of a state up to which linear: auto forms its Jacobian
 
 
-class DiagonallyImplicit(Solver):
+class DiagonallyImplicit(RungeKutta):
     """k_i = f(t + c_i h, x + h Σ_{j<i} a_ij k_j + h γ k_i), x⁺ = x + h Σ b_i k_i, error h Σ (b_i - b̂_i) k_i.
 
     The steps of an explicit method on a field with a fast mode are at most stability / |eigenvalue| long, whatever the
@@ -47,14 +46,6 @@ class DiagonallyImplicit(Solver):
     Source: Hairer & Wanner, Solving Ordinary Differential Equations II, sections IV.6 and IV.8.
     """
 
-    tableau: ClassVar[ButcherTableau]
-    explicit: ClassVar[bool] = False
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.order, cls.stages = cls.tableau.order, cls.tableau.new_stages
-        cls.adaptive = cls.tableau.b_hat is not None
-
     def __init__(
         self, linear: Literal["auto", "dense", "krylov"] = "auto", fraction: float = 0.02, iterations: int = 12
     ) -> None:
@@ -68,16 +59,10 @@ class DiagonallyImplicit(Solver):
         self.linear, self.fraction, self.iterations = linear, fraction, iterations
         self.tolerances: tuple[float, float] | None = None
 
-    def within(self, rtol: float, atol: float) -> Solver:
+    def within(self, rtol: float, atol: float) -> "DiagonallyImplicit":
         solver = copy.copy(self)
         solver.tolerances = (rtol, atol)
         return solver
-
-    def start(self, field: VectorField, t: Tensor, x: Tensor) -> State:
-        return (field(t, x),) if self.tableau.fsal else ()
-
-    def slope(self, field: VectorField, t: Tensor, x: Tensor, state: State) -> Tensor:
-        return state[0] if self.tableau.fsal else field(t, x)
 
     def step(
         self, field: VectorField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Noise | None = None
@@ -119,8 +104,13 @@ class _Newton:
         if not torch.is_grad_enabled():
             return k
         y = torch.addcmul(base, expand_like(scale, base).to(base.dtype), k)
-        y = y if y.requires_grad else y.requires_grad_()
-        return implicit(self.field(t, y), y, scale, k, self.kind)
+        f = self.field(t, y)
+        if not f.requires_grad:
+            return k
+        if not y.requires_grad:  # only the field's own parameters want gradients
+            y.requires_grad_()
+            f = self.field(t, y)
+        return implicit(f, y, scale, k, self.kind)
 
     def marked(self, value: Tensor, mark: float) -> Tensor:
         """`mark` in the rows that failed."""
@@ -134,17 +124,20 @@ class _Newton:
         for i in range(self.solver.iterations):
             y = torch.addcmul(base, wide, k)
             if i and i % 4 == 0:
-                system, before, rate = self._linearise(t, y, scale), None, torch.full_like(rate, torch.inf)
+                system, before, rate = self._linearise(t, y, scale), None, torch.where(running, torch.inf, rate)
             update = system.solve(self.field(t, y) - k)
             k = torch.where(expand_like(running, k), k + update, k)
             size = rms(wide * update / self.goal)
-            if before is not None:
+            if before is None:  # no rate of this stage's own: an update within the goal is needed, and a good record
+                done = (size <= 1) & (rate <= 0.5)
+            else:
                 rate = torch.where(running, size / before, rate)
-            rest = torch.where(rate < 1, rate / (1 - rate), 10.0)  # times the last update: what is still missing
-            running, before = running & ~(rest * size <= 1), size
+                # near the goal an update that does not shrink any more is rounding
+                done = ((rate < 1) & (rate / (1 - rate) * size <= 1)) | ((rate > 0.3) & (size <= 16))
+            running, before = running & ~(done | (size == 0)), size
             if not running.any():
                 break
-        self.rate = torch.where(rate < 1, rate, self.rate)
+        self.rate = rate
         self.failed = self.failed | running
         return k
 
@@ -157,7 +150,7 @@ class _Newton:
         """[B, *shape] error of the state up to which a stage is solved."""
         x, eps = self.x, torch.finfo(self.x.dtype).eps
         size = expand_like(rms(x) + self.h.detach().abs() * rms(slope), x).to(x.dtype)
-        goal = 30 * eps * size
+        goal = 4 * eps * size
         if self.solver.tolerances is not None:
             rtol, atol = self.solver.tolerances
             goal = goal + self.solver.fraction * (atol + rtol * x.abs())

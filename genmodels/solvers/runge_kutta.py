@@ -9,8 +9,8 @@ from torch import Tensor
 from ..registry import register
 from ..rng import Noise
 from ..types import expand_like
-from . import tableaux
-from .base import Solver, State, Step
+from . import tableaux, tableaux_order8
+from .base import Solver, State, Step, hermite
 from .fields import VectorField
 from .norms import rms
 from .tableaux import ButcherTableau
@@ -33,6 +33,8 @@ class RungeKutta(Solver):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if not hasattr(cls, "tableau"):
+            return
         cls.order, cls.stages = cls.tableau.order, cls.tableau.new_stages
         cls.adaptive, cls.stability = cls.tableau.b_hat is not None, cls.tableau.stability
 
@@ -68,9 +70,11 @@ class RungeKutta(Solver):
         return torch.where(apart > 0, away / torch.where(apart > 0, apart, 1.0), 0.0)
 
     def interpolant(self, field: VectorField, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor:
+        wide = expand_like(s - t, x).to(x.dtype)
+        if self.tableau.dense is None and self.tableau.fsal:
+            return hermite(x, step.x, wide * step.slopes[0], wide * step.slopes[-1])
         if self.tableau.dense is None:
             return super().interpolant(field, t, s, x, step)
-        wide = expand_like(s - t, x).to(x.dtype)
         return torch.stack((x, *(wide * combination(weights, step.slopes) for weights in self.tableau.dense)))
 
 
@@ -178,4 +182,4 @@ class Dopri8(RungeKutta):
     Source: Prince & Dormand 1981, High order embedded Runge-Kutta formulae.
     """
 
-    tableau = tableaux.DOPRI8
+    tableau = tableaux_order8.DOPRI8
