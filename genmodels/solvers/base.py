@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -10,10 +9,9 @@ from torch import Tensor
 
 from ..registry import ConfigError, kind, member, names, register
 from ..types import expand_like
-from .fields import Counted, VectorField, narrow
-from .norms import finite_rows
-from .recording import Recorder
-from .solution import Record, Result, Solution, SolverError, worst
+from .fields import VectorField
+from .march import March
+from .solution import Record, Result, Solution, SolverError
 
 State = tuple[Tensor, ...]  # a solver's memory between steps; each tensor has the batch axis first
 RUNNING = -1  # the status of a row that has not ended
@@ -201,86 +199,7 @@ class Fixed(Controller):
         self.steps = steps
 
     def solve(self, problem: Problem) -> Solution:
-        x, solver, noise = problem.x, problem.solver, problem.noise
-        grid = self._grid(problem.times)
-        allowed = (
-            grid[: problem.max_steps + 1].unbind() if len(x) else grid[:1].unbind()
-        )  # an empty batch costs nothing
-        field, recorder = Counted(problem.field, solver.counts), Recorder(problem, None)
-        state = solver.start(field, allowed[0], x) if len(x) else ()
-        alive = x.new_ones(len(x), dtype=torch.bool)
-        passed = steps = alive.to(torch.int64) * 0
-        index, stopped = torch.arange(len(x), device=x.device), ~alive
-        time = grid[:1].detach().expand(1, len(x))[0] if grid.ndim == 1 else grid[0].detach()
-        path, calls, failed = [x], [field.calls], ~alive
-        for number, (t, s) in enumerate(pairwise(allowed)):
-            taken = solver.step(field, t, s, x, state, noise)
-            running, moves = alive, (s != t) & alive  # an interval of length 0 is padding
-            alive = alive & finite_rows(taken.x)
-            failed = failed | (running & ~alive)
-            new, end = taken.x, s.detach().expand(len(x))
-            if problem.stop is not None:
-                ends = alive & problem.stop.reached(problem, field, t, s, x, taken)
-                if bool(ends.any()):
-                    where, there = problem.stop.locate(problem, field, t, s, x, taken)
-                    new = torch.where(expand_like(ends, x), there, new)
-                    end = torch.where(ends, where.detach(), end)
-                    stopped = stopped | ends
-            if recorder.active:
-                self._record(recorder, index, alive & moves, steps, number == len(grid) - 2, t, s, x, taken, field)
-            # a row that fails is frozen; where asking costs no wait for a device, only if there is one
-            intact = x.device.type == "cpu" and bool(alive.all())
-            x, state = new if intact else torch.where(expand_like(alive, x), new, x), taken.state
-            time, passed, steps = torch.where(alive, end, time), passed + alive, steps + (alive & moves)
-            alive = alive & ~stopped
-            calls.append(field.calls)
-            path += [x] if problem.keep_path and (number + 1) % self.steps == 0 else []
-        complete = len(allowed) == len(grid) or not len(x)
-        status = torch.where(alive, Result.success if complete else Result.max_steps_reached, Result.success)
-        status = torch.where(failed, Result.non_finite, status)
-        return Solution(
-            x=x,
-            path=_masked(path, passed // self.steps, len(problem.times)) if problem.keep_path else None,
-            nfe=torch.tensor(calls, device=x.device)[passed + failed],  # the step that failed was evaluated too
-            steps=steps,
-            rejected=torch.zeros_like(steps),
-            result=worst(status),
-            time=time,
-            status=status,
-            trace=recorder.trace(),
-            picked=recorder.picked(),
-            dense=recorder.interpolation(),
-            stopped=None if problem.stop is None else stopped,
-        )
-
-    def _grid(self, times: Tensor) -> Tensor:
-        """[steps (L - 1) + 1, …] the times with the ends of the steps between them."""
-        if self.steps == 1:
-            return times
-        parts = [torch.lerp(times[:-1], times[1:], k / self.steps) for k in range(self.steps)]
-        return torch.cat((torch.stack(parts, 1).flatten(0, 1), times[-1:]))
-
-    @staticmethod
-    def _record(
-        recorder: Recorder,
-        index: Tensor,
-        alive: Tensor,
-        steps: Tensor,
-        last: bool,
-        t: Tensor,
-        s: Tensor,
-        x: Tensor,
-        taken: Step,
-        field: Any,
-    ) -> None:
-        wide = (t.expand(len(x)), s.expand(len(x)))
-        step = taken
-        if not bool(alive.all()):
-            rows = alive.nonzero()[:, 0]
-            index, steps, x, wide = index[rows], steps[rows], x[rows], tuple(v[rows] for v in wide)
-            step = narrow(taken, rows)
-        final = torch.full_like(index, last, dtype=torch.bool)
-        recorder.add(index, steps, final, *wide, x, step, None, field)
+        return March(problem, self.steps).solve()
 
 
 def integrate(
@@ -411,11 +330,3 @@ def _check_times(times: Tensor, rows: int) -> tuple[int, float]:
             f"from {float(table[0, row])!r} to {float(table[-1, row])!r}."
         )
     return direction, float(ways.abs().max()) if table.numel() else 0.0
-
-
-def _masked(path: list[Tensor], reached: Tensor, length: int) -> Tensor:
-    """The states [*, B, *shape] as [length, B, *shape], nan after the last time that a row reached."""
-    states = torch.stack(path)
-    missing = states.new_full((length - len(states), *states.shape[1:]), torch.nan)
-    there = torch.arange(length, device=states.device)[:, None] <= reached
-    return torch.where(expand_like(there, states), torch.cat((states, missing)), torch.nan)

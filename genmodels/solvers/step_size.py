@@ -170,15 +170,16 @@ class PI(Controller):
             calls = field.calls
             attempt = self._attempt(problem, field, rows, grid, noise)
             verdict = self._judge(problem, rows, attempt, grid)
+            whole = attempt
+            if attempt.stops is not None:
+                log.stopped.append(rows.index[verdict.accept & attempt.stops])
+                attempt = self._stopped(problem, field, rows, attempt, verdict)
             # the only wait for the device in a step
             flags = torch.stack(
                 (verdict.accept, verdict.accept & attempt.lands, verdict.status != RUNNING, verdict.status > 0)
             ).cpu()
             if recorder.active and flags[0].any():
-                _record(recorder, rows, attempt, verdict, field)
-            if attempt.stops is not None:
-                log.stopped.append(rows.index[verdict.accept & attempt.stops])
-                attempt = self._stopped(problem, field, rows, attempt, verdict)
+                _record(recorder, rows, whole, verdict, field)
             rows = _move(rows, attempt, verdict, grid, flags[0], field.calls - calls)
             if problem.keep_path and flags[1].any():
                 where = flags[1].nonzero()[:, 0].to(rows.t.device)
@@ -264,7 +265,8 @@ class PI(Controller):
         s, x = problem.stop.locate(problem, field, rows.t, attempt.s, rows.x, attempt.step)
         new = torch.where(expand_like(attempt.stops, x), x, attempt.step.x)
         step = attempt.step._replace(x=new)
-        return attempt._replace(step=step, s=torch.where(attempt.stops, s.detach(), attempt.s))
+        s = torch.where(attempt.stops, s.detach(), attempt.s)
+        return attempt._replace(step=step, s=s, lands=attempt.lands & (s == attempt.s))
 
     def _judge(self, problem: Problem, rows: Rows, attempt: Attempt, grid: Grid) -> Verdict:
         running, bad = rows.status == RUNNING, attempt.bad

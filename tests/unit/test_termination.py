@@ -1,0 +1,110 @@
+"""Rows that stop before the last time: events with closed-form times and their gradients, and rest."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from genmodels.registry import ConfigError, build
+from genmodels.solvers.base import Fixed, Termination, integrate
+from genmodels.solvers.fields import RowField
+from genmodels.solvers.runge_kutta import RK4, Dopri5, Tsit5
+from genmodels.solvers.solution import Result
+from genmodels.solvers.step_size import PI
+from genmodels.solvers.termination import Event, SteadyState
+
+HEIGHT = torch.tensor([[5.0, 0.0], [20.0, 3.0], [1.0, -2.0]], dtype=torch.float64)  # of balls, with their speeds
+GRAVITY = 9.81
+CONTROLS = {"row": PI(1e-9, 1e-9), "fixed": Fixed(200)}
+
+
+def fall(t: Tensor, x: Tensor) -> Tensor:
+    return torch.stack((x[:, 1], torch.full_like(x[:, 1], -GRAVITY)), 1)
+
+
+def ground(t: Tensor, x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+def impact(x: Tensor) -> Tensor:
+    height, speed = x.unbind(1)
+    return (speed + (speed.square() + 2 * GRAVITY * height).sqrt()) / GRAVITY
+
+
+@pytest.mark.parametrize("controller", CONTROLS)
+def test_balls_stop_where_they_meet_the_ground(controller):
+    times = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64)
+    settings = {"solver": Dopri5(), "controller": CONTROLS[controller], "save": "all"}
+    out = integrate(fall, HEIGHT, times, stop=Event(ground), **settings)
+    torch.testing.assert_close(out.time, impact(HEIGHT), rtol=1e-8, atol=0)
+    speed = HEIGHT[:, 1] - GRAVITY * out.time
+    torch.testing.assert_close(out.x, torch.stack((torch.zeros_like(speed), speed), 1), rtol=1e-7, atol=1e-7)
+    assert out.stopped.all() and out.status.tolist() == [0, 0, 0] and out.result is Result.success
+    reached = out.time > 1
+    assert out.path[1].isfinite().all(1).tolist() == reached.tolist() and out.path[2].isnan().all()
+    up = integrate(fall, HEIGHT, times[:2], stop=Event(ground, "up"), **settings)
+    assert not up.stopped.any() and up.time.tolist() == [1.0] * 3, "they cross the ground from above alone"
+
+
+@pytest.mark.parametrize("controller", CONTROLS)
+def test_the_state_at_an_event_knows_that_its_time_moves(controller):
+    x = HEIGHT.clone().requires_grad_()
+    times = torch.tensor([0.0, 4.0], dtype=torch.float64)
+
+    def end(x: Tensor) -> Tensor:
+        return integrate(fall, x, times, solver=Dopri5(), controller=CONTROLS[controller], stop=Event(ground)).x
+
+    speed = end(x)[:, 1]  # -√(v² + 2 g h)
+    (found,) = torch.autograd.grad(speed.sum(), x)
+    (exact,) = torch.autograd.grad(-(x[:, 1].square() + 2 * GRAVITY * x[:, 0]).sqrt().sum(), x)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-7)
+    (height,) = torch.autograd.grad(end(x)[:, 0].sum(), x)
+    torch.testing.assert_close(height, torch.zeros_like(height), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("controller", ["row", "fixed"])
+def test_rest_is_noticed_row_by_row(controller):
+    rate = torch.tensor([1.0, 4.0, 0.01], dtype=torch.float64)
+    field = RowField(lambda t, x, rate: rate[:, None] * (1 - x), rate)
+    x = torch.zeros(3, 2, dtype=torch.float64)
+    control = {"row": PI(1e-6, 1e-6), "fixed": Fixed(500)}[controller]
+    out = integrate(
+        field,
+        x,
+        torch.tensor([0.0, 20.0], dtype=torch.float64),
+        solver=Tsit5(),
+        controller=control,
+        stop=SteadyState(rtol=0.0, atol=1e-3),
+    )
+    assert out.stopped.tolist() == [True, True, False]
+    # rate e^{-rate t} <= 1e-3 first holds at t = ln(1000 rate)/rate; the end of the step is soon after
+    first = (1000 * rate[:2]).log() / rate[:2]
+    assert ((out.time[:2] >= first) & (out.time[:2] < 1.6 * first)).all() and out.time[2] == 20.0
+    assert ((rate[:2, None] * (1 - out.x[:2])).abs() <= 1e-3).all()
+    relative = integrate(
+        RowField(lambda t, x, rate: rate[:, None] * x, rate),
+        torch.ones(3, 2, dtype=torch.float64),
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+        solver=RK4(),
+        controller=Fixed(4),
+        stop=SteadyState(rtol=0.5, atol=1e-12),
+    )
+    assert relative.stopped.tolist() == [False, False, True] and relative.steps.tolist() == [4, 4, 1]
+
+
+def test_configuration_and_refusals():
+    built = build(Termination, {"name": "steady_state", "rtol": 0.0})
+    assert (built.rtol, built.atol) == (0.0, 1e-4)
+    with pytest.raises(ValueError, match=r"not both 0, are needed, found rtol=0.0, atol=0.0"):
+        SteadyState(0.0, 0.0)
+    with pytest.raises(ConfigError, match=r'rows may be stopped.*norm="row"'):
+        integrate(
+            fall,
+            HEIGHT,
+            torch.tensor([0.0, 1.0]),
+            solver=Dopri5(),
+            controller=PI(norm="batch"),
+            stop=Event(ground),
+        )
+    assert math.isfinite(float(impact(HEIGHT).sum()))
