@@ -132,7 +132,8 @@ def entries() -> dict[str, Entry]:
 
 def _plain(text: str) -> str:
     """Lower case letters and digits with single spaces: without accents, braces and TeX commands."""
-    text = re.sub(r"\\(?:[^\w\s]|(?=[A-Za-z]))", "", text).replace("ø", "o").replace("ł", "l").replace("Ł", "L")
+    text = re.sub(r"\\(?:[^\w\s]|(?=[A-Za-z]))", "", text).replace("ø", "o").replace("æ", "ae").replace("ł", "l")
+    text = text.replace("Ł", "L")
     text = unicodedata.normalize("NFKD", text.replace("{", "").replace("}", ""))
     text = "".join(c for c in text if not unicodedata.combining(c))
     return " ".join(re.sub(r"[^a-z0-9]+", " ", text.lower()).split())

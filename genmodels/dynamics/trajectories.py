@@ -1,7 +1,6 @@
 """Penalties on the path that a solution takes, and a random end of it."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -102,8 +102,11 @@ class Solver(ABC):
         """
         h = expand_like(s - t, x).to(x.dtype)
         a, b = h * self.velocity(field, t, x), h * self.slope(field, s, step.x, step.state)
-        rise = step.x - x
-        return torch.stack((x, a, 3 * rise - 2 * a - b, a + b - 2 * rise))
+        return hermite(x, step.x, a, b)
+
+    def within(self, rtol: float, atol: float) -> "Solver":
+        """This solver under step control at these tolerances, which tell it how well to solve its equations, if any."""
+        return self
 
     def solve(self, problem: "Problem", controller: "Controller") -> Solution:
         """A whole integration; a back-end that has loops of its own replaces it."""
@@ -281,6 +284,12 @@ def integrate(
     if problem.stop_at_failure and solution.result != Result.success:
         raise SolverError(solution)
     return solution
+
+
+def hermite(x: Tensor, new: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """[4, B, *shape] coefficients of the cubic from x to new with the derivatives a and b in θ at its ends."""
+    rise = new - x
+    return torch.stack((x, a, 3 * rise - 2 * a - b, a + b - 2 * rise))
 
 
 def title(component: Solver | Controller) -> str:

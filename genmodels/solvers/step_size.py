@@ -157,6 +157,7 @@ class PI(Controller):
 
     def solve(self, problem: Problem) -> Solution:
         self.check_resolution(problem.x.dtype)
+        problem = problem._replace(solver=problem.solver.within(self.rtol, self.atol))
         if self.norm == "batch":
             return solve_batch(self, problem)
         grid, noise = Grid.of(problem.times.detach()), problem.noise

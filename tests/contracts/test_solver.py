@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from itertools import combinations_with_replacement
 from typing import ClassVar
 
@@ -14,10 +15,10 @@ from genmodels.registry import ConfigError, build, member, names
 from genmodels.rng import generator
 from genmodels.solvers.base import Fixed, Solver, integrate
 from genmodels.solvers.fields import RowField, VectorField
+from genmodels.solvers.implicit import DiagonallyImplicit
 from genmodels.solvers.runge_kutta import Dopri5, Euler, Heun, RungeKutta
 from genmodels.solvers.solution import Record, Result, SolverError
 from genmodels.solvers.step_size import PI
-from genmodels.solvers.tableaux import ButcherTableau
 from genmodels.types import SupportsScore, expand_like
 from tests.oracles import GAUSSIAN, LINEAR, probability_flow
 
@@ -48,9 +49,10 @@ PROBLEMS: dict[str, tuple[Callable, Tensor, tuple[float, float], Tensor]] = {
 }
 
 
-def rates(solve: Callable[[int], Tensor], exact: Tensor, order: float) -> float:
-    """Measured order at the smallest steps that rounding does not touch."""
-    n = {1: 128, 2: 64, 3: 48, 4: 32}.get(int(order), 64)
+def rates(solve: Callable[[int], Tensor], exact: Tensor, solver: Solver) -> float:
+    """Measured order at the smallest steps that rounding does not touch (longer ones if each is dear)."""
+    n = {1: 128, 2: 64, 3: 48, 4: 32, 8: 4}.get(int(solver.order), 64)
+    n = 16 if isinstance(solver, DiagonallyImplicit) else n
     coarse, fine = ((solve(k) - exact).abs().max() for k in (n, 2 * n))
     assert fine > 1e-14, "rounding spoils the measurement"
     return float(torch.log2(coarse / fine))
@@ -63,9 +65,11 @@ def rates(solve: Callable[[int], Tensor], exact: Tensor, order: float) -> float:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_reaches_its_order(name, problem):
     solver, (field, x, ends, exact) = build(Solver, name), PROBLEMS[problem]
-    rate = rates(lambda n: integrate(field, x, grid(n, *ends), solver=solver).x, exact, solver.order)
+    rate = rates(lambda n: integrate(field, x, grid(n, *ends), solver=solver).x, exact, solver)
     assert rate > solver.order - 0.3  # on the curved problem the fifth-order methods come down to 5 from below
-    assert problem != "linear" or rate < solver.order + 0.4, "step control relies on the order being no higher either"
+    # methods of order 8 meet rounding before the last term of their error stands alone
+    most = solver.order + (1.0 if solver.order == 8 else 0.4)
+    assert problem != "linear" or rate < most, "step control relies on the order being no higher either"
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -78,7 +82,10 @@ def test_flipping_the_grid_inverts_to_the_declared_order(name):
         assert (z - x).abs().max() > 0.1
         return integrate(field, z, times.flip(0), solver=solver).x
 
-    assert rates(there_and_back, x, solver.order) > solver.order - 0.2
+    if name in ("implicit_midpoint", "trapezoid"):  # symmetric: inverted by what is left of Newton's iteration
+        assert (there_and_back(16) - x).abs().max() < 1e-13
+        return
+    assert rates(there_and_back, x, solver) > solver.order - 0.2
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -94,11 +101,15 @@ def test_evaluations_are_counted_and_as_many_as_stated(name):
     for steps in (3, 7):
         seen.clear()
         out = integrate(field, PLANE, grid(steps, 0.2, 0.9), solver=solver)
-        assert out.nfe.tolist() == [len(seen)] * 5 and out.steps.tolist() == [steps] * 5
+        products = 2 * steps if isinstance(solver, DiagonallyImplicit) else 0  # a Jacobian of two components a step
+        assert out.nfe.tolist() == [len(seen) + products] * 5 and out.steps.tolist() == [steps] * 5
         assert out.rejected.tolist() == [0] * 5 and out.time.tolist() == [0.9] * 5
         assert min(seen) == 0.2 and max(seen) <= 0.9, "fields may end at the ends of the grid"
         counts.append(len(seen))
-    assert counts[1] - counts[0] == 4 * solver.stages
+    least = 4 * solver.stages
+    assert (
+        counts[1] - counts[0] > 2 * least if isinstance(solver, DiagonallyImplicit) else counts[1] - counts[0] == least
+    )
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -155,6 +166,8 @@ def test_gradients_are_those_of_the_steps(name):
         times = torch.stack((torch.zeros_like(last), last / 3, last))
         field = lambda t, y: torch.tanh(y @ matrix.T) + t * y  # noqa: E731
         out = integrate(field, x, times, solver=solver, save="all", record=Record())
+        if name == "dopri8":  # its last two stages are so near each other that differences of their quotient are noise
+            return out.x, out.trace.error
         return tuple(v for v in (out.x, out.trace.error, out.trace.stiffness) if v is not None)
 
     last = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -174,6 +187,7 @@ def test_empty_batches(name):
 RUNGE_KUTTA = [name for name in SOLVERS if isinstance(build(Solver, name), RungeKutta)]
 
 
+@cache
 def trees(order: int) -> list[tuple]:
     """Rooted trees with `order` nodes, each the sorted tuple of its subtrees."""
 
@@ -199,36 +213,37 @@ def density(tree: tuple) -> int:
     return nodes(tree) * math.prod(map(density, tree))
 
 
-def elementary(tree: tuple, a: tuple) -> list[Fraction]:
-    """The elementary weight of a tree at each stage."""
-    inner = [elementary(child, a) for child in tree]
+@cache
+def elementary(tree: tuple, name: str) -> list[Fraction]:
+    """The elementary weight of a tree at each stage of a solver."""
+    inner, a = [elementary(child, name) for child in tree], build(Solver, name).tableau.rows
     sums = [[sum((w * v for w, v in zip(row, each, strict=False)), Fraction(0)) for row in a] for each in inner]
     return [math.prod((each[i] for each in sums), start=Fraction(1)) for i in range(len(a))]
 
 
-def order_defect(tableau: ButcherTableau, weights: tuple, order: int) -> float:
+def order_defect(name: str, weights: tuple, order: int) -> float:
     """The largest violation of the order conditions Σ b_i Φ_i(tree) = 1/γ(tree) of exactly this order."""
     return max(
-        abs(float(sum(b * phi for b, phi in zip(weights, elementary(tree, tableau.a), strict=True)) - Fraction(1, g)))
+        abs(float(sum(b * phi for b, phi in zip(weights, elementary(tree, name), strict=True)) - Fraction(1, g)))
         for tree in trees(order)
         for g in [density(tree)]
     )
 
 
 def test_the_rooted_trees_are_complete():
-    assert [len(set(trees(n))) for n in range(1, 7)] == [1, 1, 2, 4, 9, 20]
+    assert [len(set(trees(n))) for n in range(1, 10)] == [1, 1, 2, 4, 9, 20, 48, 115, 286]
 
 
 @pytest.mark.parametrize("name", RUNGE_KUTTA)
 def test_tableaux_meet_every_order_condition_and_no_more(name):
     tableau = build(Solver, name).tableau
-    # Tsitouras' coefficients are published to 16 digits, and reach 13 in size; all the others are exact
-    tolerance = 1e-13 if name == "tsit5" else 0.0
-    assert all(abs(float(sum(row) - c)) <= tolerance for row, c in zip(tableau.a, tableau.c, strict=True))
+    # Tsitouras' coefficients are published to 16 digits and reach 13 in size, two others as near fractions
+    tolerance = {"tsit5": 1e-13, "dopri8": 2e-17, "esdirk54": 1e-25}.get(name, 0.0)
+    assert all(abs(float(sum(row) - c)) <= tolerance for row, c in zip(tableau.rows, tableau.c, strict=True))
     for weights, order in ((tableau.b, tableau.order), (tableau.b_hat, tableau.order - 1)):
         if weights:
-            assert all(order_defect(tableau, weights, n) <= tolerance for n in range(1, order + 1))
-            assert order_defect(tableau, weights, order + 1) > 1e-6
+            assert all(order_defect(name, weights, n) <= tolerance for n in range(1, order + 1))
+            assert order_defect(name, weights, order + 1) > 1e-6
 
 
 # y' = -y, h = 0.5 and y' = y cos t, h = 0.5, both from 1, computed independently in exact arithmetic
@@ -323,7 +338,9 @@ class NeedsScore(Euler):
 def test_mismatches_are_named_early():
     with pytest.raises(ConfigError, match=r"'euler' needs a SupportsScore.*Use one of: .*dopri5.*rk4"):
         integrate(LINEAR.field, PLANE, grid(1), solver=NeedsScore())
-    with pytest.raises(ConfigError, match=r"'pi' needs an error estimate, which solver 'rk4'.*bosh3, dopri5, heun"):
+    with pytest.raises(
+        ConfigError, match=r"'pi' needs an error estimate, which solver 'rk4'.*bosh3, dopri5, dopri8, esdirk54, heun"
+    ):
         integrate(LINEAR.field, PLANE, grid(1), solver=build(Solver, "rk4"), controller=PI())
     with pytest.raises(ValueError, match=r"\[5, 2\] into a velocity of shape \[5, 1\]"):
         integrate(lambda t, x: x[:, :1], PLANE, grid(1), solver=Euler())
