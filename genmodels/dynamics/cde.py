@@ -1,6 +1,5 @@
 """Neural controlled differential equations: a hidden state driven by a path through irregular observations."""
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -160,7 +159,7 @@ class NeuralCDE(Model):
         Args:
             solver, controller: what the answer may cost; None for those of training, with steps of each row's own.
         """
-        controller = controller or _by_row(self.controller)
+        controller = controller or self.controller.by_row()
         return self._answer(batch, solver or self.solver, controller, gradient=Backprop())[0]
 
     # ---- the equation ------------------------------------------------------------------------------------------------
@@ -245,15 +244,6 @@ def _scale_head(network: Network, scale: float) -> None:
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(scale)
-
-
-def _by_row(controller: Controller) -> Controller:
-    """The controller with steps of each row's own, so that an answer does not depend on its batch."""
-    if getattr(controller, "norm", "row") == "row":
-        return controller
-    controller = copy.copy(controller)
-    controller.norm = "row"
-    return controller
 
 
 def _error(answer: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

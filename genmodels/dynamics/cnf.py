@@ -21,7 +21,6 @@ from ..solvers.runge_kutta import Tsit5
 from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape
-from .ode import row_by_row
 from .regularization import Regularizer
 
 
@@ -263,7 +262,7 @@ class ContinuousFlow(NormalizingFlow):
         """With a solver and a controller of one's own, or those of training with each row's own error norms."""
         return Solving(
             solver or self.solver,
-            controller or row_by_row(self.controller),
+            controller or self.controller.by_row(),
             divergence=divergence,
             law=self.law,
             **more,

@@ -18,7 +18,7 @@ from ..solvers.runge_kutta import Tsit5
 from ..solvers.step_size import PI
 from ..types import Batch, Condition, Likelihood, Loss, Seeds, Shape
 from .irregular import Series, Targets
-from .ode_rnn import ODERNN, StateField, row_by_row
+from .ode_rnn import ODERNN, StateField
 from .recurrent import Ode, Precision, SeriesEncoder, SeriesModel, check_positive
 from .regularization import Evolved, Regularizer, evolve
 
@@ -230,7 +230,7 @@ class LatentODE(SeriesModel):
         return terms.flatten(2).sum(2, dtype=torch.float64)
 
     def _evaluation(self, solver: Solver | None, controller: Controller | None) -> Ode:
-        controller = row_by_row(self.controller) if controller is None else controller
+        controller = self.controller.by_row() if controller is None else controller
         return Ode(self.solver if solver is None else solver, controller, self.gradient)
 
     # ---- answers -----------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ class LatentODE(SeriesModel):
         check_positive("sample", batch_size=batch_size)
         if condition is not None:
             raise ValueError("sample: a latent ODE takes no condition.")
-        grid = self._grid(times, len(seeds))
+        grid = self.sample_times(times, len(seeds))
         ode, drawn = self._evaluation(solver, controller), []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             noise = SeedNoise(seeds[rows], device=self.device)
@@ -340,20 +340,6 @@ class LatentODE(SeriesModel):
             spread = self.log_sigma.exp() * noise.normal(*x.shape[1:], dtype=x.dtype)
             drawn.append(x if mean else x + spread)
         return torch.cat(drawn)
-
-    def _grid(self, times: Tensor | None, n: int) -> Tensor:
-        """[n, M] float64 times of samples on the model's clock."""
-        if times is None:
-            times = self.ends[0] + (self.ends[1] - self.ends[0]) * torch.linspace(
-                0, 1, self.shape[0], dtype=torch.float64, device=self.device
-            )
-        grid = self.clock(times.to(self.device, torch.float64)).expand(n, -1)
-        if bool((grid.diff(dim=1) < 0).any()) or bool((grid < 0).any()) or not bool(grid.isfinite().all()):
-            raise ValueError(
-                f"sample: times must not decrease and start at {float(self.origin):.6g} or later, the earliest of the "
-                "training data, where the prior holds."
-            )
-        return grid
 
 
 class _Linear(nn.Linear):

@@ -356,23 +356,11 @@ class LatentSDE(SeriesModel, StochasticModel):
         check_positive("sample", batch_size=batch_size)
         if condition is not None:
             raise ValueError("sample: a latent SDE takes no condition.")
-        grid, drawn = self._grid(times, len(seeds)), []
+        grid, drawn = self.sample_times(times, len(seeds)), []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             noise = SeedNoise(seeds[rows], device=self.device)
             drawn.append(self._sample(noise, grid[rows], mean, solver, controller))
         return torch.cat(drawn)
-
-    def _grid(self, times: Tensor | None, n: int) -> Tensor:
-        """[n, M] float64 times of samples on the model's clock."""
-        if times is None:
-            times = torch.linspace(*self.ends.tolist(), self.shape[0], dtype=torch.float64, device=self.device)
-        grid = self.clock(times.to(self.device, torch.float64)).expand(n, -1)
-        if bool((grid.diff(dim=1) < 0).any()) or bool((grid < 0).any()) or not bool(grid.isfinite().all()):
-            raise ValueError(
-                f"sample: times must not decrease and start at {float(self.origin):.6g} or later, the earliest of the "
-                "training data, where the prior holds."
-            )
-        return grid
 
     def _sample(
         self, noise: Noise, grid: Tensor, mean: bool, solver: Solver | None, controller: Controller | None

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from copy import copy
 from typing import Any, Literal
 
 import torch
@@ -19,15 +18,6 @@ from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Loss, Seeds, Shape, expand_like
 from .regularization import Evolved, Regularizer, evolve
-
-
-def row_by_row(controller: Controller) -> Controller:
-    """The controller as it is used for answers: every row has steps and an error norm of its own."""
-    if getattr(controller, "norm", "row") == "row":
-        return controller
-    own = copy(controller)
-    own.norm = "row"
-    return own
 
 
 @register(Model, "neural_ode")
@@ -132,7 +122,7 @@ class NeuralODE(Model):
         if self.training:
             how |= {"regularizers": self.regularizers, "progress": self.progress, "noise": noise}
         else:
-            how["controller"] = row_by_row(self.controller)
+            how["controller"] = self.controller.by_row()
         out = self._evolve(batch, self._start(batch, noise), **how)
         value, logs = self._error(self._read(out), batch)
         return Loss(value + out.penalty.to(value.dtype), logs | out.logs)
@@ -152,7 +142,7 @@ class NeuralODE(Model):
         """
         self.check_items(batch.x, "predict")
         start = self._start(batch, None)
-        how = {"solver": solver or self.solver, "controller": controller or row_by_row(self.controller)}
+        how = {"solver": solver or self.solver, "controller": controller or self.controller.by_row()}
         return self._read(self._evolve(batch, start, **how))
 
     def velocity(self, t: Tensor, x: Tensor, *, condition: None = None) -> Tensor:

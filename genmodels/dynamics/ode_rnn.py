@@ -1,7 +1,6 @@
 """ODE-RNN: a hidden state that moves by an ODE between observations and is updated by gates at each."""
 
 from collections.abc import Callable
-from copy import copy
 
 import torch
 from torch import Generator, Tensor, nn
@@ -110,7 +109,7 @@ class ODERNN(Gated):
         self.solver, self.controller, self.gradient = solver, controller, gradient
 
     def settings(self, evaluation: bool) -> Ode:
-        return Ode(self.solver, row_by_row(self.controller) if evaluation else self.controller, self.gradient)
+        return Ode(self.solver, self.controller.by_row() if evaluation else self.controller, self.gradient)
 
     def carry(self, h: Tensor, t: Tensor, s: Tensor, ode: Ode | None) -> Carried:
         ode = self.settings(evaluation=True) if ode is None else ode
@@ -118,15 +117,6 @@ class ODERNN(Gated):
         field = RowField(self.field.in_unit_time, t, s - t)
         found = evolve(field, mean, torch.tensor(UNIT, dtype=torch.float64, device=h.device), **ode._asdict())
         return Carried(torch.cat((found.solution.x, std), 1), found.penalty, found.logs)
-
-
-def row_by_row(controller: Controller) -> Controller:
-    """The controller as it is used outside training: every row has its own steps and error norm."""
-    if getattr(controller, "norm", "row") == "row":
-        return controller
-    own = copy(controller)
-    own.norm = "row"
-    return own
 
 
 @register(Model, "ode_rnn")

@@ -17,7 +17,6 @@ from ..solvers.brownian import BrownianTree, path_seeds
 from ..solvers.stochastic import SOSRI2, Calculus, RowSDE
 from ..transforms import Transform
 from ..types import Batch, Loss, Seeds, Shape
-from .ode_rnn import row_by_row
 from .regularization import Evolved, Regularizer, evolve
 
 Precision = Literal["float32", "float64"]
@@ -117,7 +116,7 @@ class StochasticModel(Model):
         save: str = "last",
     ) -> Evolved:
         """z [B, *] through the times on the paths of the seeds [B], with the training's settings for None."""
-        steps = row_by_row(self.controller if controller is None else controller)
+        steps = (controller or self.controller).by_row()
         return evolve(
             field,
             z,

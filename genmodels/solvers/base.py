@@ -149,6 +149,10 @@ class Controller(ABC):
     def check(self, solver: Solver) -> None:
         """Raises ConfigError if this controller cannot steer the solver."""
 
+    def by_row(self) -> "Controller":
+        """The same with steps of each row's own, as answers about single items need: they depend on no batch."""
+        return self
+
 
 @kind
 class Gradient(ABC):

@@ -1,6 +1,7 @@
 """Step control: every row of the batch has its own time, step and verdict on each attempt."""
 
 import warnings
+from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -146,6 +147,13 @@ class PI(Controller):
         self.rtol, self.atol, self.safety = rtol, atol, safety
         self.min_factor, self.max_factor, self.exponents = min_factor, max_factor, tuple(exponents)
         self.first_step, self.max_step, self.norm = first_step, max_step, norm
+
+    def by_row(self) -> "PI":
+        if self.norm == "row":
+            return self
+        own = copy(self)
+        own.norm = "row"
+        return own
 
     def check(self, solver: Solver) -> None:
         if not solver.adaptive:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from genmodels.dynamics import ode
-from genmodels.dynamics.ode import NeuralODE, row_by_row
+from genmodels.dynamics.ode import NeuralODE
 from genmodels.dynamics.regularization import Evolved
 from genmodels.model import Model
 from genmodels.registry import ConfigError, build, resolve
@@ -133,8 +133,8 @@ def test_rows_of_an_answer_do_not_see_each_other_though_training_has_one_clock()
     torch.testing.assert_close(model.loss(batch).value[1:], model.loss(batch[1:]).value, rtol=0, atol=1e-13)
     clocked = model.train().loss(batch).value
     assert (clocked[1:] - model.loss(batch[1:]).value).abs().max() > 1e-9
-    assert model.controller.norm == "batch" and row_by_row(model.controller).norm == "row"
-    assert row_by_row(model.controller).rtol == 1e-3 and isinstance(row_by_row(Fixed(3)), Fixed)
+    assert model.controller.norm == "batch" and model.controller.by_row().norm == "row"
+    assert model.controller.by_row().rtol == 1e-3 and Fixed(3).by_row().steps == 3
 
 
 def test_the_dial_of_predictions():
