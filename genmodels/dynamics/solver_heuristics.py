@@ -235,8 +235,7 @@ def step_value(per_step: str, error: Tensor, h: Tensor, solver: Solver) -> Tenso
 
 
 def aggregate(values: Tensor, taken: Tensor, how: Aggregation) -> Tensor:
-    """[B] the mean, sum or maximum over the steps of each row of values [N, B] that are not negative."""
-    values = torch.where(taken, values, 0.0)
+    """[B] the mean, sum or maximum over the steps of each row of values [N, B] >= 0, which are 0 where not taken."""
     if how == "max":
         return values.amax(0) if len(values) else values.sum(0)
     total = values.sum(0)

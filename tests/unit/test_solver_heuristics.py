@@ -214,3 +214,11 @@ def test_local_gradient_is_that_of_the_global_penalty_at_fixed_states(quantity):
         total += torch.autograd.grad(value[0], field.matrix)[0]
         torch.testing.assert_close(found[i], value[0], rtol=1e-9, atol=0)
     torch.testing.assert_close(own, total, rtol=1e-9, atol=1e-12)
+
+
+def test_a_place_that_a_row_did_not_reach_costs_nothing():
+    """The first row's place lies in its one step, the second's after where it failed."""
+    noise = Given(torch.tensor([[0.0], [0.99]]))
+    options = {"max_steps": 1, "on_failure": "return"}
+    found = penalty(Local(), Linear(SPIRAL), START.expand(2, 2), noise=noise, **options)
+    assert found[0] > 0 and found[1] == 0
