@@ -13,6 +13,9 @@ from .recording import Recorder
 from .solution import Result, Solution, Strain, worst
 
 Array = np.ndarray
+SUCCESS, EXHAUSTED, UNDERFLOW, NON_FINITE = (
+    int(Result[name]) for name in ("success", "max_steps_reached", "step_underflow", "non_finite")
+)
 
 
 class Rows(NamedTuple):
@@ -80,6 +83,8 @@ class Grid(NamedTuple):
 
     def time(self, place: Array, index: Array) -> Array:
         """[n] the times of rows at places, the last one beyond the end."""
+        if self.ends is None and len(self.times) == 2:
+            return self.times[1]
         place = np.minimum(place, len(self.times) - 1)
         return self.times[place, 0] if self.ends is None else self.times[place, index]
 
@@ -123,6 +128,8 @@ class _Loop:
         self.recorder = Recorder(problem, (control.rtol, control.atol))
         self.power = tuple(e / problem.solver.error_order for e in control.exponents)
         self.longest = control.max_step or problem.span
+        self.attempts, self.device = 0, problem.x.device
+        self.nothing = torch.zeros((), dtype=torch.float64, device=self.device)
         self.ended: list[Rows] = []
         self.landed: list[tuple[Array, Array, Tensor]] = []
         self.stopped: list[Array] = []
@@ -132,64 +139,81 @@ class _Loop:
         problem, grid = self.problem, self.grid
         n = len(problem.x)
         index, zero = np.arange(n), np.zeros(n, dtype=np.int64)
-        t = grid.time(zero, index)
+        t = grid.times[0] + np.zeros(n)
         state, h = (), t
         if n:
             times = self.to_device(t)
             state = problem.solver.start(self.field, times, problem.x)
             h = self.control.first_steps(problem, self.field, times, problem.x, state).cpu().numpy()
         goal = grid.run(zero, index) + 1
-        status = np.where(goal < len(grid.times), RUNNING, int(Result.success))
+        status = np.where(goal < len(grid.times), RUNNING, SUCCESS)
         self.landed.append((zero, index, problem.x))
         return Rows(index, t, h, goal, np.full(n, 1e-4), status, zero + self.field.calls, zero, zero, problem.x, state)
 
     def to_device(self, values: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.problem.x.device)
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     def attempt(self, rows: Rows, noise: Any) -> Attempt:
         problem, goal = self.problem, self.grid.time(rows.goal, rows.index)
         lands = rows.h * (1 + 1e-9) >= abs(goal - rows.t)  # no sliver is left over by rounding
         end = np.where(lands, goal, rows.t + problem.direction * rows.h)
-        t, s = self.to_device(np.stack((rows.t, end))).unbind()
+        times = np.empty((2, len(end)))
+        times[0], times[1] = rows.t, end
+        t, s = self.to_device(times)
         step = problem.solver.step(self.field, t, s, rows.x, rows.state, noise)
         error = self.control.row_norm(problem, step.error, rows.x, step.x)
-        with torch.no_grad():
-            largest = torch.linalg.vector_norm(step.x.reshape(len(rows.x), -1), torch.inf, dim=1)
-            value, size = torch.stack((error, largest.double())).cpu().numpy()  # the only wait for the device in a step
-        bad = ~(np.isfinite(value) & np.isfinite(size))
+        value = self.measured(error.detach(), step.x)
+        bad = ~np.isfinite(value)
         stops = None
         if problem.stop is not None:
             stops = problem.stop.reached(problem, self.field, t, s, rows.x, step).cpu().numpy()
         return Attempt(t, s, step, end, abs(end - rows.t), lands, error, value, bad, stops)
 
+    def measured(self, error: Tensor, x: Tensor) -> Array:
+        """[n] E on the host, not finite where the state is not: the only wait for the device in a step."""
+        x = x.detach().flatten(1) if x.ndim > 1 else x.detach()[:, None]
+        # 0 times what is not finite is nan
+        return torch.addcmul(error, x.sum(1, dtype=torch.float64), self.nothing).cpu().numpy()
+
     def judge(self, rows: Rows, attempt: Attempt) -> Verdict:
-        control, problem, (p, q) = self.control, self.problem, self.power
+        control, (p, q) = self.control, self.power
         running, bad, h = rows.status == RUNNING, attempt.bad, attempt.h
+        spoilt = running & bad
         # A row that is not finite makes gradients of shared parameters nan even where it is masked. In a graph such an
         # attempt is thrown away whole and made again with that row's shorter step; for other rows it does not count.
-        counted = running & bad if torch.is_grad_enabled() and (running & bad).any() else running
+        counted = spoilt if torch.is_grad_enabled() and spoilt.any() else running
         error = np.maximum(np.where(bad, 1.0, attempt.value), 1e-30)
         accept = counted & ~bad & (error <= 1)
         pull = control.safety * error**-p
-        grown = h * np.clip(pull * rows.previous**q, control.min_factor, control.max_factor)
+        factor = np.minimum(np.maximum(pull * rows.previous**q, control.min_factor), control.max_factor)
         # what a step that was cut very short to land has to say drowns in rounding: the step wanted before it stands
         cut = control.max_factor * h < rows.h
-        grown = np.where(cut, rows.h, grown)
-        shrunk = h * np.where(bad, control.min_factor, np.clip(pull, control.min_factor, 1.0))
-        wanted = np.minimum(np.where(accept, grown, shrunk), self.longest)
-        ends = attempt.lands & (self.grid.run(rows.goal, rows.index) >= len(self.grid.times) - 1)
-        ends = ends if attempt.stops is None else ends | attempt.stops
-        status = np.where(accept & ends, int(Result.success), rows.status)
-        shortest = 10 * np.finfo(np.float64).eps * np.maximum(abs(rows.t), problem.span)
-        stuck = counted & ~accept & (wanted < shortest)
-        status = np.where(stuck, np.where(bad, int(Result.non_finite), int(Result.step_underflow)), status)
-        spent = (rows.steps + rows.rejected + counted >= problem.max_steps) & (status == RUNNING)
-        status = np.where(spent, int(Result.max_steps_reached), status)
+        wanted = np.minimum(np.where(cut, rows.h, h * factor), self.longest)
         previous = np.where(accept & ~cut, np.maximum(error, 1e-4), rows.previous)
-        return Verdict(counted, accept, np.where(counted, wanted, rows.h), previous, status)
+        status = self._landed(rows, attempt, accept)
+        if not accept.all():
+            shrunk = h * np.where(bad, control.min_factor, np.minimum(np.maximum(pull, control.min_factor), 1.0))
+            wanted = np.where(accept, wanted, np.where(counted, np.minimum(shrunk, self.longest), rows.h))
+            shortest = 10 * np.finfo(np.float64).eps * np.maximum(abs(rows.t), self.problem.span)
+            stuck = counted & ~accept & (wanted < shortest)
+            status = np.where(stuck, np.where(bad, NON_FINITE, UNDERFLOW), status)
+        self.attempts += 1  # at least as many as any row has made
+        if self.attempts >= self.problem.max_steps:
+            made = rows.steps + rows.rejected + counted
+            status = np.where((made >= self.problem.max_steps) & (status == RUNNING), EXHAUSTED, status)
+        return Verdict(counted, accept, wanted, previous, status)
+
+    def _landed(self, rows: Rows, attempt: Attempt, accept: Array) -> Array:
+        """[n] the status, success where an accepted step is the last one."""
+        ends = attempt.lands if attempt.stops is None else attempt.lands | attempt.stops
+        if not ends.any():
+            return rows.status
+        last = self.grid.run(rows.goal, rows.index) >= len(self.grid.times) - 1
+        ends = attempt.lands & last if attempt.stops is None else (attempt.lands & last) | attempt.stops
+        return np.where(accept & ends, SUCCESS, rows.status)
 
     def record(self, rows: Rows, attempt: Attempt, verdict: Verdict) -> None:
-        last = verdict.status == int(Result.success)
+        last = verdict.status == SUCCESS
         index, steps, final = (self.to_device(each) for each in (rows.index, rows.steps, last))
         given = (index, steps, final, attempt.t, attempt.s, rows.x, attempt.step, attempt.error)
         if not verdict.accept.all():
@@ -198,7 +222,7 @@ class _Loop:
 
     def note_strain(self, rows: Rows, attempt: Attempt, verdict: Verdict) -> None:
         """Keep the step and the stiffness estimate of rows that fail for want of steps."""
-        failed = (verdict.status == int(Result.step_underflow)) | (verdict.status == int(Result.max_steps_reached))
+        failed = (verdict.status == UNDERFLOW) | (verdict.status == EXHAUSTED)
         with torch.no_grad():
             stiffness = self.problem.solver.stiffness(attempt.t, attempt.s, rows.x, attempt.step)
         if stiffness is not None and failed.any():
