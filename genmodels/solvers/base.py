@@ -47,6 +47,7 @@ class Solver(ABC):
         counts: method of the field whose calls are its evaluations.
         adaptive: True if steps carry an error estimate of size O(h^error_order), as step control needs.
         whole: True for a back-end that integrates by loops of its own (`solve`) and has no single steps.
+        implicit: True if a step solves equations, and is stable on decaying modes whatever its length.
         stability: largest h |λ| on the negative real axis for which y' = λ y does not grow; None if there is no bound,
             or if it is not known.
     """
@@ -56,6 +57,7 @@ class Solver(ABC):
     needs: ClassVar[type] = VectorField
     counts: ClassVar[str] = "__call__"
     adaptive: ClassVar[bool] = False
+    implicit: ClassVar[bool] = False
     stability: ClassVar[float | None] = None
     whole: ClassVar[bool] = False
 
@@ -286,8 +288,21 @@ def integrate(
     )
     solution = gradient.solve(problem, controller)
     if problem.stop_at_failure and solution.result != Result.success:
-        raise SolverError(solution)
+        raise SolverError(solution, lambda row: _strain(solution, solver, row))
     return solution
+
+
+def _strain(solution: Solution, solver: Solver, row: int) -> str:
+    """What the stiffness estimate of a row that failed for want of steps says."""
+    if solution.strain is None or solver.stability is None:
+        return ""
+    h, s = (float(each[row]) for each in solution.strain)
+    stable = [name for name in names(Solver) if (m := member(Solver, name, "solver")).implicit and m.adaptive]
+    return (
+        f"Its last attempt had h = {h:.3g} and a stiffness estimate S = {s:.3g}, so h S = {h * s:.3g} against the "
+        f"{solver.stability:.3g} up to which '{title(solver)}' is stable; where they are near, the field is stiff, and "
+        f"an implicit solver ({', '.join(stable)}) takes longer steps. "
+    )
 
 
 def hermite(x: Tensor, new: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from ..registry import ConfigError
 from .base import Problem
 from .fields import Counted
 from .recording import Recorder
-from .solution import Result, Solution
+from .solution import Result, Solution, Strain
 
 
 class Clock:
@@ -66,6 +66,7 @@ def solve_batch(control: Any, problem: Problem) -> Solution:
         trace=recorder.trace(),
         picked=recorder.picked(),
         dense=recorder.interpolation(),
+        strain=loop.strain,
     )
 
 
@@ -77,6 +78,8 @@ class _Loop:
         self.power = tuple(e / problem.solver.error_order for e in control.exponents)
         self.longest = min(problem.span, control.max_step or problem.span)
         self.index = torch.arange(len(problem.x), device=problem.x.device)
+        self.latest: tuple[Any, ...] | None = None  # t, s, x and the step of the last attempt
+        self.strain: Strain | None = None
 
     def norm(self, error: Tensor, x: Tensor, new: Tensor) -> Tensor:
         """[] float64 E over the batch."""
@@ -112,7 +115,7 @@ class _Loop:
         problem, control, direction = self.problem, self.control, self.problem.direction
         while True:
             if clock.steps + clock.rejected >= problem.max_steps:
-                return x, state, Result.max_steps_reached
+                return x, state, self._strained(Result.max_steps_reached)
             lands = clock.h * (1 + 1e-9) >= abs(goal - clock.t)  # no sliver is left over by rounding
             s = goal if lands else clock.t + direction * clock.h
             ends = _tensor(clock.t, x), _tensor(s, x)
@@ -121,7 +124,7 @@ class _Loop:
             value = float(error.detach())  # the only wait for the device in a step
             # a finite norm of the error does not see states under a seminorm, or infinite ones
             bad = not (value < math.inf and float(torch.linalg.vector_norm(step.x.detach(), math.inf)) < math.inf)
-            h = abs(s - clock.t)
+            h, self.latest = abs(s - clock.t), (*ends, x, step)
             if not bad and value <= 1:
                 if self.recorder.active:
                     self._record(clock, last and lands, ends, x, step, error)
@@ -136,7 +139,18 @@ class _Loop:
             clock.h = h * min(max(factor, control.min_factor), 1.0)
             shortest = 10 * torch.finfo(torch.float64).eps * max(abs(clock.t), problem.span)
             if clock.h < shortest:
-                return x, state, Result.non_finite if bad else Result.step_underflow
+                return x, state, self._strained(Result.non_finite if bad else Result.step_underflow)
+
+    def _strained(self, result: Result) -> Result:
+        """The result, with what the last attempt says of the stiffness if it failed for want of steps."""
+        if result == Result.non_finite or self.latest is None:
+            return result
+        with torch.no_grad():
+            stiffness = self.problem.solver.stiffness(*self.latest)
+        if stiffness is not None:
+            t, s, *_ = self.latest
+            self.strain = Strain((s - t).abs().expand(len(stiffness)), stiffness)
+        return result
 
     def _grow(self, clock: Clock, h: float, value: float) -> None:
         """The next step after an accepted one of length h, see `PI`."""

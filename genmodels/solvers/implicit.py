@@ -46,6 +46,8 @@ class DiagonallyImplicit(RungeKutta):
     Source: Hairer & Wanner, Solving Ordinary Differential Equations II, sections IV.6 and IV.8.
     """
 
+    implicit = True
+
     def __init__(
         self, linear: Literal["auto", "dense", "krylov"] = "auto", fraction: float = 0.02, iterations: int = 12
     ) -> None:

@@ -1,5 +1,6 @@
 """Steps along a given grid, of all rows together."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,7 @@ class March:
         self.steps = self.passed = torch.zeros_like(self.index)  # of length above 0; all of them
         self.alive = torch.ones_like(self.index, dtype=torch.bool)
         self.failed = self.stopped = self.within = ~self.alive
+        self.whole = self.x.device.type == "cpu"  # no row has failed or stopped, as far as was asked
         self.time = self.grid[0].detach().expand(len(self.x))
 
     def solve(self) -> Solution:
@@ -61,6 +63,10 @@ class March:
         """One step of all rows that are alive; the solver's memory after it."""
         problem, x = self.problem, self.x
         taken = problem.solver.step(self.field, t, s, x, state, problem.noise)
+        if self._uneventful(taken.x):
+            self.x, self.time = taken.x, s.detach().expand(len(x))
+            self.passed, self.steps = self.passed + 1, self.steps + (s != t)
+            return taken.state
         alive = self.alive & finite_rows(taken.x)
         self.failed, moves = self.failed | (self.alive & ~alive), alive & (s != t)  # length 0 is padding
         new, end = taken.x, s.detach().expand(len(x))
@@ -73,8 +79,14 @@ class March:
         self.x = new if intact else torch.where(expand_like(alive, x), new, x)
         self.time = torch.where(alive, end, self.time)
         self.passed, self.steps = self.passed + alive, self.steps + moves
-        self.alive = alive & ~self.stopped
+        self.alive, self.whole = alive & ~self.stopped, self.whole and intact and problem.stop is None
         return taken.state
+
+    def _uneventful(self, new: Tensor) -> bool:
+        """Whether every row just goes on, where asking costs no wait for a device."""
+        if not self.whole or self.problem.stop is not None or self.recorder.active:
+            return False
+        return math.isfinite(float(new.detach().sum(dtype=torch.float64)))
 
     def _halt(self, t: Tensor, s: Tensor, taken: Any, alive: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """States and times at the end of the step, or where rows stop within it."""

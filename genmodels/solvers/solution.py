@@ -1,5 +1,6 @@
 """What an integration gives back: states, costs, outcomes, and what each accepted step had to say of itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple
@@ -116,6 +117,19 @@ class Dense:
         return total
 
 
+class Strain(NamedTuple):
+    """The last attempts of rows that ran out of steps, or needed too short ones, [B] float64 each; nan for the others.
+
+    Args:
+        h: length of the step.
+        stiffness: estimate of the largest |eigenvalue| of ∂f/∂x; h times it near the method's stability says that the
+            field is stiff, and stability, not accuracy, sets the steps.
+    """
+
+    h: Tensor
+    stiffness: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Solution:
     """Where an integration ended and what it cost; states and trace with graph, counts and times without.
@@ -133,6 +147,7 @@ class Solution:
         picked: the steps that were chosen; None unless asked for by `record`.
         dense: the solution between the steps; None unless save="dense".
         stopped: [B] bool, whether `stop` ended the row before its last time; None without one.
+        strain: of rows that failed for want of steps; None where none did, or without a stiffness estimate.
     """
 
     x: Tensor
@@ -147,6 +162,7 @@ class Solution:
     picked: Picked | None = None
     dense: Dense | None = None
     stopped: Tensor | None = None
+    strain: Strain | None = None
 
 
 class SolverError(RuntimeError):
@@ -158,16 +174,20 @@ class SolverError(RuntimeError):
         time: the last time that it reached.
         steps: its accepted steps.
         rejected: its rejected steps.
+
+    Args:
+        diagnosis: what else is known, as `diagnosis(row)` says it.
     """
 
-    def __init__(self, solution: Solution) -> None:
+    def __init__(self, solution: Solution, diagnosis: Callable[[int], str] = lambda row: "") -> None:
         self.result = solution.result
         self.row = int(solution.status.cpu().gt(0).nonzero()[0])
         self.time, self.steps = float(solution.time[self.row]), int(solution.steps[self.row])
         self.rejected = int(solution.rejected[self.row])
         super().__init__(
             f"integrate: row {self.row} of {len(solution.x)} {self.result.message}: {self.result.name} in step "
-            f"{self.steps + 1} from t = {self.time:.9g}, after {self.rejected} rejected steps. {self.result.advice} "
+            f"{self.steps + 1} from t = {self.time:.9g}, after {self.rejected} rejected steps. "
+            f"{diagnosis(self.row)}{self.result.advice} "
             'on_failure="return" gives the last finite state instead of this error.'
         )
 

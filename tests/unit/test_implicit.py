@@ -262,3 +262,29 @@ def test_dense_output_costs_nothing_and_has_order_3():
         costs.append(int(out.nfe[0]) - int(integrate(field, PLANE, UNIT, **settings).nfe[0]))
         errors.append(float((out.dense(middle)[0] - PLANE * math.exp(-math.sin(0.37))).abs().max()))
     assert costs == [0, 0] and errors[1] < errors[0] / 6
+
+
+# ---- what an explicit method says of a stiff field -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["row", "batch"])
+def test_running_out_of_steps_on_a_stiff_field_names_the_stiffness_and_the_way_out(norm):
+    field, one = lambda t, x: -1000 * x, torch.ones(2, 1, dtype=torch.float64)
+    with pytest.raises(
+        SolverError, match=r"S = 1e\+03, so h S = [23]\.\d+ against the 3\.51 up to which 'tsit5'.*esdirk54, kvaerno3"
+    ):
+        integrate(field, one, UNIT, solver=Tsit5(), controller=PI(1e-6, 1e-6, norm=norm), max_steps=100)
+    settings = {"controller": PI(1e-6, 1e-6, norm=norm), "max_steps": 100, "on_failure": "return"}
+    strain = integrate(field, one, UNIT, solver=Tsit5(), **settings).strain
+    torch.testing.assert_close(strain.stiffness, 1000 * torch.ones(2, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert (strain.h * strain.stiffness > 2).all()
+    settings["max_steps"] = 1000
+    assert integrate(field, one, UNIT, solver=Tsit5(), **settings).strain is None
+
+
+@pytest.mark.parametrize("norm", ["row", "batch"])
+def test_a_step_that_underflows_names_the_stiffness(norm):
+    pole = lambda t, x: x.square()  # noqa: E731
+    x = torch.tensor([[2.0]], dtype=torch.float64)  # at t = 1/2
+    with pytest.raises(SolverError, match=r"step_underflow .*stiffness estimate S = .* h S = .*esdirk54, kvaerno3"):
+        integrate(pole, x, UNIT, solver=Tsit5(), controller=PI(1e-6, 1e-6, norm=norm))
