@@ -53,6 +53,9 @@ benchmarks: $(READY)
 	$(PY) -m evals.benchmarks.autoregressive
 	$(PY) -m evals.benchmarks.waveflow
 	$(PY) -m evals.benchmarks.solvers
+	$(PY) -m evals.benchmarks.gradients
+	$(PY) -m evals.benchmarks.ffjord
+	$(PY) -m evals.benchmarks.series
 	$(PY) -m evals.benchmarks.image_flows
 	$(PY) -m evals.benchmarks.networks
 	$(PY) -m evals.benchmarks.frechet
