@@ -37,7 +37,7 @@ class Experiment:
     aggregation: str = "mean"
 
 
-def _ode(error: Coefficients, stiffness: float, steps: float, **own: Coefficients) -> dict[str, Coefficients]:
+def _ode(error: Coefficients, stiffness: float, count: float, **own: Coefficients) -> dict[str, Coefficients]:
     """Coefficients by method for an ODE; those of local forms are those of the global ones."""
     return {
         "kinetic_jacobian": 0.01,
@@ -45,10 +45,10 @@ def _ode(error: Coefficients, stiffness: float, steps: float, **own: Coefficient
         "error_estimate": error,
         "stiffness": stiffness,
         "both": error,
-        "steps": steps,
+        "steps": count,
         "local-unbiased": error,
         "local-biased": error,
-        "local-steps": steps,
+        "local-steps": count,
         "local-reference": (2.5, 1.0),
         **own,
     }
@@ -63,7 +63,7 @@ ONLY_SDE = ("error_estimate", "stiffness", "both", "steps", "local-unbiased", "l
 PLAIN = ("vanilla", "steer")  # without a coefficient
 # The coefficients of the papers hold for mean E h and max S, see the docstrings of `error_estimate` and `stiffness`.
 EXPERIMENTS = {
-    "annulus": Experiment("annulus/neural_ode", "annulus", "accuracy", _ode((100.0, 10.0), 0.1, 2.0)),
+    "annulus": Experiment("annulus/neural_ode", "annulus", "accuracy", _ode((100.0, 10.0), 0.1, 2.0, steps=(0.1, 2.0))),
     "digits": Experiment(
         "digits/neural_ode", "digits_classify", "accuracy", _ode((100.0, 10.0), 0.1, 0.3), ("train.steps=600",)
     ),
