@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -161,26 +162,32 @@ class NeuralODE(Model):
 
     def _evolve(self, batch: Batch, z: Tensor, **how: Any) -> Evolved:
         path = self.readout == "path"
-        times = self._times(batch) if path else torch.tensor([0.0, self.end], dtype=torch.float64)
-        field, save = RowField(self.network), "all" if path else "last"
-        return evolve(field, z, times, gradient=self.gradient, save=save, **how)
+        field, ends = RowField(self.network), torch.tensor([0.0, self.end], dtype=torch.float64)
+        if not path:
+            return evolve(field, z, ends, gradient=self.gradient, **how)
+        times, places = self._times(batch)
+        evolved = evolve(field, z, times, gradient=self.gradient, save="all", **how)
+        return evolved._replace(solution=replace(evolved.solution, path=evolved.solution.path[places]))
 
-    def _times(self, batch: Batch) -> Tensor:
-        """[1 + M] or, where rows differ, [1 + M, B]: the start, and the target times."""
+    def _times(self, batch: Batch) -> tuple[Tensor, Tensor | slice]:
+        """[L] or, where rows differ, [L, B] times to solve over, and where the target times are among them."""
         if batch.target_times is None:
             raise ValueError("neural_ode: readout: path needs target_times, which the batch does not have.")
         asked = batch.target_times.double()
         first = torch.zeros_like(asked[:, :1]) if batch.times is None else batch.times[:, -1:].double()
         times = torch.cat((first, asked), 1).T
-        shared = times.shape[1] > 0 and bool((times == times[:, :1]).all() & (times[:, 0].diff() > 0).all())
-        return times[:, 0] if shared else times
+        if times.shape[1] > 0 and bool((times == times[:, :1]).all() & (times[:, 0].diff() >= 0).all()):
+            distinct, places = torch.unique_consecutive(times[:, 0], return_inverse=True)
+            if len(distinct) > 1:
+                return distinct, places[1:]
+        return times, slice(1, None)
 
     def _read(self, out: Evolved) -> Tensor:
         """[B, *target_shape], or [B, M, *target_shape] along the path."""
         if self.readout == "end":
             z = out.solution.x
             return self.head(z.flatten(1)).reshape(len(z), *self.target_shape)
-        z = out.solution.path[1:].transpose(0, 1)
+        z = out.solution.path.transpose(0, 1)
         return self.head(z.flatten(2)).reshape(*z.shape[:2], *self.target_shape)
 
     def _error(self, prediction: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..registry import ConfigError, member, names, register
 from ..rng import Noise
 from ..solvers.base import Solver, Step, title
+from ..solvers.fields import VectorField
 from ..solvers.norms import rms
 from ..solvers.runge_kutta import Tsit5
 from ..solvers.solution import Record
@@ -137,7 +138,8 @@ class Local(Regularizer):
         mean: the mean to estimate, "steps" or "time"; null for that which `pick` gives without weights.
         rtol, atol: reference tolerances of E; null for the controller's.
     Raises:
-        ConfigError: if samples is below 1, tolerances are incomplete, or the solver lacks the estimate.
+        ConfigError: if samples is below 1, tolerances are incomplete, the solver lacks the estimate, or the form
+            "reference" is asked for an SDE.
     Source: Pal et al. 2023 (Locally Regularized Neural Differential Equations), section 3.
     """
 
@@ -162,6 +164,11 @@ class Local(Regularizer):
         self.tolerances = None if rtol is None else (rtol, atol)
 
     def check(self, solver: Solver) -> None:
+        if self.form == "reference" and solver.needs is not VectorField:
+            raise ConfigError(
+                f"local: form 'reference' takes a step of Tsit5 along an ODE, and solver '{title(solver)}' solves for a "
+                f"{solver.needs.__name__}. Use form: own_step."
+            )
         if self.quantity != "stiffness" and self.form == "own_step":
             _need_errors(self, solver)
 

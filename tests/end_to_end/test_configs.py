@@ -16,6 +16,7 @@ from genmodels.evaluation.protocol import FOLDER, Protocol
 from genmodels.model import Model
 from genmodels.networks.network import networks
 from genmodels.registry import resolve
+from genmodels.rng import generator
 from genmodels.training.loop import train
 from genmodels.transforms import Transform
 from genmodels.types import SupportsLogProb, SupportsPredict, SupportsSample
@@ -163,6 +164,14 @@ def test_configuration_travels_the_whole_way(path, tmp_path):
     config = load([path], overrides)
     assert Config(config.tree).hash == config.hash == load([path], overrides).hash
     assert set(config.protocols) <= {p.stem for p in FOLDER.glob("*.yaml")}
+    if any("/" not in base for base in yaml.safe_load(path.read_text()).get("base", [])):
+        # a variant of its neighbour, which travels; what it changes acts in the loss
+        model = config.model(config.dataset().facts())
+        batch = config.dataset().take("train", torch.arange(3))
+        model.prepare([batch], generator=generator("prepare"))
+        model.loss(batch, generator=generator("loss")).value.mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        return
     run = train(config, root=tmp_path, quiet=True)
     found = [p.suffix for p in run.path.glob("samples/*")]
     full = protocol(config)

@@ -83,11 +83,13 @@ def test_added_components_let_lines_cross():
     torch.testing.assert_close(wide.predict(Batch(x))[:, 0], -x[:, 0], rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, False, "from the start"])
 def test_a_path_is_read_at_the_times_that_are_asked_for(shared):
     model = linear(make((1, 2), (4, 2), readout="path", head="none"))
     x, start = randn(3, 1, 2), torch.tensor([[0.5]], dtype=torch.float64).expand(3, 1)
     asked = torch.tensor([[0.7, 0.9, 1.5, 2.0]], dtype=torch.float64).repeat(3, 1)
+    if shared == "from the start":  # the first target is the state itself
+        asked[:, 0] = 0.5
     if not shared:
         asked[1] += 0.25
         asked[2, 3] = asked[2, 2]  # padding

@@ -8,10 +8,12 @@ import torch
 from genmodels.dynamics.regularization import evolve
 from genmodels.dynamics.solver_heuristics import ErrorEstimate, Local, Stiffness
 from genmodels.dynamics.trajectories import KineticJacobian, Taylor
+from genmodels.registry import ConfigError
 from genmodels.rng import BatchNoise
 from genmodels.solvers.base import Fixed
 from genmodels.solvers.runge_kutta import Dopri5, Tsit5
 from genmodels.solvers.step_size import PI
+from genmodels.solvers.stochastic import SOSRI
 from tests.linear_fields import SPIRAL, START, Given, Linear, line, penalty
 
 # err/y of one step of y' = λ y as a polynomial in z = λ h, from z⁵, and the z⁶/720 coefficient of the step itself
@@ -222,3 +224,8 @@ def test_a_place_that_a_row_did_not_reach_costs_nothing():
     options = {"max_steps": 1, "on_failure": "return"}
     found = penalty(Local(), Linear(SPIRAL), START.expand(2, 2), noise=noise, **options)
     assert found[0] > 0 and found[1] == 0
+
+
+def test_the_reference_form_is_of_odes():
+    with pytest.raises(ConfigError, match=r"form 'reference' takes a step of Tsit5 along an ODE, and solver 'sosri'"):
+        Local(form="reference").check(SOSRI())
