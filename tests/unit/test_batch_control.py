@@ -114,3 +114,14 @@ def test_configuration_and_refusals():
             integrate(LINEAR.field, PLANE.float(), UNIT, solver=Dopri5(), controller=PI(1e-8, 1e-8, norm=norm))
         with pytest.warns(UserWarning, match=r"rtol = 5e-07 in float32 rounding, not the field"):
             integrate(LINEAR.field, PLANE.float(), UNIT, solver=Dopri5(), controller=PI(5e-7, 1e-3, norm=norm))
+
+
+@pytest.mark.parametrize("norm", ["row", "batch"])
+def test_an_infinite_state_is_seen_where_the_norm_does_not_look(norm):
+    grows = lambda t, x: torch.stack((-x[:, 0], torch.full_like(x[:, 1], 1e308)), 1)  # noqa: E731
+    times = torch.tensor([0.0, 100.0], dtype=torch.float64)
+    with pytest.raises(SolverError, match="met an infinite or undefined state"):
+        control = PI(1e-6, 1e-6, norm=norm)
+        integrate(
+            grows, torch.ones(1, 2).double(), times, solver=Dopri5(), controller=control, seminorm=lambda e: e[:, :1]
+        )

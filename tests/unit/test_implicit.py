@@ -213,7 +213,18 @@ def test_rows_are_independent_of_their_mates():
         assert alone.steps[0] == whole.steps[i] and alone.nfe[0] <= whole.nfe[i]
 
 
-def test_float32_and_seminorm():
+def test_rows_do_not_count_the_iterations_of_their_mates():
+    """In one long step some rows take a fresh Jacobian after their fourth iteration, others are done by then."""
+    strength = torch.tensor([4.0, 0.01, 0.3, 1.0], dtype=torch.float64)
+    field = RowField(lambda t, x, a: -a.reshape(-1, 1) * x**3 + x.flip(1), strength)
+    solver, x = Kvaerno3().within(1e-3, 1e-3), 1.0 + 0.2 * PLANE
+    whole = integrate(field, x, UNIT, solver=solver, controller=Fixed(4)).x
+    for i in range(4):
+        alone = integrate(field.select(torch.tensor([i])), x[i : i + 1], UNIT, solver=solver, controller=Fixed(4)).x
+        torch.testing.assert_close(alone[0], whole[i], rtol=1e-12, atol=0)
+
+
+def test_float32_agrees():
     x = torch.tensor([[2.0, 0.0]])
     narrow = integrate(van_der_pol(50.0), x, 10 * UNIT, solver=Kvaerno3(), controller=PI(1e-4, 1e-4))
     wide = integrate(van_der_pol(50.0), x.double(), 10 * UNIT, solver=Kvaerno3(), controller=PI(1e-4, 1e-4))
@@ -236,6 +247,15 @@ def test_a_stage_without_a_solution_is_rejected_and_the_step_shortened():
     assert coarse.status.tolist() == [Result.non_finite, Result.success] and coarse.x[0].item() == 1.0
     with pytest.raises(SolverError, match="row 0 of 2 met an infinite"):
         integrate(square, one, 0.9 * UNIT, solver=Kvaerno3())
+
+
+def test_iterations_that_run_out_are_a_failure_even_of_finite_rows():
+    field = lambda t, x: -(x**3)  # noqa: E731
+    out = integrate(field, 1.0 + 0.2 * PLANE, UNIT, solver=Kvaerno3(iterations=2), on_failure="return")
+    assert out.status.tolist() == [Result.non_finite] * 4 and (out.x == 1.0 + 0.2 * PLANE).all()
+    assert integrate(field, 1.0 + 0.2 * PLANE, UNIT, solver=Kvaerno3()).result is Result.success
+    control = PI(1e-3, 1e-3, first_step=1.0)
+    assert integrate(field, 1.0 + 0.2 * PLANE, UNIT, solver=Kvaerno3(iterations=2), controller=control).rejected.all()
 
 
 def test_stiffness_is_the_eigenvalue_even_in_steps_much_longer():
