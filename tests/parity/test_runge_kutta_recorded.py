@@ -14,7 +14,7 @@ from torch import Tensor
 from genmodels.registry import build
 from genmodels.solvers.base import Fixed, Solver, integrate
 from genmodels.solvers.fields import RowField
-from genmodels.solvers.runge_kutta import Dopri5, Tsit5
+from genmodels.solvers.runge_kutta import Dopri5, Dopri8, Tsit5
 from genmodels.solvers.solution import Record
 from genmodels.solvers.step_size import PI
 
@@ -303,3 +303,28 @@ def test_a_batch_does_not_hide_its_hardest_sample(tolerance, error):
         assert (out.steps[0].item(), out.rejected[0].item(), out.steps[1:].max().item()) == (162, 31, 3)
     alone = integrate(field.select(torch.tensor([0])), x[:1], 5 * UNIT, solver=Dopri5(), controller=PI(**settings))
     torch.testing.assert_close(alone.x[0], out.x[0], rtol=0, atol=5e-13)
+
+
+@pytest.mark.parametrize(("mu", "tolerance"), [(1.0, 1e-9), (10.0, 1e-6)])
+def test_dopri8_has_their_tableau_and_costs_about_what_others_of_its_order_do(mu, tolerance):
+    torchdiffeq, scipy = pytest.importorskip("torchdiffeq"), pytest.importorskip("scipy.integrate")
+    from torchdiffeq._impl.dopri8 import _DOPRI8_TABLEAU as THEIRS
+
+    for mine, row in zip(Dopri8.tableau.matrix[1:], THEIRS.beta, strict=True):
+        torch.testing.assert_close(torch.tensor(mine, dtype=torch.float64), row.double(), rtol=1e-15, atol=0)
+    error = torch.tensor(Dopri8.tableau.error_weights, dtype=torch.float64)
+    torch.testing.assert_close(error, THEIRS.c_error.double(), rtol=1e-14, atol=1e-16)
+    calls = []
+
+    def counted(t: Tensor, x: Tensor) -> Tensor:
+        calls.append(t)
+        return van_der_pol(mu)(t, x)
+
+    theirs = torchdiffeq.odeint(counted, START, 10 * UNIT, method="dopri8", rtol=tolerance, atol=tolerance)[-1]
+    flat = lambda t, y: [y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]]  # noqa: E731
+    dop853 = scipy.solve_ivp(flat, (0, 10), [2, 0], method="DOP853", rtol=tolerance, atol=tolerance)
+    exact = scipy.solve_ivp(flat, (0, 10), [2, 0], method="DOP853", rtol=1e-13, atol=1e-14).y[:, -1]
+    ours = integrate(van_der_pol(mu), START, 10 * UNIT, solver=Dopri8(), controller=PI(tolerance, tolerance))
+    assert ours.nfe.item() < 1.05 * len(calls) and ours.nfe.item() < 1.25 * dop853.nfev
+    gaps = [abs(x[0].numpy() - exact).max() for x in (ours.x, theirs)]
+    assert gaps[0] < max(tolerance, gaps[1])
