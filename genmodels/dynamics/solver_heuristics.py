@@ -166,8 +166,8 @@ class Local(Regularizer):
     def check(self, solver: Solver) -> None:
         if self.form == "reference" and solver.needs is not VectorField:
             raise ConfigError(
-                f"local: form 'reference' takes a step of Tsit5 along an ODE, and solver '{title(solver)}' solves for a "
-                f"{solver.needs.__name__}. Use form: own_step."
+                f"local: form 'reference' takes a step of Tsit5 along an ODE, and solver '{title(solver)}' solves for "
+                f"a {solver.needs.__name__}. Use form: own_step."
             )
         if self.quantity != "stiffness" and self.form == "own_step":
             _need_errors(self, solver)
