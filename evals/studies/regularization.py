@@ -13,7 +13,7 @@ from typing import Any
 
 from .plans import Plan, carry_out_all, parser
 
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # coefficients were chosen on the seeds 0, 1 and 2
 Coefficients = float | tuple[float, float]  # constant, or from the start to the end of training
 
 
@@ -37,7 +37,7 @@ class Experiment:
     aggregation: str = "mean"
 
 
-def _ode(error: Coefficients, stiffness: float, count: float, **own: Coefficients) -> dict[str, Coefficients]:
+def _ode(error: Coefficients, stiffness: float, count: Coefficients, **own: Coefficients) -> dict[str, Coefficients]:
     """Coefficients by method for an ODE; those of local forms are those of the global ones."""
     return {
         "kinetic_jacobian": 0.01,
@@ -63,9 +63,9 @@ ONLY_SDE = ("error_estimate", "stiffness", "both", "steps", "local-unbiased", "l
 PLAIN = ("vanilla", "steer")  # without a coefficient
 # The coefficients of the papers hold for mean E h and max S, see the docstrings of `error_estimate` and `stiffness`.
 EXPERIMENTS = {
-    "annulus": Experiment("annulus/neural_ode", "annulus", "accuracy", _ode((100.0, 10.0), 0.1, 2.0, steps=(0.1, 2.0))),
+    "annulus": Experiment("annulus/neural_ode", "annulus", "accuracy", _ode((100.0, 10.0), 0.1, (0.5, 2.0))),
     "digits": Experiment(
-        "digits/neural_ode", "digits_classify", "accuracy", _ode((100.0, 10.0), 0.1, 0.3), ("train.steps=600",)
+        "digits/neural_ode", "digits_classify", "accuracy", _ode((1000.0, 100.0), 0.1, (0.5, 2.0)), ("train.steps=400",)
     ),
     "spirals": Experiment(
         "series/latent_ode",
