@@ -53,9 +53,9 @@ def test_runs_are_configurations_with_the_metric_of_the_table(name):
 def test_table_has_means_and_errors_over_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     values = {
-        "annulus-vanilla-0": (0.9, 100, 2.0),
-        "annulus-vanilla-1": (0.7, 140, 4.0),
-        "annulus-steps-0": (1, 60, 1.5),
+        "annulus-vanilla-3": (0.9, 100, 2.0),
+        "annulus-vanilla-4": (0.7, 140, 4.0),
+        "annulus-steps-3": (1, 60, 1.5),
     }
     for run in values:
         path = tmp_path / "annulus" / run / "result.json"
@@ -75,7 +75,7 @@ def test_table_has_means_and_errors_over_seeds(tmp_path, monkeypatch):
         "| steps | 1 | 60 | 1.5 | 15 | 1 |",
     ]
     report.draw_front(["annulus"], tmp_path / "front.png")
-    log = tmp_path / "runs" / "annulus-vanilla-0" / "metrics.jsonl"
+    log = tmp_path / "runs" / "annulus-vanilla-3" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text('{"step": 10, "train/nfe": 80.0}\n{"step": 20, "train/nfe": null}\n{"step": 30, "train/nfe": 92}\n')
     report.draw_training(["annulus"], tmp_path / "runs", tmp_path / "training.png")
