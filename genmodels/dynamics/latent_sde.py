@@ -249,7 +249,9 @@ class LatentSDE(SeriesModel, StochasticModel):
         series, wanted = self.series(batch, "loss"), self.wanted(batch, "loss")
         noise = BatchNoise(len(batch), generator=generator, device=batch.x.device)
         eps = noise.normal(self.latent, dtype=self.dtype)
-        solve: Callable[..., Evolved] = lambda sde, y, times: self.train_solve(sde, y, times, noise, save="all")  # noqa: E731
+        solve: Callable[..., Evolved] = lambda sde, y, times: self.train_solve(  # noqa: E731
+            sde, y, times, noise, save="all", seminorm=_states
+        )
         drawn = self._draw(series, wanted.times, 1, eps, solve, evaluation=False)
         log_p = self._log_likelihood(drawn.values, wanted)[:, 0]
         value = (self.beta * drawn.kl - log_p) / wanted.mask[:1].numel() + drawn.evolved.penalty
@@ -279,7 +281,7 @@ class LatentSDE(SeriesModel, StochasticModel):
         seeds = as_seeds(len(batch) if seeds is None else seeds)
         eps = SeedNoise(seeds, purpose="posterior", device=batch.x.device).normal(draws, self.latent, dtype=self.dtype)
         solve: Callable[..., Evolved] = lambda sde, y, knots: self.solve(  # noqa: E731
-            sde, y, knots, keys, solver, controller, save="all"
+            sde, y, knots, keys, solver, controller, save="all", seminorm=_states
         )
         return self._draw(self.series(batch, where), times, draws, eps.flatten(0, 1), solve, evaluation=True)
 
@@ -378,3 +380,8 @@ def _normal_kl(mean: Tensor, log_std: Tensor, prior_mean: Tensor, prior_log_std:
     scaled = ((mean - prior_mean) * (-prior_log_std).exp()).square()
     ratio = log_std - prior_log_std
     return 0.5 * (scaled + (2 * ratio).exp() - 1 - 2 * ratio).sum(1, dtype=torch.float64)
+
+
+def _states(y: Tensor) -> Tensor:
+    """[B, latent] without the path's KL, on which nothing else depends."""
+    return y[:, :-1]

@@ -219,7 +219,8 @@ def _merge(records: Sequence[Record | None]) -> Record | None:
         raise ConfigError(f"regularizers: steps are recorded in one way in a solve, but these ask for {found}.")
     rtol, atol = next(iter(tolerances), (None, None))
     picks = [r.picks for r in asked if r.picks is not None]
-    return Record(rtol, atol, torch.cat(picks) if picks else None, next(iter(ways), "time"))
+    stiffness = any(r.stiffness for r in asked)
+    return Record(rtol, atol, torch.cat(picks) if picks else None, next(iter(ways), "time"), stiffness)
 
 
 def _share(picked: Picked | None, records: Sequence[Record | None]) -> list[Picked | None]:

@@ -20,6 +20,7 @@ from ..types import Batch, Loss, Seeds, Shape
 from .regularization import Evolved, Regularizer, evolve
 
 Precision = Literal["float32", "float64"]
+Seminorm = Callable[[Tensor], Tensor] | None
 
 
 class Equation(nn.Module):
@@ -89,7 +90,9 @@ class StochasticModel(Model):
     tolerance: float
     dtype: torch.dtype
 
-    def train_solve(self, field: RowSDE, z: Tensor, times: Tensor, noise: Noise, save: str = "last") -> Evolved:
+    def train_solve(
+        self, field: RowSDE, z: Tensor, times: Tensor, noise: Noise, save: str = "last", seminorm: Seminorm = None
+    ) -> Evolved:
         """z [B, *] through the times ([L] or [L, B]) on paths and with regularizers drawn from `noise`."""
         return evolve(
             field,
@@ -103,6 +106,7 @@ class StochasticModel(Model):
             noise=noise,
             brownian=self.tree(path_seeds(noise), z, times),
             save=save,
+            seminorm=seminorm,
         )
 
     def solve(
@@ -114,6 +118,7 @@ class StochasticModel(Model):
         solver: Solver | None,
         controller: Controller | None,
         save: str = "last",
+        seminorm: Seminorm = None,
     ) -> Evolved:
         """z [B, *] through the times on the paths of the seeds [B], with the training's settings for None."""
         steps = (controller or self.controller).by_row()
@@ -126,6 +131,7 @@ class StochasticModel(Model):
             gradient=self.gradient,
             brownian=self.tree(seeds, z, times),
             save=save,
+            seminorm=seminorm,
         )
 
     def tree(self, seeds: Tensor, z: Tensor, times: Tensor) -> BrownianTree:

@@ -60,7 +60,7 @@ class ErrorEstimate(Regularizer):
         _need_errors(self, solver)
 
     def record(self, rows: int, noise: Noise | None) -> Record:
-        return Record(self.rtol, self.atol)
+        return Record(self.rtol, self.atol, stiffness=False)
 
     def value(self, solve: Solve) -> Tensor:
         record, trace = solve.record, solve.solution.trace
@@ -176,7 +176,7 @@ class Local(Regularizer):
         u = rearrange(noise.uniform(self.samples, dtype=torch.float64), "b p -> p b")
         if self.pick == "time":  # one place in each of as many equal parts of the time
             u = (torch.arange(self.samples, dtype=u.dtype, device=u.device)[:, None] + u) / self.samples
-        return Record(picks=u, pick=self.pick)
+        return Record(picks=u, pick=self.pick, stiffness=False)
 
     def value(self, solve: Solve) -> Tensor:
         take = self._own_step if self.form == "own_step" else self._reference_step

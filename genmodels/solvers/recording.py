@@ -72,7 +72,7 @@ class Recorder:
                 error = self.norm(step.error, x, step.x)
             elif error is None and step.error is not None:
                 error = self.norm(step.error, None, None)
-            stiffness = solver.stiffness(t, s, x, step)
+            stiffness = solver.stiffness(t, s, x, step) if self.record.stiffness else None
             self.entries.append((index, number, t.detach(), (s - t).abs().detach(), error, stiffness))
             if self.picks is not None:
                 self._pick(index, number, last, t.detach(), s.detach(), x.detach())

@@ -47,6 +47,7 @@ class Record:
         rtol, atol: tolerances that E is measured by, so that it means the same whatever the solve's own ones are; None
             for the controller's (on a fixed grid the bare error).
         picks: [P, B] numbers in [0, 1) by which P steps of each row are chosen, None for none. Their starts are kept.
+        stiffness: whether to estimate it, which costs two norms a step.
         pick: "time" chooses the step around t₀ + u (t₁ - t₀), so with a uniform u a step with chance |h|; "step" any
             accepted step with the same chance, but for the last one if there are others.
     """
@@ -55,6 +56,7 @@ class Record:
     atol: float | None = None
     picks: Tensor | None = None
     pick: Literal["time", "step"] = "time"
+    stiffness: bool = True
 
 
 class Trace(NamedTuple):
@@ -65,7 +67,7 @@ class Trace(NamedTuple):
         h: its length |s - t|.
         error: E, the root mean square over the row of the local error estimate divided by atol + rtol max(|x|, |x⁺|)
             (bare without tolerances); None without an error estimate. Under a norm over the batch, the same for all.
-        stiffness: estimate of the largest |eigenvalue| of ∂f/∂x; None without one.
+        stiffness: estimate of the largest |eigenvalue| of ∂f/∂x; None without one, or if it was not asked for.
         taken: bool, whether the row took that step.
     Source: Pal et al. 2021 (Opening the Blackbox), section 3.
     """
