@@ -139,7 +139,7 @@ class NeuralCDE(Model):
             self.solver,
             self.controller,
             gradient=self.gradient,
-            regularizers=self.regularizers,
+            regularizers=self.regularizers if self.training else (),
             progress=self.progress,
             noise=noise,
         )

@@ -157,9 +157,10 @@ class ODERNNModel(Recurrent):
         self.build(made, units)
 
     def how(self, batch: Batch, generator: Generator | None) -> Ode:
-        noise = BatchNoise(len(batch), generator=generator, device=batch.x.device) if self.regularizers else None
+        charges = self.regularizers if self.training else ()
+        noise = BatchNoise(len(batch), generator=generator, device=batch.x.device) if charges else None
         own = self.encoder.settings(evaluation=False)
-        return own._replace(regularizers=self.regularizers, progress=self.progress, noise=noise)
+        return own._replace(regularizers=charges, progress=self.progress, noise=noise)
 
     def predict(
         self,
