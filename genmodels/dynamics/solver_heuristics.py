@@ -182,7 +182,9 @@ class Local(Regularizer):
         h, steps, span = (s - t).abs(), solve.solution.steps, solve.span
         if self.pick == "time" and self.mean == "steps":
             return torch.where(h > 0, span / (steps * h).clamp(min=torch.finfo(h.dtype).tiny), 0.0) * value
-        return steps * h / span * value if (self.pick, self.mean) == ("step", "time") else value
+        if self.pick == "step" and self.mean == "time":
+            return steps * h / span.clamp(min=torch.finfo(h.dtype).tiny) * value
+        return value
 
     def _reference_step(self, solve: Solve, t: Tensor, s: Tensor, x: Tensor) -> Tensor:
         with torch.no_grad():
