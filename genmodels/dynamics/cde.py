@@ -91,6 +91,7 @@ class NeuralCDE(Model):
         self.control, self.standardize, self.land = control, standardize, land
         self.solver, self.controller, self.gradient = solver, controller or PI(norm="batch"), gradient
         self.regularizers, self.precision = tuple(regularizers), precision
+        self.differentiates_twice = any(r.differentiates for r in self.regularizers)
         values = shape[1]
         plain = {"timed": False, "num_classes": None, "condition_shape": None}
         channels = control.channels(values)

@@ -110,6 +110,7 @@ class LatentODE(SeriesModel):
         self.kl_wait, self.kl_rate, self.class_weight = kl_wait, kl_rate, class_weight
         self.solver, self.controller, self.gradient = solver, controller, gradient
         self.regularizers, self.interpolate = tuple(regularizers), interpolate
+        self.differentiates_twice = any(r.differentiates for r in self.regularizers)
         self.encoder = encoder(channels=shape[-1])
         self.head = nn.Sequential(nn.Linear(self.encoder.features + 1, units), nn.Tanh(), nn.Linear(units, 2 * latent))
         self.field = StateField(field, latent, not autonomous)

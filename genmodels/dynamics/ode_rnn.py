@@ -153,6 +153,7 @@ class ODERNNModel(Recurrent):
     ) -> None:
         super().__init__("ode_rnn", time_scale, precision, shape, target_shape)
         self.regularizers = tuple(regularizers)
+        self.differentiates_twice = any(r.differentiates for r in self.regularizers)
         made = ODERNN(field, hidden, units, autonomous, solver, controller, gradient, channels=shape[-1])
         self.build(made, units)
 

@@ -254,6 +254,15 @@ def test_loss_has_one_finite_value_per_item_and_a_gradient_for_every_parameter(n
     assert silent == []
 
 
+@pytest.mark.parametrize("name", ["neural_ode", "neural_cde", "ode_rnn", "latent_ode", "diffusion", "cnf"])
+def test_penalties_that_differentiate_networks_forbid_to_compile_them(name):
+    data, arguments = EXAMPLES[name][0]
+    for regularizer, differentiates in (("kinetic_jacobian", True), ("local", name == "cnf")):
+        model = {"name": name, **arguments, "regularizers": [regularizer]}
+        config = Config({"name": name, "data": data, "model": model})
+        assert config.model(config.dataset().facts()).differentiates_twice == differentiates
+
+
 class One(Regularizer):
     """A penalty of 1 on every solve."""
 
