@@ -165,7 +165,7 @@ class LatentODE(SeriesModel):
     def wanted(self, batch: Batch, where: str) -> Targets:
         """What the decoder is asked for: the target, or the observations where the target is a class or missing."""
         if self.classes is None and batch.target_times is not None:
-            return self.targets(batch, where)
+            return self.targets(batch, where, known=True)
         mask = torch.ones_like(batch.x, dtype=torch.bool) if batch.mask is None else batch.mask
         own = batch.replace(target=batch.x, target_times=batch.times, target_mask=mask)
         return self.targets(own, where)

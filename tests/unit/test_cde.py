@@ -340,7 +340,13 @@ def test_models_that_cannot_be_are_refused(arguments, facts, message):
         ((2,), {"times": None}, "no times"),
         ((2,), {"x": torch.zeros(4, 9, 3)}, r"built for series x \[B, L, 2\]"),
         ((2,), {"target": None}, "without targets"),
+        ((2,), {"mask": torch.ones(4, 3, dtype=torch.bool)}, r"mask has shape \[4, 3\]"),
         ((3, 2), {}, "no target_times"),
+        (
+            (3, 2),
+            {"target": torch.zeros(4, 3), "target_times": torch.linspace(0, 1, 3).expand(4, 3)},
+            r"target has shape \[4, 3\], but target_times ask for \[4, 3, 2\]",
+        ),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(target, change, message):

@@ -278,6 +278,7 @@ def test_bad_series_are_named(name):
         ("item 0 of the batch has an observed value that is NaN", batch.replace(x=broken)),
         ("needs times", batch.replace(times=None)),
         ("needs target_times", batch.replace(target_times=None) if name != "latent_ode" else None),
+        ("loss: the batch has no target", batch.replace(target=None)),
         ("mask has shape", batch.replace(mask=batch.mask[:, 1:])),
         ("target has shape", batch.replace(target=batch.target[:, 1:])),
         ("x has 7 points, but times has 6", batch.replace(times=batch.times[:, 1:])),
