@@ -137,6 +137,16 @@ def test_at_an_observation_the_forecast_is_read_off_the_state_after_it():
     same(out, expected, 1e-7)
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_is_seen_at_a_time_counts_for_the_value_there(name):
+    model, batch = built(name)
+    asked = batch.replace(mask=None, target=None, target_mask=None, target_times=batch.times)
+    moved = asked.x.clone()
+    moved[:, 3] += 1
+    change = (model.predict(asked.replace(x=moved)) - model.predict(asked)).abs().amax((0, 2))
+    assert (change[:3] == 0).all() and (change[3:] > 1e-6).all()
+
+
 @pytest.mark.parametrize("classes", [None, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_trained(name, classes):
