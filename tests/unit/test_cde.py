@@ -221,6 +221,7 @@ def test_preparation_measures_what_was_observed():
     torch.testing.assert_close(m.loc, torch.stack((seen.mean(), torch.tensor(3.0).double())))
     torch.testing.assert_close(m.scale[0], seen.std(correction=0))
     assert m.scale[1] == 1 and m.origin == batch.times.min() and m.span == batch.times.max() - batch.times.min()
+    torch.testing.assert_close(m.per_count.double(), 4 / batch.mask.double().sum((0, 1)))  # one an item on the whole
     bare = model(standardize=False)
     assert bare.prepare([batch], generator=generator("prepare")) == {} and bare.span == 1
 
