@@ -268,6 +268,15 @@ def test_the_dial_of_an_ode_rnn_converges():
     assert errors[0] > 3 * errors[1] > 9 * errors[2]  # order 1: a factor of 4 each
 
 
+def test_a_field_that_sees_the_time_sees_that_of_its_row():
+    """dμ/dt = t takes μ from t to s by (s² - t²)/2."""
+    encoder = ODERNN(small, 1, 9, autonomous=False, solver=RK4(), channels=CHANNELS).double()
+    encoder.field.network.forward = lambda t, z, condition=None: t[:, None].expand_as(z)
+    t, s = torch.tensor([[1.0, 2.0, 0.5], [3.0, 2.0, 0.0]], dtype=torch.float64)
+    moved = encoder.carry(torch.zeros(3, 2, dtype=torch.float64), t, s, None).h
+    same(moved[:, 0], (s.square() - t.square()) / 2)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
