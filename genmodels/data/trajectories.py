@@ -73,8 +73,8 @@ class Trajectories(InMemory):
         Times are ordered uniforms (`irregular_times`). Of the values that are given, a share `observed` (exactly, and
         at least one) is seen; the others are 0, and their mask is False. To interpolate, the values at all times are
         asked for; to forecast (or extrapolate), the first half of the times is given, and the values at all the others
-        are asked for. Targets have noise of their own kind and size, too: no prediction of them has a mean squared
-        error below noise².
+        are asked for. Targets have the noise of observations, and where a value is both seen and asked for, the same
+        noise: no prediction of what is not seen has a mean squared error below noise².
 
         Args:
             task: "interpolate", "forecast", "extrapolate" (the same) or "classify".

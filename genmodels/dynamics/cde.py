@@ -91,6 +91,7 @@ class NeuralCDE(Model):
         self.control, self.standardize, self.land = control, standardize, land
         self.solver, self.controller, self.gradient = solver, controller or PI(norm="batch"), gradient
         self.regularizers, self.precision = tuple(regularizers), precision
+        self.differentiates_twice = any(r.differentiates for r in self.regularizers)
         values = shape[1]
         plain = {"timed": False, "num_classes": None, "condition_shape": None}
         channels = control.channels(values)
@@ -139,7 +140,7 @@ class NeuralCDE(Model):
             self.solver,
             self.controller,
             gradient=self.gradient,
-            regularizers=self.regularizers,
+            regularizers=self.regularizers if self.training else (),
             progress=self.progress,
             noise=noise,
         )
@@ -196,6 +197,8 @@ class NeuralCDE(Model):
                 f"{list(x.shape)} and {found}."
             )
         mask = torch.ones_like(x, dtype=torch.bool) if batch.mask is None else batch.mask
+        if mask.shape not in (x.shape, x.shape[:2]):
+            raise ValueError(f"{where}: mask has shape {list(mask.shape)}, but the values have {list(x.shape)}.")
         return x.to(self.loc.dtype), batch.times, expand_like(mask, x).expand_as(x)
 
     def _asked(self, batch: Batch, path: Path) -> Tensor | None:
@@ -252,6 +255,10 @@ def _error(answer: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     if not target.is_floating_point():
         hits = (answer.argmax(1) == target).to(answer.dtype)
         return nn.functional.cross_entropy(answer, target, reduction="none"), {"accuracy": hits.mean()}
+    if target.shape != answer.shape:
+        raise ValueError(
+            f"neural_cde: target has shape {list(target.shape)}, but target_times ask for {list(answer.shape)}."
+        )
     mask = torch.ones_like(answer, dtype=torch.bool) if batch.target_mask is None else batch.target_mask
     mask = expand_like(mask, answer).expand_as(answer)
     square = torch.where(mask, answer - target, 0.0).square().flatten(1).sum(1)

@@ -110,6 +110,7 @@ class LatentODE(SeriesModel):
         self.kl_wait, self.kl_rate, self.class_weight = kl_wait, kl_rate, class_weight
         self.solver, self.controller, self.gradient = solver, controller, gradient
         self.regularizers, self.interpolate = tuple(regularizers), interpolate
+        self.differentiates_twice = any(r.differentiates for r in self.regularizers)
         self.encoder = encoder(channels=shape[-1])
         self.head = nn.Sequential(nn.Linear(self.encoder.features + 1, units), nn.Tanh(), nn.Linear(units, 2 * latent))
         self.field = StateField(field, latent, not autonomous)
@@ -135,7 +136,8 @@ class LatentODE(SeriesModel):
         noise = BatchNoise(len(batch), generator=generator, device=batch.x.device)
         posterior = self.posterior(series, wanted.times, evaluation=False)
         many = BatchNoise(len(batch) * self.draws, generator=generator, device=batch.x.device)
-        ode = Ode(self.solver, self.controller, self.gradient, self.regularizers, self.progress, many)
+        charges = self.regularizers if self.training else ()
+        ode = Ode(self.solver, self.controller, self.gradient, charges, self.progress, many)
         z, log_ratio = self._drawn(posterior, self.draws, noise)
         values, evolved = self._decoded(z, posterior.start, wanted.times, ode)
         log_p = self._log_likelihood(values, wanted)
@@ -163,7 +165,7 @@ class LatentODE(SeriesModel):
     def wanted(self, batch: Batch, where: str) -> Targets:
         """What the decoder is asked for: the target, or the observations where the target is a class or missing."""
         if self.classes is None and batch.target_times is not None:
-            return self.targets(batch, where)
+            return self.targets(batch, where, known=True)
         mask = torch.ones_like(batch.x, dtype=torch.bool) if batch.mask is None else batch.mask
         own = batch.replace(target=batch.x, target_times=batch.times, target_mask=mask)
         return self.targets(own, where)

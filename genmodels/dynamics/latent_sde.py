@@ -197,7 +197,7 @@ class LatentSDE(SeriesModel, StochasticModel):
     def wanted(self, batch: Batch, where: str) -> Targets:
         """What the decoder is asked for: the target, or the observations where there is none."""
         if batch.target_times is not None:
-            return self.targets(batch, where)
+            return self.targets(batch, where, known=True)
         mask = torch.ones_like(batch.x, dtype=torch.bool) if batch.mask is None else batch.mask
         return self.targets(batch.replace(target=batch.x, target_times=batch.times, target_mask=mask), where)
 

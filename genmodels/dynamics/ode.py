@@ -87,6 +87,7 @@ class NeuralODE(Model):
         )
         self.solver, self.controller, self.gradient = solver, controller or PI(norm="batch"), gradient
         self.regularizers = tuple(regularizers)
+        self.differentiates_twice = any(r.differentiates for r in self.regularizers)
         model_shape = transform.out_shape(self.shape)
         first, *rest = model_shape if latent is None else latent
         self.state_shape = (first + augment, *rest)

@@ -153,13 +153,15 @@ class ODERNNModel(Recurrent):
     ) -> None:
         super().__init__("ode_rnn", time_scale, precision, shape, target_shape)
         self.regularizers = tuple(regularizers)
+        self.differentiates_twice = any(r.differentiates for r in self.regularizers)
         made = ODERNN(field, hidden, units, autonomous, solver, controller, gradient, channels=shape[-1])
         self.build(made, units)
 
     def how(self, batch: Batch, generator: Generator | None) -> Ode:
-        noise = BatchNoise(len(batch), generator=generator, device=batch.x.device) if self.regularizers else None
+        charges = self.regularizers if self.training else ()
+        noise = BatchNoise(len(batch), generator=generator, device=batch.x.device) if charges else None
         own = self.encoder.settings(evaluation=False)
-        return own._replace(regularizers=self.regularizers, progress=self.progress, noise=noise)
+        return own._replace(regularizers=charges, progress=self.progress, noise=noise)
 
     def predict(
         self,

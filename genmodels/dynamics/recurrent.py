@@ -269,9 +269,15 @@ class SeriesModel(Model):
         found = observed(batch, self.dtype, where)
         return found._replace(times=self.clock(found.times))
 
-    def targets(self, batch: Batch, where: str) -> Targets:
-        """What is asked for, on the model's clock."""
+    def targets(self, batch: Batch, where: str, *, known: bool = False) -> Targets:
+        """What is asked for, on the model's clock.
+
+        Args:
+            known: whether the values must be there.
+        """
         found = targets(batch, self.channels_out, self.dtype, where)
+        if known and found.values is None:
+            raise ValueError(f"{where}: the batch has no target. Use a task of the data set that has one.")
         return found._replace(times=self.clock(found.times))
 
     def labels(self, batch: Batch, where: str) -> Tensor:
@@ -340,7 +346,7 @@ class Recurrent(SeriesModel):
             value = nn.functional.cross_entropy(out, label, reduction="none")
             logs = logs | {"accuracy": (out.argmax(1) == label).to(out.dtype).mean()}
         else:
-            wanted = self.targets(batch, "loss")
+            wanted = self.targets(batch, "loss", known=True)
             value = masked_mean((out - wanted.values).square(), wanted.mask)
             logs = logs | {"squared_error": value.detach().mean()}
         return Loss(value + penalty, logs)

@@ -93,7 +93,7 @@ class StochasticModel(Model):
     def train_solve(
         self, field: RowSDE, z: Tensor, times: Tensor, noise: Noise, save: str = "last", seminorm: Seminorm = None
     ) -> Evolved:
-        """z [B, *] through the times ([L] or [L, B]) on paths and with regularizers drawn from `noise`."""
+        """z [B, *] through the times ([L] or [L, B]) on paths drawn from `noise`, in training with regularizers."""
         return evolve(
             field,
             z,
@@ -101,7 +101,7 @@ class StochasticModel(Model):
             solver=self.solver,
             controller=self.controller,
             gradient=self.gradient,
-            regularizers=self.regularizers,
+            regularizers=self.regularizers if self.training else (),
             progress=self.progress,
             noise=noise,
             brownian=self.tree(path_seeds(noise), z, times),

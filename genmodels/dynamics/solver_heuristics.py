@@ -29,7 +29,10 @@ class ErrorEstimate(Regularizer):
     the tolerance allows would be h_j E_j^{-1/k}, so that Σ E_j^{1/k} is the number of steps that the solution is worth.
 
     E is inversely proportional to the tolerances that it is measured by. Give `rtol` and `atol` to measure by these
-    whatever the solve's own are; a coefficient then stands for the same penalty when the solve's tolerances change.
+    whatever the solve's own are: the sum of "steps" is then the same at every tolerance of the solve, as E^{1/k} ~ h.
+    Step control leaves E of the solve's own tolerances as it is when these change, and lets h grow as their k-th root;
+    so without reference tolerances the gradient of the mean of "steps", that of the sum of E h and that of the mean of
+    E² depend little on them. Other forms change by powers of the tolerance, and their coefficients with them.
 
     Args:
         coefficient, end: see `Regularizer`.
@@ -122,7 +125,10 @@ class Local(Regularizer):
     Form "own_step" retakes the step of length h that the solver itself took there, from its state as a constant, with
     every evaluation differentiated: averaged over the picks this is ∂/∂θ of the global penalty at fixed states. By
     default the value estimates the mean over steps for "step" and the mean weighted by h for "time"; `mean` makes
-    either pick estimate the other one by the weight T/(N h) or N h/T, where N is the number of steps.
+    either pick estimate the other one by the weight T/(N h) or N h/T, where N is the number of steps. Each row has a
+    norm of its own here: under a controller with norm "batch", where the global forms have one norm E for all rows, the
+    mean of rows' E² is E² and that of their E (or E^{1/k}) at most E (or E^{1/k}); it falls short the more, the more
+    rows differ.
 
     Form "reference" is that of the authors' code: state, first slope and step length are constants, the length is the
     automatic choice of a first step, no longer than the time left, and the step is one of Tsit5 whatever solved. Such
@@ -189,7 +195,9 @@ class Local(Regularizer):
         h, steps, span = (s - t).abs(), solve.solution.steps, solve.span
         if self.pick == "time" and self.mean == "steps":
             return torch.where(h > 0, span / (steps * h).clamp(min=torch.finfo(h.dtype).tiny), 0.0) * value
-        return steps * h / span * value if (self.pick, self.mean) == ("step", "time") else value
+        if self.pick == "step" and self.mean == "time":
+            return steps * h / span.clamp(min=torch.finfo(h.dtype).tiny) * value
+        return value
 
     def _reference_step(self, solve: Solve, t: Tensor, s: Tensor, x: Tensor) -> Tensor:
         with torch.no_grad():

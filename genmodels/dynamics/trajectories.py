@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..registry import ConfigError, register
 from ..rng import Noise
+from ..solvers.base import Solver, title
 from ..solvers.divergence import ProbeLaw, Sketched, draw_probes
+from ..solvers.fields import VectorField
 from .augmented import Rate
 from .regularization import Regularizer, Solve
 
@@ -120,7 +122,7 @@ class Steer(Regularizer):
 
     The gaps are those to its neighbours, so the order of a series is kept; the end of a solve over [t₀, t₁] is drawn
     from t₁ ± width (t₁ - t₀). A grid [L] moves as one for all rows, a grid [L, B] row by row; times that repeat stay
-    together. It adds nothing to the loss.
+    together. It adds nothing to the loss, and serves ODEs alone.
 
     Args:
         width: share of the gap, at most 1/2.
@@ -135,13 +137,20 @@ class Steer(Regularizer):
             raise ConfigError(f"steer.width: a number above 0 and at most 0.5 is needed, found {width}.")
         self.width = width
 
+    def check(self, solver: Solver) -> None:
+        if solver.needs is not VectorField:
+            raise ConfigError(
+                f"regularizer 'steer' moves the times of an ODE, and solver '{title(solver)}' solves for a "
+                f"{solver.needs.__name__}, whose noise is made for given times. Use error_estimate, stiffness or local."
+            )
+
     def times(self, times: Tensor, noise: Noise | None) -> Tensor:
         grid = times.double() if times.ndim == 2 else times.double()[:, None]
         draws = noise.uniform(len(grid) - 1, dtype=torch.float64).to(grid.device)
         u = (draws if times.ndim == 2 else draws[:1]).T
         gaps = grid.diff(dim=0)
-        right = torch.cat((gaps[1:], gaps[-1:]))
-        room = torch.where((right == 0) | (gaps.abs() < right.abs()), gaps, right)
+        right = _following(gaps)
+        room = torch.where(gaps.abs() < right.abs(), gaps, right)
         moved = torch.cat((grid[:1], grid[1:] + self.width * (2 * u - 1) * room))
         places = torch.arange(len(grid), device=grid.device)[:, None].expand_as(grid)
         moves = torch.cat((torch.ones_like(gaps[:1], dtype=torch.bool), gaps != 0))
@@ -150,6 +159,14 @@ class Steer(Regularizer):
 
     def value(self, solve: Solve) -> None:
         return None
+
+
+def _following(gaps: Tensor) -> Tensor:
+    """[N, *] for each of the gaps [N, *] the next one after it that is not 0; itself where there is none."""
+    n, places = len(gaps), torch.arange(len(gaps), device=gaps.device)[:, None].expand_as(gaps)
+    after = torch.where(gaps != 0, places, n)[1:]
+    after = torch.cat((after, torch.full_like(places[:1], n))).flip(0).cummin(0).values.flip(0)
+    return torch.where(after < n, gaps.gather(0, after.clamp(max=n - 1)), gaps)
 
 
 def _mean_square(y: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from genmodels import registry
 from genmodels.config import Config
 from genmodels.data.dataset import Dataset
 from genmodels.data.memory import InMemory
+from genmodels.dynamics.regularization import Regularizer
 from genmodels.model import Model
 from genmodels.rng import BatchNoise, generator
 from genmodels.schema import MEMBERS
@@ -251,6 +252,39 @@ def test_loss_has_one_finite_value_per_item_and_a_gradient_for_every_parameter(n
     ]
     assert value.isfinite().all()
     assert silent == []
+
+
+@pytest.mark.parametrize("name", ["neural_ode", "neural_cde", "ode_rnn", "latent_ode", "diffusion", "cnf"])
+def test_penalties_that_differentiate_networks_forbid_to_compile_them(name):
+    data, arguments = EXAMPLES[name][0]
+    for regularizer, differentiates in (("kinetic_jacobian", True), ("local", name == "cnf")):
+        model = {"name": name, **arguments, "regularizers": [regularizer]}
+        config = Config({"name": name, "data": data, "model": model})
+        assert config.model(config.dataset().facts()).differentiates_twice == differentiates
+
+
+class One(Regularizer):
+    """A penalty of 1 on every solve."""
+
+    def value(self, solve):
+        return torch.ones(len(solve.solution.x), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_penalties_are_for_training_alone(name, k):
+    model, _, batch = built(name, k)
+    if not hasattr(model, "regularizers"):
+        pytest.skip("has no regularizers")
+
+    def losses():
+        """In training and in evaluation."""
+        with torch.no_grad():
+            return [model.train(way).loss(batch, generator=generator("loss")).value for way in (True, False)]
+
+    (training, evaluation), model.regularizers = losses(), (One(3.0),)
+    charged, alone = losses()
+    assert (charged - training > 2).all()
+    torch.testing.assert_close(alone, evaluation)
 
 
 @pytest.mark.parametrize(("name", "k"), CASES)

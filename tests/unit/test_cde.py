@@ -221,6 +221,7 @@ def test_preparation_measures_what_was_observed():
     torch.testing.assert_close(m.loc, torch.stack((seen.mean(), torch.tensor(3.0).double())))
     torch.testing.assert_close(m.scale[0], seen.std(correction=0))
     assert m.scale[1] == 1 and m.origin == batch.times.min() and m.span == batch.times.max() - batch.times.min()
+    torch.testing.assert_close(m.per_count.double(), 4 / batch.mask.double().sum((0, 1)))  # one an item on the whole
     bare = model(standardize=False)
     assert bare.prepare([batch], generator=generator("prepare")) == {} and bare.span == 1
 
@@ -340,7 +341,13 @@ def test_models_that_cannot_be_are_refused(arguments, facts, message):
         ((2,), {"times": None}, "no times"),
         ((2,), {"x": torch.zeros(4, 9, 3)}, r"built for series x \[B, L, 2\]"),
         ((2,), {"target": None}, "without targets"),
+        ((2,), {"mask": torch.ones(4, 3, dtype=torch.bool)}, r"mask has shape \[4, 3\]"),
         ((3, 2), {}, "no target_times"),
+        (
+            (3, 2),
+            {"target": torch.zeros(4, 3), "target_times": torch.linspace(0, 1, 3).expand(4, 3)},
+            r"target has shape \[4, 3\], but target_times ask for \[4, 3, 2\]",
+        ),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(target, change, message):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from genmodels.dynamics.regularization import evolve
 from genmodels.model import Model
 from genmodels.networks.network import set_compile
 from genmodels.registry import ConfigError, build, resolve
@@ -48,6 +49,22 @@ def test_the_mean_penalty_is_added_to_the_loss_of_every_item_in_training_alone(n
     still = model.eval().loss(batch, generator=generator("loss"))
     torch.testing.assert_close(still.value, bare.value, rtol=0, atol=0)
     assert set(still.logs) == {"squared_error"}
+
+
+def test_the_solve_that_is_charged_goes_from_noise_to_data(monkeypatch):
+    given = []
+
+    def seen(field, x, times, **options):
+        given.append((x, times))
+        return evolve(field, x, times, **options)
+
+    monkeypatch.setattr("genmodels.diffusion.model.evolve", seen)
+    edm = {"schedule": "edm", "prediction": "edm", "times": "log_normal", "sigma_data": 1.0}
+    model = make(regularizers=["local"], regularized_items=500, **edm).train()
+    model.loss(Batch(torch.randn(500, 2, generator=generator("x"))), generator=generator("loss"))
+    ((x, times),) = given
+    assert times[0] == model.denoiser.t_max and times[-1] == model.denoiser.t_min and len(x) == 500
+    assert float(x.std()) == pytest.approx(float(model.prior_scale()), rel=0.1) and float(x.std()) > 10
 
 
 def test_networks_that_a_penalty_differentiates_are_not_compiled():

@@ -204,6 +204,8 @@ def test_mistakes_are_named():
         m.predict(batch, seeds=[1, 2])
     with pytest.raises(ValueError, match="paths must be at least 1"):
         m.bound(batch, draws=0)
+    with pytest.raises(ValueError, match="bound: the batch has no target"):
+        m.bound(batch.replace(target=None))
     with pytest.raises(ValueError, match="takes no condition"):
         m.sample(2, condition=torch.zeros(2))
     with pytest.raises(ValueError, match="must not decrease and start at 0 or later"):

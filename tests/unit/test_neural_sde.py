@@ -147,6 +147,10 @@ def test_the_law_of_a_forecast_is_that_of_the_equation():
         assert (mean[:, k] - wanted).abs().max() < 4 * math.sqrt(exact / 2000) + 2e-3
         assert (variance[:, k] - exact).abs().max() < 4 * exact * math.sqrt(2 / 2000) + 2e-3
     assert law.isfinite().all(), "also at the start, where all paths agree"
+    assert model.predict(batch, paths=1).isfinite().all(), "one path is a law without spread"
+    two = [model.predict(batch, seeds=[5, 6], paths=k).detach() for k in (1, 2)]
+    spread = (two[1][..., 0] - two[0][..., 0]).square()  # of two paths, the mean is as far from one as the deviation
+    torch.testing.assert_close((2 * two[1][..., 1]).exp(), spread, rtol=1e-6, atol=1e-12)
     alone = model.predict(batch[1:], seeds=[6], paths=7)
     torch.testing.assert_close(model.predict(batch, seeds=[5, 6], paths=7)[1:], alone, rtol=1e-9, atol=1e-9)
 
@@ -164,6 +168,7 @@ def test_the_loss_compares_moments_with_those_of_the_whole_training_split():
     wrong = ornstein_uhlenbeck(model, 0.9).loss(data[:500], generator=generator("loss"))
     gap = torch.tensor([(0.81 - 0.25) / 2 * -math.expm1(-2 * t) for t in (0.0, 0.5, 1.0)]).square().mean()
     assert float(wrong.logs["variances"]) == pytest.approx(float(gap), rel=0.3)
+    torch.testing.assert_close(wrong.value.detach(), wrong.logs["means"] + wrong.logs["variances"])
     assert wrong.value.shape == ()
 
 

@@ -137,6 +137,16 @@ def test_at_an_observation_the_forecast_is_read_off_the_state_after_it():
     same(out, expected, 1e-7)
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_is_seen_at_a_time_counts_for_the_value_there(name):
+    model, batch = built(name)
+    asked = batch.replace(mask=None, target=None, target_mask=None, target_times=batch.times)
+    moved = asked.x.clone()
+    moved[:, 3] += 1
+    change = (model.predict(asked.replace(x=moved)) - model.predict(asked)).abs().amax((0, 2))
+    assert (change[:3] == 0).all() and (change[3:] > 1e-6).all()
+
+
 @pytest.mark.parametrize("classes", [None, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_trained(name, classes):
@@ -258,6 +268,15 @@ def test_the_dial_of_an_ode_rnn_converges():
     assert errors[0] > 3 * errors[1] > 9 * errors[2]  # order 1: a factor of 4 each
 
 
+def test_a_field_that_sees_the_time_sees_that_of_its_row():
+    """dμ/dt = t takes μ from t to s by (s² - t²)/2."""
+    encoder = ODERNN(small, 1, 9, autonomous=False, solver=RK4(), channels=CHANNELS).double()
+    encoder.field.network.forward = lambda t, z, condition=None: t[:, None].expand_as(z)
+    t, s = torch.tensor([[1.0, 2.0, 0.5], [3.0, 2.0, 0.0]], dtype=torch.float64)
+    moved = encoder.carry(torch.zeros(3, 2, dtype=torch.float64), t, s, None).h
+    same(moved[:, 0], (s.square() - t.square()) / 2)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +297,7 @@ def test_bad_series_are_named(name):
         ("item 0 of the batch has an observed value that is NaN", batch.replace(x=broken)),
         ("needs times", batch.replace(times=None)),
         ("needs target_times", batch.replace(target_times=None) if name != "latent_ode" else None),
+        ("loss: the batch has no target", batch.replace(target=None)),
         ("mask has shape", batch.replace(mask=batch.mask[:, 1:])),
         ("target has shape", batch.replace(target=batch.target[:, 1:])),
         ("x has 7 points, but times has 6", batch.replace(times=batch.times[:, 1:])),

@@ -13,6 +13,7 @@ from genmodels.rng import BatchNoise, generator
 from genmodels.solvers.base import Fixed, Gradient
 from genmodels.solvers.runge_kutta import RK4, Bosh3, Tsit5
 from genmodels.solvers.step_size import PI
+from genmodels.solvers.stochastic import SOSRI2
 from tests.linear_fields import SPIRAL, START, TIGHT, Linear, line, penalty
 
 
@@ -132,7 +133,13 @@ def test_rows_with_times_of_their_own_are_charged_for_their_own_steps():
         alone = [penalty(regularizer, field, START, line(*grid)) for grid in ((0, 1, 2), (0, 0.7))]
         torch.testing.assert_close(found[:2], torch.cat(alone), rtol=1e-9, atol=0)
         assert found[2] == 0
-    for regularizer in (Local(), Local(pick="step"), Local(mean="steps"), Local(form="reference")):
+    for regularizer in (
+        Local(),
+        Local(pick="step"),
+        Local(mean="steps"),
+        Local(pick="step", mean="time"),
+        Local(form="reference"),
+    ):
         found = penalty(regularizer, field, x, times)
         assert found.isfinite().all() and found[2] == 0 and (found[:2] > 0).all()
 
@@ -175,6 +182,7 @@ def test_arguments_out_of_range_are_named(make, match):
     ("regularizers", "options", "match"),
     [
         ((ErrorEstimate(),), {"noise": None}, "'error_estimate' may draw: pass noise"),
+        ((Steer(),), {"solver": SOSRI2()}, "'steer' moves the times of an ODE, and solver 'sosri2' solves for a SDE"),
         ((ErrorEstimate(),), {"solver": RK4(), "controller": Fixed(9)}, "needs an error estimate, .*'rk4'.*tsit5"),
         ((Local(),), {"solver": RK4(), "controller": Fixed(9)}, "'local' needs an error estimate"),
         ((Stiffness(),), {"solver": Bosh3()}, "'stiffness' needs a stiffness estimate.*'bosh3'"),

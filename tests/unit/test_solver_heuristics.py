@@ -121,6 +121,27 @@ def test_reference_form_gives_the_value_of_the_automatic_first_step():
         torch.testing.assert_close(found[0].detach(), line(1.2653318276e-06)[0], rtol=1e-6, atol=0)
 
 
+def test_a_first_step_moves_a_state_by_no_more_than_its_size():
+    """y' = -10 y from 1 at atol = 1: |y|/|y'| = 0.1 is below (0.01/100)^(1/5) = 0.158; so E h is that of z = -1."""
+    field = Linear(torch.tensor([[-10.0]], dtype=torch.float64))
+    local = Local(form="reference", rtol=0.0, atol=1.0)
+    found = penalty(local, field, line(1.0)[:, None], noise=Given(torch.zeros(1)), controller=Fixed())
+    expected = 0.1 * sum(abs(w) for w in POLYNOMIALS["tsit5"][0])
+    torch.testing.assert_close(found[0].detach(), line(expected)[0], rtol=1e-7, atol=0)
+
+
+def test_reference_form_starts_anywhere_within_a_step():
+    """Half of the way through one step of length 0.2, from where the solution is there."""
+    local = lambda: Local(form="reference", rtol=1e-6, atol=1e-6)  # noqa: E731
+    options = {"times": line(0, 0.2), "controller": Fixed()}
+    found = penalty(local(), Linear(SPIRAL), noise=Given(torch.full((1,), 0.5)), **options)
+    state = START @ torch.linalg.matrix_exp(0.1 * SPIRAL).T
+    there = penalty(local(), Linear(SPIRAL), state, noise=Given(torch.zeros(1)), **options)
+    torch.testing.assert_close(found, there, rtol=1e-5, atol=0)  # the solution is good to 1e-8
+    at_start = penalty(local(), Linear(SPIRAL), noise=Given(torch.zeros(1)), **options)
+    assert abs(float((found / at_start).detach()) - 1) > 1e-3
+
+
 def test_reference_form_holds_state_slope_and_length_constant():
     """Its gradient is that of one step whose first slope does not depend on the weights."""
     field = Linear(SPIRAL, squashed=True)

@@ -115,9 +115,10 @@ def test_steer_draws_the_end_uniformly_around_it():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_steer_moves_a_series_row_by_row_and_keeps_its_order(sign):
     """Within half of the smaller gap; padding stays with the last time."""
-    grid = sign * torch.tensor([[0.0, 1, 2, 6, 6], [0.0, 0.5, 4, 4, 4], [1.0, 1, 1, 1, 1]], dtype=torch.float64).T
-    room = torch.tensor([[1.0, 1, 4, 4], [0.5, 3.5, 3.5, 3.5], [0, 0, 0, 0]], dtype=torch.float64).T
-    noise, seen = BatchNoise(3, generator=generator("series")), []
+    grid = [[0.0, 1, 2, 6, 6], [0.0, 0.5, 4, 4, 4], [1.0, 1, 1, 1, 1], [0.0, 0, 5, 5, 6]]
+    room = [[1.0, 1, 4, 4], [0.5, 3.5, 3.5, 3.5], [0, 0, 0, 0], [0, 1, 1, 1]]
+    grid, room = (torch.tensor(each, dtype=torch.float64).T for each in (grid, room))
+    grid, noise, seen = sign * grid, BatchNoise(4, generator=generator("series")), []
     for _ in range(200):
         moved = Steer().times(grid, noise)
         assert torch.equal(moved[0], grid[0])
