@@ -66,6 +66,8 @@ class Recorder:
             x, step: of these rows, before and after.
             error: [n] E by the controller's norm.
         """
+        if not len(index):  # every row has ended, or stands still
+            return
         solver = self.problem.solver
         if self.record is not None:
             if self.reference and step.error is not None:
