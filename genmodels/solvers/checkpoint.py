@@ -136,6 +136,10 @@ class _Watch(Solver):
     def interpolant(self, field: Any, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor:
         return self.solver.interpolant(field, t, s, x, step._replace(state=step.state[2:]))
 
+    def within(self, rtol: float, atol: float) -> "_Watch":
+        self.solver = self.solver.within(rtol, atol)
+        return self
+
     def times(self) -> tuple[Tensor, Tensor]:
         """[N, B] the starts and the ends of accepted steps; [N, 1] where time is shared."""
         rows = 1 if self.shared else len(self.starts[0].index)
@@ -170,6 +174,7 @@ class _Run:
         plain = self.problem._replace(x=x.detach(), times=times.detach(), solver=watch)
         self.solution = self.controller.solve(plain)
         self.shared = watch.shared
+        self.problem = self.problem._replace(solver=watch.solver)  # as step control told it to solve its equations
         if not watch.log:
             return ()
         starts, ends = watch.times()

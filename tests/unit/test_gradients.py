@@ -146,7 +146,7 @@ def test_checkpoint_differentiates_the_trace_as_backprop_does(control, grid, ref
     agree(results(Checkpoint(), CONTROLS[control], times, "last", record=record), wanted, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["heun", "bosh3", "dopri5", "rk4"])
+@pytest.mark.parametrize("name", ["heun", "bosh3", "dopri5", "rk4", "kvaerno3", "esdirk54"])
 def test_checkpoint_knows_the_memory_of_every_solver(name):
     for control in (Fixed(9),) if name == "rk4" else (Fixed(9), PI(1e-4, 1e-4)):
         wanted = results(Backprop(), control, SHARED, "all", solver=build(Solver, name))
