@@ -139,8 +139,9 @@ class EulerMaruyama(StochasticSolver):
 class Milstein(StochasticSolver):
     """x⁺ = x + f h + g ΔW + ½ g g' (ΔW² - |h|), without |h| for Stratonovich equations: strong order 1.
 
-    For diagonal noise; g g' ≈ (g(x + √|h| g) - g(x))/√|h| costs one more evaluation of g and no derivative. For
-    additive noise, where it is 0, this is Euler and Maruyama's method.
+    For diagonal noise; g g' ≈ (g(x + δ g) - g(x))/δ costs one more evaluation of g and no derivative. Its error, which
+    goes with δ, multiplies ΔW² - |h| of mean 0, and δ = √|h| is short enough; or ΔW² of mean |h|, and δ = |h| is needed.
+    For additive noise, where it is 0, this is Euler and Maruyama's method.
 
     Source: Kloeden & Platen 1992 (Numerical solution of stochastic differential equations), sections 10.3 and 11.1.
     """
@@ -153,10 +154,11 @@ class Milstein(StochasticSolver):
         f, g = field.drift(t, x), field.diffusion(t, x)
         new = x + h * f + times_noise(field, g, w, x)
         if field.noise_type == "diagonal":
-            root = h.abs().sqrt()
-            correction = field.diffusion(t, x + root * g) - g
-            square = w.square() - h.abs() if field.calculus == "ito" else w.square()
-            new = new + correction * square / (2 * torch.where(root > 0, root, 1.0))
+            ito = field.calculus == "ito"
+            reach = h.abs().sqrt() if ito else h.abs()
+            correction = field.diffusion(t, x + reach * g) - g
+            square = w.square() - h.abs() if ito else w.square()
+            new = new + correction * square / (2 * torch.where(reach > 0, reach, 1.0))
         return Step(new, None, (), (f, g))
 
 

@@ -142,6 +142,20 @@ def test_strong_errors_and_orders_on_geometric_brownian_motion(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_strong_orders_where_the_diffusion_is_curved(name):
+    """dx = √(1 + x²) ∘ dW: x = sinh(W + arsinh x₀). The Itô drift is x/2. Linear diffusions hide a bias here."""
+    solver, paths = build(Solver, name), 2000
+    x, noise = torch.full((paths, 1), 0.3, dtype=torch.float64), tree(paths, 1)
+    exact = torch.sinh(noise.increment(time(0.0), time(1.0)).w + math.asinh(0.3))
+    for kind in solver.calculi:
+        drift = 0.5 if kind == "ito" else 0.0
+        sde = RowSDE(lambda t, x, a=drift: a * x, lambda t, x: (1 + x.square()).sqrt(), calculus=kind)
+        ends = [integrate(sde, x, grid(n), solver=solver, noise=noise).x for n in (16, 64)]
+        errors = [float((end - exact).abs().mean()) for end in ends]
+        assert math.log2(errors[0] / errors[1]) / 2 == pytest.approx(DECLARED.get(name, solver.order), abs=0.2)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_moments_of_an_ornstein_uhlenbeck_process(name):
     """dx = -1.5 x dt + 0.7 dW from 1 to T = 2: mean 0.0497870684 and variance 0.1629284705."""
     process, paths = OrnsteinUhlenbeck(1.5, 0.0, 0.7), 10_000
