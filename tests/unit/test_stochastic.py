@@ -441,3 +441,21 @@ def test_noise_of_another_shape_is_refused_with_both_shapes(name):
         wide = RowSDE(wide.f, wide.g, noise_type="general", calculus=kind)
         with pytest.raises(ValueError, match=r"mismatch.*\[6, 2, 3\].*\[6, 2\].*general.*\[6, 2, M\]"):
             integrate(wide, PLANE, grid(2), solver=solver, noise=tree(6, 2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_drift_of_another_shape_is_refused_rather_than_broadcast(name):
+    sde = RowSDE(lambda t, x: -x[:, :1], lambda t, x: 0.1 * x, calculus=calculus(name))
+    with pytest.raises(ValueError, match=r"drift.*\[6, 2\] into torch.float64 of shape \[6, 1\] at t = 0"):
+        integrate(sde, PLANE, grid(2), solver=build(Solver, name), noise=tree(6, 2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_state_keeps_its_dtype_whatever_the_path_and_the_equation_have(name):
+    base, solver = curved(calculus(name)), build(Solver, name)
+    wide = RowSDE(lambda t, x: base.f(t, x).double(), lambda t, x: base.g(t, x).double(), calculus=base.calculus)
+    found = integrate(wide, PLANE.float(), grid(4), solver=solver, noise=tree(6, 2)).x
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), integrate(base, PLANE, grid(4), solver=solver, noise=tree(6, 2)).x, rtol=1e-5, atol=1e-5
+    )
