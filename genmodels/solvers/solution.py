@@ -49,12 +49,21 @@ class Record:
         picks: [P, B] numbers in [0, 1) by which P steps of each row are chosen, None for none. Their starts are kept.
         pick: "time" chooses the step around t₀ + u (t₁ - t₀), so with a uniform u a step with chance |h|; "step" any
             accepted step with the same chance, but for the last one if there are others.
+    Raises:
+        ValueError: if tolerances are negative, or those that are given are 0.
     """
 
     rtol: float | None = None
     atol: float | None = None
     picks: Tensor | None = None
     pick: Literal["time", "step"] = "time"
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.rtol, self.atol) if v is not None]
+        if given and not (min(given) >= 0 and max(given) > 0):
+            raise ValueError(
+                f"Record: rtol >= 0 and atol >= 0, not both 0, are needed, found rtol={self.rtol}, atol={self.atol}."
+            )
 
 
 class Trace(NamedTuple):

@@ -12,7 +12,7 @@ from genmodels.solvers.base import Fixed, Solver, integrate
 from genmodels.solvers.fields import RowField
 from genmodels.solvers.implicit import ESDIRK54, Kvaerno3, Trapezoid
 from genmodels.solvers.newton import gmres
-from genmodels.solvers.runge_kutta import Tsit5
+from genmodels.solvers.runge_kutta import Bosh3, Tsit5
 from genmodels.solvers.solution import Record, Result, SolverError
 from genmodels.solvers.step_size import PI
 
@@ -288,3 +288,5 @@ def test_a_step_that_underflows_names_the_stiffness(norm):
     x = torch.tensor([[2.0]], dtype=torch.float64)  # at t = 1/2
     with pytest.raises(SolverError, match=r"step_underflow .*stiffness estimate S = .* h S = .*esdirk54, kvaerno3"):
         integrate(pole, x, UNIT, solver=Tsit5(), controller=PI(1e-6, 1e-6, norm=norm))
+    with pytest.raises(SolverError, match=r"step_underflow .*If the field is stiff.*esdirk54, kvaerno3"):
+        integrate(pole, x, UNIT, solver=Bosh3(), controller=PI(1e-6, 1e-6, norm=norm))  # no estimate to name

@@ -136,6 +136,28 @@ def test_an_interval_of_length_0_does_not_stop_a_row():
     assert out.time.tolist() == [1.0, 0.5] and out.steps.tolist() == [1, 1] and out.stopped.all()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"record": Record(picks=torch.rand(3))}, r"record.picks must be \[P, 4\] for 4 rows, found \[3\]"),
+        ({"record": Record(picks=torch.rand(3, 5))}, r"record.picks must be \[P, 4\] for 4 rows, found \[3, 5\]"),
+        ({"max_steps": 0}, "max_steps must be at least 1, found 0"),
+        ({"times": [0.0, 1.0]}, "times must be a tensor, found list"),
+        ({"x": [1.0]}, "x must be a tensor, found list"),
+    ],
+)
+def test_mistakes_are_named(arguments, found):
+    given = {"x": PLANE, "times": UNIT, "solver": Tsit5(), **arguments}
+    with pytest.raises(ValueError, match=found):
+        integrate(lambda t, x: -x, **given)
+
+
+@pytest.mark.parametrize("tolerances", [{"rtol": -1e-3}, {"atol": 0.0}, {"rtol": 0.0, "atol": 0.0}])
+def test_tolerances_of_a_record_are_checked(tolerances):
+    with pytest.raises(ValueError, match="Record: rtol >= 0 and atol >= 0"):
+        Record(**tolerances)
+
+
 def orders(name: str, start: float, end: float) -> float:
     """The order that the error between the steps goes with."""
     errors = []
