@@ -55,7 +55,7 @@ class March:
             status=status,
             trace=self.recorder.trace(),
             picked=self.recorder.picked(),
-            dense=self.recorder.interpolation(),
+            dense=self.recorder.interpolation(None if problem.stop is None else self.time),
             stopped=None if problem.stop is None else self.stopped,
         )
 
