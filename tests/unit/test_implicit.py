@@ -150,8 +150,10 @@ def test_dense_and_krylov_agree_in_values_and_gradients(control):
         x = start.clone().requires_grad_()
         out = integrate(net, x, UNIT, solver=ESDIRK54(linear=linear), controller=control)
         results.append((out.x, *torch.autograd.grad(out.x.square().sum(), (x, *net.parameters()))))
+    # on a grid stages are solved to rounding, and so are the systems that give gradients
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if isinstance(control, Fixed) else {"rtol": 1e-5, "atol": 1e-8}
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(a, b, **tolerance)
 
 
 def test_auto_is_dense_for_small_states_and_krylov_for_large():

@@ -99,7 +99,7 @@ def test_rest_is_noticed_row_by_row(controller):
     assert ((rate[:2, None] * (1 - out.x[:2])).abs() <= 1e-3).all()
     relative = integrate(
         RowField(lambda t, x, rate: rate[:, None] * x, rate),
-        torch.ones(3, 2, dtype=torch.float64),
+        torch.full((3, 2), 100.0, dtype=torch.float64),
         torch.tensor([0.0, 1.0], dtype=torch.float64),
         solver=RK4(),
         controller=Fixed(4),
