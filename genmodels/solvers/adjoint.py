@@ -15,7 +15,7 @@ from ..types import expand_like
 from .base import Controller, Gradient, Problem, Solver, Termination, integrate, title
 from .fields import SDE, Counted
 from .gradients import Isolated, Refused
-from .norms import rms
+from .norms import reached, rms
 from .solution import Dense, Solution, SolverError
 
 TRACELESS = (
@@ -215,10 +215,10 @@ class Sweep:
         of_times = torch.zeros_like(self.run.problem.times)
         x, last = self.x, len(self.times) - 1
         a = torch.zeros_like(x) if end is None else end
-        reached = None if path is None else ~self.states.flatten(2).isnan().any(2)
+        there = None if self.states is None else reached(self.states)
         sums: list[Tensor] = [torch.zeros_like(v) for v in self.leaves]
         while last > 0 and len(x):
-            jump = None if path is None else torch.where(expand_like(reached[last], x), path[last], 0.0)
+            jump = None if path is None else torch.where(expand_like(there[last], x), path[last], 0.0)
             moved = jump if last < len(self.times) - 1 or end is None else a if jump is None else a + jump
             a = a if jump is None else a + jump
             if self.timed and moved is not None:
@@ -228,8 +228,7 @@ class Sweep:
             sums = [old + new for old, new in zip(sums, more, strict=True)]
             last = stop
             if self.states is not None:  # the forward solve's own states stand in the way of drift
-                known = expand_like(~self.states[last].flatten(1).isnan().any(1), x)
-                x = torch.where(known, self.states[last], x)
+                x = torch.where(expand_like(there[last], x), self.states[last], x)
         if self.timed and len(x):
             self._add_time(of_times, 0, x, -a)
         if path is not None:

@@ -262,11 +262,12 @@ def integrate(
         seminorm: the part [B, *] of a state-like [B, *shape] that error norms see, None for all of it; accumulated
             integrals, on which nothing else depends, may be left out.
     Raises:
-        ValueError: if times or x cannot be integrated over.
+        ValueError: if times or x cannot be integrated over, max_steps is below 1, or picks do not fit the rows.
         ConfigError: if the solver needs another field, or step control an error estimate that it does not have.
         SolverError: if a row does not reach the last time.
     """
-    _check_arguments(x, save, on_failure)
+    _check_arguments(x, times, save, on_failure)
+    _check_limits(max_steps, record, len(x))
     _check_field(solver, field)
     controller.check(solver)
     direction, span = _check_times(times, len(x))
@@ -293,11 +294,14 @@ def integrate(
 
 
 def _strain(solution: Solution, solver: Solver, row: int) -> str:
-    """What the stiffness estimate of a row that failed for want of steps says."""
-    if solution.strain is None or solver.stability is None:
-        return ""
-    h, s = (float(each[row]) for each in solution.strain)
+    """What the stiffness estimate of a row that failed for want of steps says, and what to try without one."""
     stable = [name for name in names(Solver) if (m := member(Solver, name, "solver")).implicit and m.adaptive]
+    if solution.strain is None or solver.stability is None:
+        unknown = solution.result == Result.step_underflow and solver.needs is VectorField and not solver.implicit
+        return (
+            f"If the field is stiff, an implicit solver ({', '.join(stable)}) takes longer steps. " if unknown else ""
+        )
+    h, s = (float(each[row]) for each in solution.strain)
     return (
         f"Its last attempt had h = {h:.3g} and a stiffness estimate S = {s:.3g}, so h S = {h * s:.3g} against the "
         f"{solver.stability:.3g} up to which '{title(solver)}' is stable; where they are near, the field is stiff, and "
@@ -320,7 +324,10 @@ def _whole(y: Tensor) -> Tensor:
     return y
 
 
-def _check_arguments(x: Tensor, save: str, on_failure: str) -> None:
+def _check_arguments(x: Tensor, times: Tensor, save: str, on_failure: str) -> None:
+    for name, value in (("x", x), ("times", times)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"integrate: {name} must be a tensor, found {type(value).__name__}. Use torch.tensor.")
     if x.ndim == 0 or not x.is_floating_point():
         raise ValueError(f"integrate: x must be [B, *shape] of floating point, found {x.dtype} {list(x.shape)}.")
     if save not in ("last", "all", "dense") or on_failure not in ("raise", "return"):
@@ -328,6 +335,14 @@ def _check_arguments(x: Tensor, save: str, on_failure: str) -> None:
             "integrate: save is 'last', 'all' or 'dense' and on_failure 'raise' or 'return', found "
             f"{save!r} and {on_failure!r}."
         )
+
+
+def _check_limits(max_steps: int, record: Record | None, rows: int) -> None:
+    if max_steps < 1:
+        raise ValueError(f"integrate: max_steps must be at least 1, found {max_steps}.")
+    picks = None if record is None else record.picks
+    if picks is not None and (picks.ndim != 2 or picks.shape[1] != rows):
+        raise ValueError(f"integrate: record.picks must be [P, {rows}] for {rows} rows, found {list(picks.shape)}.")
 
 
 def _check_field(solver: Solver, field: Any) -> None:

@@ -13,6 +13,7 @@ from ..types import expand_like
 from .base import Controller, Fixed, Gradient, Problem, Solver, State, Step, title
 from .fields import Counted
 from .gradients import Isolated, Refused
+from .norms import reached
 from .recording import Recorder
 from .solution import Solution
 
@@ -136,6 +137,10 @@ class _Watch(Solver):
     def interpolant(self, field: Any, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor:
         return self.solver.interpolant(field, t, s, x, step._replace(state=step.state[2:]))
 
+    def within(self, rtol: float, atol: float) -> "_Watch":
+        self.solver = self.solver.within(rtol, atol)
+        return self
+
     def times(self) -> tuple[Tensor, Tensor]:
         """[N, B] the starts and the ends of accepted steps; [N, 1] where time is shared."""
         rows = 1 if self.shared else len(self.starts[0].index)
@@ -170,6 +175,7 @@ class _Run:
         plain = self.problem._replace(x=x.detach(), times=times.detach(), solver=watch)
         self.solution = self.controller.solve(plain)
         self.shared = watch.shared
+        self.problem = self.problem._replace(solver=watch.solver)  # as step control told it to solve its equations
         if not watch.log:
             return ()
         starts, ends = watch.times()
@@ -190,18 +196,18 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, x: Tensor, times: Tensor, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         kept = run.forward(x, times)
         path, trace = run.solution.path, run.solution.trace
-        reached = None if path is None else ~path.flatten(2).isnan().any(2)
+        there = None if path is None else reached(path)
         ctx.run = run
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, times, reached, *kept)
+        ctx.save_for_backward(x, times, there, *kept)
         return (run.solution.x.clone(), path, trace and trace.error, trace and trace.stiffness)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, times, reached, *kept = ctx.saved_tensors
+        x, times, there, *kept = ctx.saved_tensors
         if kept:
-            return (None, *_Replay(ctx.run, x, times, reached, kept).gradients(ctx.needs_input_grad[2], *cotangents))
+            return (None, *_Replay(ctx.run, x, times, there, kept).gradients(ctx.needs_input_grad[2], *cotangents))
         total = torch.zeros_like(x) if cotangents[0] is None else cotangents[0]
         total = total if cotangents[1] is None else total + cotangents[1].sum(0)
         return (None, total, *(None for _ in ctx.needs_input_grad[2:]))

@@ -81,7 +81,7 @@ def tensors_of(field: Any) -> tuple[Tensor, ...]:
         raise ConfigError(
             f"integrate: this way of taking gradients must know the tensors that the field depends on, and "
             f"{getattr(field, '__name__', type(field).__name__)} does not tell. Give a module, a method of one, a "
-            "RowField of these, or an object with a method tensors(); or use gradient backprop."
+            "RowField of these, or an object with a method tensors(); or use gradient: backprop."
         )
     return tuple({id(v): v for v in found}.values())
 

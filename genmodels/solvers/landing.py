@@ -72,3 +72,6 @@ class Landing(Solver):
 
     def interpolant(self, field: Any, t: Tensor, s: Tensor, x: Tensor, step: Step) -> Tensor:
         return self.inner.interpolant(Inside(field, t, s), t, s, x, step)
+
+    def within(self, rtol: float, atol: float) -> "Landing":
+        return Landing(self.inner.within(rtol, atol))

@@ -37,7 +37,7 @@ class March:
         state = problem.solver.start(self.field, allowed[0], x) if len(x) else ()
         path, calls = [x], [self.field.calls]
         for number, (t, s) in enumerate(pairwise(allowed.unbind())):
-            state = self.advance(t, s, state, last=number == len(self.grid) - 2)
+            state = self.advance(t, s, state)
             calls.append(self.field.calls)
             path += [self.x] if problem.keep_path and (number + 1) % self.divided == 0 else []
         complete = len(allowed) == len(self.grid) or not len(x)
@@ -55,11 +55,11 @@ class March:
             status=status,
             trace=self.recorder.trace(),
             picked=self.recorder.picked(),
-            dense=self.recorder.interpolation(),
+            dense=self.recorder.interpolation(None if problem.stop is None else self.time),
             stopped=None if problem.stop is None else self.stopped,
         )
 
-    def advance(self, t: Tensor, s: Tensor, state: tuple[Tensor, ...], last: bool) -> tuple[Tensor, ...]:
+    def advance(self, t: Tensor, s: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One step of all rows that are alive; the solver's memory after it."""
         problem, x = self.problem, self.x
         taken = problem.solver.step(self.field, t, s, x, state, problem.noise)
@@ -71,9 +71,9 @@ class March:
         self.failed, moves = self.failed | (self.alive & ~alive), alive & (s != t)  # length 0 is padding
         new, end = taken.x, s.detach().expand(len(x))
         if problem.stop is not None:
-            new, end = self._halt(t, s, taken, alive, end)
+            new, end = self._halt(t, s, taken, moves, end)
         if self.recorder.active:
-            self._record(t, s, taken, moves, last)
+            self._record(t, s, taken, moves)
         # where asking costs no wait for a device, rows are frozen only if there is one
         intact = x.device.type == "cpu" and bool(alive.all())
         self.x = new if intact else torch.where(expand_like(alive, x), new, x)
@@ -88,19 +88,19 @@ class March:
             return False
         return math.isfinite(float(new.detach().sum(dtype=torch.float64)))
 
-    def _halt(self, t: Tensor, s: Tensor, taken: Any, alive: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    def _halt(self, t: Tensor, s: Tensor, taken: Any, moves: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """States and times at the end of the step, or where rows stop within it."""
         problem, x = self.problem, self.x
-        ends = alive & problem.stop.reached(problem, self.field, t, s, x, taken)
+        ends = moves & problem.stop.reached(problem, self.field, t, s, x, taken)
         if not bool(ends.any()):
             return taken.x, end
         where, there = problem.stop.locate(problem, self.field, t, s, x, taken)
         self.stopped, self.within = self.stopped | ends, self.within | (ends & (where != s))
         return torch.where(expand_like(ends, x), there, taken.x), torch.where(ends, where.detach(), end)
 
-    def _record(self, t: Tensor, s: Tensor, taken: Any, rows: Tensor, last: bool) -> None:
+    def _record(self, t: Tensor, s: Tensor, taken: Any, rows: Tensor) -> None:
         n = len(self.x)
-        final = torch.full_like(self.index, last, dtype=torch.bool)
+        final = (s == self.grid[-1]).expand(n) | self.stopped
         given = (self.index, self.steps, final, t.expand(n), s.expand(n), self.x, taken)
         if not bool(rows.all()):
             given = narrow(given, rows.nonzero()[:, 0])

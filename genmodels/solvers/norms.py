@@ -14,3 +14,8 @@ def finite_rows(x: Tensor) -> Tensor:
     """[B] bool: whether every component of a row is finite."""
     flat = x.detach().flatten(1) if x.ndim > 1 else x.detach()[:, None]
     return torch.linalg.vector_norm(flat, ord=torch.inf, dim=1).isfinite() if flat.shape[1] else flat.isfinite().all(1)
+
+
+def reached(path: Tensor) -> Tensor:
+    """[L, B] bool: whether rows of a path [L, B, *shape] have a state at a time, where those that do not are nan."""
+    return ~(path.flatten(2).isnan().any(2) if path.ndim > 2 else path.isnan())

@@ -66,6 +66,8 @@ class Recorder:
             x, step: of these rows, before and after.
             error: [n] E by the controller's norm.
         """
+        if not len(index):  # every row has ended, or stands still
+            return
         solver = self.problem.solver
         if self.record is not None:
             if self.reference and step.error is not None:
@@ -120,11 +122,16 @@ class Recorder:
     def picked(self) -> Picked | None:
         return self.picks and Picked(self.picks["t"], self.picks["s"], self.picks["x"])
 
-    def interpolation(self) -> Dense | None:
+    def interpolation(self, time: Tensor | None = None) -> Dense | None:
+        """The curve, up to the times [B] where rows ended: rows that stopped may have done so within a step."""
         if not self.dense:
             return None
         place = self._places()
         starts, lengths = self._spread(place, lambda e: e[2]), self._spread(place, lambda e: e[3])
+        share = torch.ones_like(lengths)
+        if time is not None:
+            share = ((time - starts).abs() / torch.where(lengths > 0, lengths, 1.0)).clamp(max=1.0)
+            lengths = lengths * share
         times = self.problem.times.detach()
         first = times[:1].expand(1, self.rows) if times.ndim == 1 else times[:1]
         signed = self.problem.direction * lengths
@@ -139,6 +146,9 @@ class Recorder:
         k = len(parts)
         flat = x.new_zeros(k, count * self.rows, *x.shape[1:]).index_copy(1, place, parts)
         table = flat.reshape(k, count, self.rows, *x.shape[1:]).transpose(0, 1)
+        if time is not None:  # θ is a share of what was kept of a step
+            powers = share[:, None] ** torch.arange(k, device=x.device)[:, None]
+            table = table * expand_like(powers, table).to(table.dtype)
         return Dense(knots, _hold(table, lengths == 0, x))
 
     def _places(self) -> Tensor:

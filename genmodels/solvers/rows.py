@@ -301,7 +301,7 @@ class _Loop:
             status=status,
             trace=self.recorder.trace(),
             picked=self.recorder.picked(),
-            dense=self.recorder.interpolation(),
+            dense=self.recorder.interpolation(None if problem.stop is None else t.double()),
             stopped=None if problem.stop is None else self._marked(self.stopped),
             strain=self._strain(),
         )

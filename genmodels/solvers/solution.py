@@ -50,6 +50,8 @@ class Record:
         stiffness: whether to estimate it, which costs two norms a step.
         pick: "time" chooses the step around t₀ + u (t₁ - t₀), so with a uniform u a step with chance |h|; "step" any
             accepted step with the same chance, but for the last one if there are others.
+    Raises:
+        ValueError: if tolerances are negative, or those that are given are 0.
     """
 
     rtol: float | None = None
@@ -57,6 +59,13 @@ class Record:
     picks: Tensor | None = None
     pick: Literal["time", "step"] = "time"
     stiffness: bool = True
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.rtol, self.atol) if v is not None]
+        if given and not (min(given) >= 0 and max(given) > 0):
+            raise ValueError(
+                f"Record: rtol >= 0 and atol >= 0, not both 0, are needed, found rtol={self.rtol}, atol={self.atol}."
+            )
 
 
 class Trace(NamedTuple):

@@ -89,7 +89,28 @@ class StochasticSolver(Solver):
         return f"an SDE with {' or '.join(cls.noise_types)} noise and {' or '.join(cls.calculi)} calculus"
 
     def velocity(self, field: SDE, t: Tensor, x: Tensor) -> Tensor:
-        return field.drift(t, x)
+        return drift(field, t, x)
+
+
+def drift(field: SDE, t: Tensor, x: Tensor) -> Tensor:
+    """[B, *shape] f at (t, x), in the dtype of x.
+
+    Raises:
+        ValueError: if it does not have the state's shape.
+    """
+    f = field.drift(t, x)
+    if f.shape != x.shape or not f.is_floating_point():
+        when = f"t = {float(t.detach().flatten()[0]):.9g}" if t.numel() else "no time"
+        raise ValueError(
+            f"integrate: the drift of the SDE turned a state of shape {list(x.shape)} into {f.dtype} of shape "
+            f"{list(f.shape)} at {when}; state and drift must have one shape, and be of floating point."
+        )
+    return f.to(x.dtype)
+
+
+def diffusion(field: SDE, t: Tensor, x: Tensor) -> Tensor:
+    """g at (t, x), in the dtype of x; `times_noise` checks its shape."""
+    return field.diffusion(t, x).to(x.dtype)
 
 
 def times_noise(field: SDE, g: Tensor, w: Tensor, x: Tensor) -> Tensor:
@@ -112,12 +133,14 @@ def times_noise(field: SDE, g: Tensor, w: Tensor, x: Tensor) -> Tensor:
     )
 
 
-def _increment(noise: Brownian, t: Tensor, s: Tensor) -> Increment:
+def _increment(noise: Brownian, t: Tensor, s: Tensor, x: Tensor) -> Increment:
+    """The path from t to s, in the dtype of the state x."""
     if not isinstance(noise, Brownian):
         raise ValueError(
             f"integrate: an SDE needs noise, a Brownian path such as BrownianTree, found {type(noise).__name__}."
         )
-    return noise.increment(t, s)
+    increment = noise.increment(t, s)
+    return increment if increment.w.dtype == x.dtype else Increment(*(part.to(x.dtype) for part in increment))
 
 
 @register(Solver, "euler_maruyama")
@@ -130,8 +153,8 @@ class EulerMaruyama(StochasticSolver):
     order, stages, calculi = 0.5, 1, ("ito",)
 
     def step(self, field: SDE, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Brownian) -> Step:
-        h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s).w
-        f, g = field.drift(t, x), field.diffusion(t, x)
+        h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s, x).w
+        f, g = drift(field, t, x), diffusion(field, t, x)
         return Step(x + h * f + times_noise(field, g, w, x), None, (), (f, g))
 
 
@@ -139,8 +162,9 @@ class EulerMaruyama(StochasticSolver):
 class Milstein(StochasticSolver):
     """x⁺ = x + f h + g ΔW + ½ g g' (ΔW² - |h|), without |h| for Stratonovich equations: strong order 1.
 
-    For diagonal noise; g g' ≈ (g(x + √|h| g) - g(x))/√|h| costs one more evaluation of g and no derivative. For
-    additive noise, where it is 0, this is Euler and Maruyama's method.
+    For diagonal noise; g g' ≈ (g(x + δ g) - g(x))/δ costs one more evaluation of g and no derivative. Its error, which
+    goes with δ, multiplies ΔW² - |h| of mean 0, and δ = √|h| is short enough; or ΔW² of mean |h|, which needs δ = |h|.
+    For additive noise, where it is 0, this is Euler and Maruyama's method.
 
     Source: Kloeden & Platen 1992 (Numerical solution of stochastic differential equations), sections 10.3 and 11.1.
     """
@@ -149,14 +173,15 @@ class Milstein(StochasticSolver):
     noise_types = ("additive", "diagonal")
 
     def step(self, field: SDE, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Brownian) -> Step:
-        h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s).w
-        f, g = field.drift(t, x), field.diffusion(t, x)
+        h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s, x).w
+        f, g = drift(field, t, x), diffusion(field, t, x)
         new = x + h * f + times_noise(field, g, w, x)
         if field.noise_type == "diagonal":
-            root = h.abs().sqrt()
-            correction = field.diffusion(t, x + root * g) - g
-            square = w.square() - h.abs() if field.calculus == "ito" else w.square()
-            new = new + correction * square / (2 * torch.where(root > 0, root, 1.0))
+            ito = field.calculus == "ito"
+            reach = h.abs().sqrt() if ito else h.abs()
+            correction = diffusion(field, t, x + reach * g) - g
+            square = w.square() - h.abs() if ito else w.square()
+            new = new + correction * square / (2 * torch.where(reach > 0, reach, 1.0))
         return Step(new, None, (), (f, g))
 
 
@@ -174,10 +199,10 @@ class StochasticHeun(StochasticSolver):
     adaptive = True
 
     def step(self, field: SDE, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Brownian) -> Step:
-        h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s).w
-        f, g = field.drift(t, x), field.diffusion(t, x)
+        h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s, x).w
+        f, g = drift(field, t, x), diffusion(field, t, x)
         ahead = x + h * f + times_noise(field, g, w, x)
-        f_end, g_end = field.drift(s, ahead), field.diffusion(s, ahead)
+        f_end, g_end = drift(field, s, ahead), diffusion(field, s, ahead)
         error = 0.5 * (h * (f_end - f) + times_noise(field, g_end - g, w, x))
         return Step(ahead + error, error, (), (f, g, f_end, g_end))
 
@@ -195,17 +220,17 @@ class ReversibleHeun(StochasticSolver):
     order, stages, calculi = 0.5, 1, ("stratonovich",)
 
     def start(self, field: SDE, t: Tensor, x: Tensor) -> State:
-        return x, field.drift(t, x), field.diffusion(t, x)
+        return x, drift(field, t, x), diffusion(field, t, x)
 
     def slope(self, field: SDE, t: Tensor, x: Tensor, state: State) -> Tensor:
         return state[1]
 
     def step(self, field: SDE, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Brownian) -> Step:
-        h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s).w
+        h, w = expand_like(s - t, x).to(x.dtype), _increment(noise, t, s, x).w
         z, f, g = state
         ahead = 2 * x - z + h * f + times_noise(field, g, w, x)
         z = torch.where(h == 0, z, ahead)  # a step of length 0 must not turn x - ẑ around
-        f_end, g_end = field.drift(s, z), field.diffusion(s, z)
+        f_end, g_end = drift(field, s, z), diffusion(field, s, z)
         new = x + 0.5 * (h * (f + f_end) + times_noise(field, g + g_end, w, x))
         return Step(new, None, (z, f_end, g_end), (f, g, f_end, g_end))
 
@@ -264,24 +289,24 @@ class StochasticRungeKutta(StochasticSolver):
     def step(self, field: SDE, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Brownian) -> Step:
         tableau = self.tableau
         wide = expand_like(s - t, x).to(x.dtype)
-        integrals = Iterated.of(_increment(noise, t, s), wide.abs())
+        integrals = Iterated.of(_increment(noise, t, s, x), wide.abs())
         root = wide.abs().sqrt()
         drifts: list[Tensor] = []
         diffusions: list[Tensor] = []
         for i in range(len(tableau.alpha)):
             if i in tableau.drift_stages:
                 y = self._moved(x, wide, tableau.a0[i], drifts, integrals.area, tableau.b0[i], diffusions)
-                drifts.append(field.drift(_between(t, s, tableau.c0[i]), y))
+                drifts.append(drift(field, _between(t, s, tableau.c0[i]), y))
             else:
                 drifts.append(torch.zeros_like(x))
             y = self._moved(x, wide, tableau.a1[i], drifts, root, tableau.b1[i], diffusions)
-            diffusions.append(field.diffusion(_between(t, s, tableau.c1[i]), y))
+            diffusions.append(diffusion(field, _between(t, s, tableau.c1[i]), y))
             times_noise(field, diffusions[-1], integrals.w, x)
         parts = [part * combination(row, diffusions) for part, row in zip(integrals, tableau.beta, strict=True)]
-        drift = wide * combination(tableau.alpha, drifts)
+        advance = wide * combination(tableau.alpha, drifts)
         estimate = parts[2] + parts[3]
         every = combination(tuple(float(i in tableau.drift_stages) for i in range(len(drifts))), drifts)
-        new = x + drift + estimate + parts[0] + parts[1]
+        new = x + advance + estimate + parts[0] + parts[1]
         slopes = (*drifts, *diffusions, integrals.area)
         return Step(new, tableau.error * wide * every + estimate, (), slopes)
 

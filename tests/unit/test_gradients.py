@@ -115,6 +115,22 @@ def agree(found: list[Tensor | None], wanted: list[Tensor | None], tolerance: fl
             torch.testing.assert_close(mine, other, rtol=0, atol=tolerance * size, msg=lambda m, k=k: f"{k}: {m}")
 
 
+@pytest.mark.parametrize("save", ["last", "all"])
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("name", names(Gradient))
+def test_states_without_axes_beside_the_batch(name, control, save):
+    """x' = -a x: at the times 0, 1/2, 1 of rows that start from 1, 2, 3."""
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).requires_grad_()
+    rate = torch.tensor(0.7, dtype=torch.float64).requires_grad_()
+    field = RowField(Bound(lambda t, x, a: -a * x), rate.expand(3))
+    given = {"solver": Tsit5(), "controller": CONTROLS[control], "gradient": build(Gradient, name), "save": save}
+    out = integrate(field, x, UNIT[1] * torch.tensor([0.0, 0.5, 1.0]), **given)
+    (out.x if save == "last" else out.path[1:]).sum().backward()
+    times = [1.0] if save == "last" else [0.5, 1.0]
+    assert x.grad.tolist() == pytest.approx([sum(math.exp(-0.7 * t) for t in times)] * 3, rel=1e-5)
+    assert rate.grad.item() == pytest.approx(sum(-6 * t * math.exp(-0.7 * t) for t in times), rel=1e-5)
+
+
 # ---- checkpoint: the gradients of the steps --------------------------------------------------------------------------
 
 
@@ -146,7 +162,7 @@ def test_checkpoint_differentiates_the_trace_as_backprop_does(control, grid, ref
     agree(results(Checkpoint(), CONTROLS[control], times, "last", record=record), wanted, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["heun", "bosh3", "dopri5", "rk4"])
+@pytest.mark.parametrize("name", ["heun", "bosh3", "dopri5", "rk4", "kvaerno3", "esdirk54"])
 def test_checkpoint_knows_the_memory_of_every_solver(name):
     for control in (Fixed(9),) if name == "rk4" else (Fixed(9), PI(1e-4, 1e-4)):
         wanted = results(Backprop(), control, SHARED, "all", solver=build(Solver, name))

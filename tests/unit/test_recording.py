@@ -11,8 +11,9 @@ from genmodels.rng import generator
 from genmodels.solvers.base import Fixed, Solver, integrate
 from genmodels.solvers.fields import RowField, VectorField
 from genmodels.solvers.runge_kutta import Dopri5, Heun, Tsit5
-from genmodels.solvers.solution import Record
+from genmodels.solvers.solution import Record, SolverError
 from genmodels.solvers.step_size import PI
+from genmodels.solvers.termination import SteadyState
 from tests.oracles import LINEAR
 
 SOLVERS = [name for name in names(Solver) if build(Solver, name).needs is VectorField and name != "torchdiffeq"]
@@ -94,6 +95,67 @@ def test_a_lone_step_is_picked_though_it_is_the_last(controller):
     out = integrate(lambda t, x: -0.1 * x, PLANE[:2], UNIT, solver=Tsit5(), controller=control, record=record)
     assert out.steps.tolist() == [1, 1] and out.picked.t.tolist() == [[0.0, 0.0]] and out.picked.s.tolist() == [[1, 1]]
     torch.testing.assert_close(out.picked.x[0], PLANE[:2])
+
+
+@pytest.mark.parametrize("save", ["last", "dense"])
+@pytest.mark.parametrize("controller", CONTROLS)
+def test_rows_that_all_ended_early_leave_what_they_have(controller, save):
+    """Also the first step may be the one that fails, and there may be no step at all."""
+    record, undefined = Record(picks=torch.rand(3, 4)), lambda t, x: x * torch.nan
+    settings = {"solver": Tsit5(), "controller": CONTROLS[controller], "record": record, "save": save}
+    out = integrate(undefined, PLANE, UNIT, on_failure="return", **settings)
+    assert out.result.name == "non_finite" and out.trace.taken.shape == (0, 4) and out.picked.t.eq(0).all()
+    torch.testing.assert_close(out.x, PLANE)
+    with pytest.raises(SolverError, match="non_finite in step 1 from t = 0"):
+        integrate(undefined, PLANE, UNIT, **settings)
+    if controller == "batch":
+        return
+    out = integrate(RowField(decay, RATE), PLANE, UNIT, stop=SteadyState(0.0, 50.0), **settings)
+    assert out.stopped.all() and (out.steps == 1).all() and (out.trace.h > 0).all()
+    torch.testing.assert_close(out.picked.s, out.time.expand(3, 4))
+    still = integrate(RowField(decay, RATE), PLANE, UNIT[:, None] * torch.zeros(4), **settings)
+    assert still.result == 0 and still.steps.eq(0).all() and still.trace.t.shape == (0, 4)
+    if save == "dense":
+        torch.testing.assert_close(still.dense(UNIT), PLANE.expand(2, 4, 2))
+
+
+def test_a_time_beyond_the_stop_of_a_row_picks_its_last_step():
+    u = torch.full((1, 4), 0.95)
+    for controller in ("row", "fixed"):
+        out = solve(controller, Record(picks=u), stop=SteadyState(0.0, 0.5))
+        assert out.stopped.any() and out.steps.max() > 1
+        last = out.trace.t.gather(0, out.steps[None] - 1)
+        torch.testing.assert_close(out.picked.t[:, out.stopped], last[:, out.stopped], rtol=0, atol=0)
+
+
+def test_an_interval_of_length_0_does_not_stop_a_row():
+    times = torch.tensor([[0.0, 0.0], [0.0, 0.5], [1.0, 1.0]], dtype=torch.float64)
+    out = integrate(
+        lambda t, x: 0 * x, PLANE[:2], times, solver=Tsit5(), controller=Fixed(), stop=SteadyState(), record=Record()
+    )
+    assert out.time.tolist() == [1.0, 0.5] and out.steps.tolist() == [1, 1] and out.stopped.all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"record": Record(picks=torch.rand(3))}, r"record.picks must be \[P, 4\] for 4 rows, found \[3\]"),
+        ({"record": Record(picks=torch.rand(3, 5))}, r"record.picks must be \[P, 4\] for 4 rows, found \[3, 5\]"),
+        ({"max_steps": 0}, "max_steps must be at least 1, found 0"),
+        ({"times": [0.0, 1.0]}, "times must be a tensor, found list"),
+        ({"x": [1.0]}, "x must be a tensor, found list"),
+    ],
+)
+def test_mistakes_are_named(arguments, found):
+    given = {"x": PLANE, "times": UNIT, "solver": Tsit5(), **arguments}
+    with pytest.raises(ValueError, match=found):
+        integrate(lambda t, x: -x, **given)
+
+
+@pytest.mark.parametrize("tolerances", [{"rtol": -1e-3}, {"atol": 0.0}, {"rtol": 0.0, "atol": 0.0}])
+def test_tolerances_of_a_record_are_checked(tolerances):
+    with pytest.raises(ValueError, match="Record: rtol >= 0 and atol >= 0"):
+        Record(**tolerances)
 
 
 def orders(name: str, start: float, end: float) -> float:

@@ -262,6 +262,13 @@ def test_a_pole_is_reported_with_row_and_time(name):
     assert out.path[1, 1].isnan().all() and out.path[1, [0, 2]].isfinite().all()
 
 
+def test_steps_below_the_resolution_of_a_late_time_underflow():
+    """At t = 1e6 time has a resolution of 1e-10: shorter steps would not advance it."""
+    x = torch.tensor([[2.0]], dtype=torch.float64)
+    out = integrate(explode, x, 1e6 + UNIT, solver=Dopri5(), controller=PI(1e-6, 1e-6), on_failure="return")
+    assert out.result is Result.step_underflow and out.time.item() == pytest.approx(1e6 + 0.5, abs=1e-6)
+
+
 def test_the_three_failures():
     x = torch.ones(2, 1, dtype=torch.float64)
     stiff = integrate(

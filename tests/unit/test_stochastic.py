@@ -142,6 +142,20 @@ def test_strong_errors_and_orders_on_geometric_brownian_motion(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_strong_orders_where_the_diffusion_is_curved(name):
+    """dx = √(1 + x²) ∘ dW: x = sinh(W + arsinh x₀). The Itô drift is x/2. Linear diffusions hide a bias here."""
+    solver, paths = build(Solver, name), 2000
+    x, noise = torch.full((paths, 1), 0.3, dtype=torch.float64), tree(paths, 1)
+    exact = torch.sinh(noise.increment(time(0.0), time(1.0)).w + math.asinh(0.3))
+    for kind in solver.calculi:
+        drift = 0.5 if kind == "ito" else 0.0
+        sde = RowSDE(lambda t, x, a=drift: a * x, lambda t, x: (1 + x.square()).sqrt(), calculus=kind)
+        ends = [integrate(sde, x, grid(n), solver=solver, noise=noise).x for n in (16, 64)]
+        errors = [float((end - exact).abs().mean()) for end in ends]
+        assert math.log2(errors[0] / errors[1]) / 2 == pytest.approx(DECLARED.get(name, solver.order), abs=0.2)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_moments_of_an_ornstein_uhlenbeck_process(name):
     """dx = -1.5 x dt + 0.7 dW from 1 to T = 2: mean 0.0497870684 and variance 0.1629284705."""
     process, paths = OrnsteinUhlenbeck(1.5, 0.0, 0.7), 10_000
@@ -427,3 +441,21 @@ def test_noise_of_another_shape_is_refused_with_both_shapes(name):
         wide = RowSDE(wide.f, wide.g, noise_type="general", calculus=kind)
         with pytest.raises(ValueError, match=r"mismatch.*\[6, 2, 3\].*\[6, 2\].*general.*\[6, 2, M\]"):
             integrate(wide, PLANE, grid(2), solver=solver, noise=tree(6, 2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_drift_of_another_shape_is_refused_rather_than_broadcast(name):
+    sde = RowSDE(lambda t, x: -x[:, :1], lambda t, x: 0.1 * x, calculus=calculus(name))
+    with pytest.raises(ValueError, match=r"drift.*\[6, 2\] into torch.float64 of shape \[6, 1\] at t = 0"):
+        integrate(sde, PLANE, grid(2), solver=build(Solver, name), noise=tree(6, 2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_state_keeps_its_dtype_whatever_the_path_and_the_equation_have(name):
+    base, solver = curved(calculus(name)), build(Solver, name)
+    wide = RowSDE(lambda t, x: base.f(t, x).double(), lambda t, x: base.g(t, x).double(), calculus=base.calculus)
+    found = integrate(wide, PLANE.float(), grid(4), solver=solver, noise=tree(6, 2)).x
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found.double(), integrate(base, PLANE, grid(4), solver=solver, noise=tree(6, 2)).x, rtol=1e-5, atol=1e-5
+    )

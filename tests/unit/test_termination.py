@@ -47,6 +47,21 @@ def test_balls_stop_where_they_meet_the_ground(controller):
     assert not up.stopped.any() and up.time.tolist() == [1.0] * 3, "they cross the ground from above alone"
 
 
+@pytest.mark.parametrize("controller", [PI(1e-6, 1e-6), Fixed(5)])
+def test_the_curve_ends_where_a_row_stopped(controller):
+    """Balls rest on the ground, though the step in which they met it went on below."""
+    start, end = 0.0, 4.0
+    given = {"solver": Dopri5(), "controller": controller, "stop": Event(ground), "save": "dense"}
+    out = integrate(fall, HEIGHT, torch.tensor([start, end], dtype=torch.float64), **given)
+    assert (out.time < end - 0.3).all()
+    share = torch.linspace(0.0, 1.0, 11, dtype=torch.float64)[:, None]
+    times = share * out.time
+    height = HEIGHT[:, 0] + HEIGHT[:, 1] * times - GRAVITY * times.square() / 2
+    torch.testing.assert_close(out.dense(times)[..., 0], height, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.dense(out.time + share), out.x.expand(11, 3, 2), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.dense.t[-1], out.time, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("controller", CONTROLS)
 def test_the_state_at_an_event_knows_that_its_time_moves(controller):
     x = HEIGHT.clone().requires_grad_()
@@ -84,7 +99,7 @@ def test_rest_is_noticed_row_by_row(controller):
     assert ((rate[:2, None] * (1 - out.x[:2])).abs() <= 1e-3).all()
     relative = integrate(
         RowField(lambda t, x, rate: rate[:, None] * x, rate),
-        torch.ones(3, 2, dtype=torch.float64),
+        torch.full((3, 2), 100.0, dtype=torch.float64),
         torch.tensor([0.0, 1.0], dtype=torch.float64),
         solver=RK4(),
         controller=Fixed(4),
