@@ -63,6 +63,15 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert told["x"].unique().frac().abs().max() == 0  # grey levels
 
 
+def test_solver_example_runs(capsys):
+    told: dict = {}
+    exec(next(b for b in blocks("python") if "solution.dense" in b), told)
+    rates, found = told["rates"], told["solution"].dense(torch.tensor([0.1, 1.0]))
+    exact = torch.stack([(-rates * t).exp() for t in (0.1, 1.0)])
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
+    assert capsys.readouterr().out.startswith("tensor([")
+
+
 def test_data_from_python_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
     """The example as it stands; afterwards its run is sampled without the data, which the commands cannot have."""
     code = next(b for b in blocks("python") if "from_tensors" in b)
