@@ -16,11 +16,12 @@ from ..solvers.base import Backprop, Controller, Fixed, Gradient, Solver
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Tsit5
 from ..solvers.step_size import PI
-from ..types import Batch, Condition, Likelihood, Loss, Seeds, Shape
+from ..types import Batch, Likelihood, Loss, Seeds, Shape
 from .irregular import Series, Targets
 from .ode_rnn import ODERNN, StateField
-from .recurrent import Ode, Precision, SeriesEncoder, SeriesModel, check_positive
+from .recurrent import Ode, Precision, SeriesEncoder, check_positive
 from .regularization import Evolved, Regularizer, evolve
+from .series_generator import SeriesGenerator
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -34,7 +35,7 @@ class Posterior(NamedTuple):
 
 
 @register(Model, "latent_ode")
-class LatentODE(SeriesModel):
+class LatentODE(SeriesGenerator):
     """z₀ ~ N(0, I), dz/dt = f(z), x(t) ~ N(g(z(t)), σ²): series as noisy views of trajectories told apart by z₀.
 
     An encoder reads what was observed backwards in time into q(z₀ | series). With w_k = log p(y | z_k) +
@@ -305,43 +306,12 @@ class LatentODE(SeriesModel):
             return Likelihood(value, "bound")
         return Likelihood(value, "bound", (terms - value[:, None]).detach().exp().std(1) / math.sqrt(draws))
 
-    @torch.no_grad()
-    def sample(
-        self,
-        seeds: Seeds,
-        *,
-        condition: Condition | None = None,
-        times: Tensor | None = None,
-        mean: bool = False,
-        solver: Solver | None = None,
-        controller: Controller | None = None,
-        batch_size: int = 512,
+    def _sample(
+        self, noise: Noise, grid: Tensor, mean: bool, solver: Solver | None, controller: Controller | None
     ) -> Tensor:
-        """[n, M, C] series from the prior, in data units; item i depends on seed i (and times i) alone.
-
-        Args:
-            seeds: n, or n seeds.
-            times: [M] or [n, M] in the data's unit, not decreasing; by default as many as an item has points, evenly
-                spread over the times of the training data.
-            mean: leave the observation noise out.
-            solver, controller: of the ODE, as in `predict`.
-            batch_size: how many are drawn at once.
-        Raises:
-            ValueError: if the times decrease, or begin before those of the training data.
-        """
-        seeds = as_seeds(seeds)
-        check_positive("sample", batch_size=batch_size)
-        if condition is not None:
-            raise ValueError("sample: a latent ODE takes no condition.")
-        grid = self.sample_times(times, len(seeds))
-        ode, drawn = self._evaluation(solver, controller), []
-        for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
-            noise = SeedNoise(seeds[rows], device=self.device)
-            z = noise.normal(self.latent, dtype=self.dtype)
-            x, _ = self.decode(z, grid.new_zeros(len(rows)), grid[rows], ode)
-            spread = self.log_sigma.exp() * noise.normal(*x.shape[1:], dtype=x.dtype)
-            drawn.append(x if mean else x + spread)
-        return torch.cat(drawn)
+        z = noise.normal(self.latent, dtype=self.dtype)
+        x, _ = self.decode(z, grid.new_zeros(len(grid)), grid, self._evaluation(solver, controller))
+        return x if mean else x + self.log_sigma.exp() * noise.normal(*x.shape[1:], dtype=x.dtype)
 
 
 class _Linear(nn.Linear):

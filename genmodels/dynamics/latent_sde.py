@@ -15,11 +15,12 @@ from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..solvers.base import Backprop, Controller, Fixed, Gradient, Solver
 from ..solvers.brownian import path_seeds
 from ..solvers.stochastic import Milstein, RowSDE
-from ..types import Batch, Condition, Likelihood, Loss, Seeds, Shape
+from ..types import Batch, Likelihood, Loss, Seeds, Shape
 from .irregular import Series, Targets
-from .recurrent import GRU, Precision, SeriesEncoder, SeriesModel, check_positive
+from .recurrent import GRU, Precision, SeriesEncoder, check_positive
 from .regularization import Evolved, Regularizer
 from .sde import StochasticModel, called, check_solver, distinct, paths_of
+from .series_generator import SeriesGenerator
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -79,7 +80,7 @@ class Drawn(NamedTuple):
 
 
 @register(Model, "latent_sde")
-class LatentSDE(SeriesModel, StochasticModel):
+class LatentSDE(SeriesGenerator, StochasticModel):
     """z₀ ~ N(m, s²), dz = h(z) dt + g(z) dW, x(t) ~ N(d(z(t)), σ²), inferred by dz = (h + g u) dt + g dW.
 
     An encoder reads the observations backwards in time. What it made of those from t on tells the control u(z, c(t)),
@@ -329,40 +330,6 @@ class LatentSDE(SeriesModel, StochasticModel):
         terms = self._log_likelihood(drawn.values, wanted) - drawn.kl.unflatten(0, (len(batch), draws))
         stderr = terms.detach().std(1) / math.sqrt(draws) if draws > 1 else None
         return Likelihood(terms.mean(1), "bound", stderr)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        seeds: Seeds,
-        *,
-        condition: Condition | None = None,
-        times: Tensor | None = None,
-        mean: bool = False,
-        solver: Solver | None = None,
-        controller: Controller | None = None,
-        batch_size: int = 512,
-    ) -> Tensor:
-        """[n, M, C] series from the prior, in data units; item i depends on seed i (and times i) alone.
-
-        Args:
-            seeds: n, or n seeds.
-            times: [M] or [n, M] in the data's unit, not decreasing; by default as many as an item has points, evenly
-                spread over the times of the training data.
-            mean: leave the observation noise out.
-            solver, controller: as in `predict`.
-            batch_size: how many are drawn at once.
-        Raises:
-            ValueError: if the times decrease, or begin before those of the training data.
-        """
-        seeds = as_seeds(seeds)
-        check_positive("sample", batch_size=batch_size)
-        if condition is not None:
-            raise ValueError("sample: a latent SDE takes no condition.")
-        grid, drawn = self.sample_times(times, len(seeds)), []
-        for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
-            noise = SeedNoise(seeds[rows], device=self.device)
-            drawn.append(self._sample(noise, grid[rows], mean, solver, controller))
-        return torch.cat(drawn)
 
     def _sample(
         self, noise: Noise, grid: Tensor, mean: bool, solver: Solver | None, controller: Controller | None

@@ -249,20 +249,6 @@ class SeriesModel(Model):
         """Times of the data in the model's unit."""
         return (times - self.origin) / self.scale
 
-    def sample_times(self, times: Tensor | None, n: int) -> Tensor:
-        """[n, M] float64 times of samples on the model's clock."""
-        if times is None:
-            times = self.ends[0] + (self.ends[1] - self.ends[0]) * torch.linspace(
-                0, 1, self.shape[0], dtype=torch.float64, device=self.device
-            )
-        grid = self.clock(times.to(self.device, torch.float64)).expand(n, -1)
-        if bool((grid.diff(dim=1) < 0).any()) or bool((grid < 0).any()) or not bool(grid.isfinite().all()):
-            raise ValueError(
-                f"sample: times must not decrease and start at {float(self.origin):.6g} or later, the earliest of the "
-                "training data, where the prior holds."
-            )
-        return grid
-
     def series(self, batch: Batch, where: str) -> Series:
         """What was observed, on the model's clock."""
         self.check_items(batch.x, where)
