@@ -63,6 +63,8 @@ def table(name: str) -> str:
 
 
 def _cell(mean: float, error: float | None) -> str:
+    if error is not None and error < 1e-12 * abs(mean):  # of equal values, but for rounding
+        error = 0.0
     return f"{mean:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
@@ -74,7 +76,7 @@ def draw_front(names: Sequence[str], path: Path) -> None:
     for panel, name in zip(panels[0], names, strict=True):
         for k, (method, found) in enumerate(rows(name).items()):
             (x, dx), (y, dy) = (mean_and_error([row[column] for row in found]) for column in ("nfe", "quality"))
-            panel.errorbar(x, y, dy, dx, fmt="osD^v<>PX*ph8"[k % 13], color=f"C{k % 10}", capsize=2, label=method)
+            panel.errorbar(x, y, dy, dx, fmt="osD^v<>PX*ph8"[k % 13], color=_colour(k), capsize=2, label=method)
         panel.set(xlabel="evaluations of an answer", ylabel=EXPERIMENTS[name].metric.replace("_", " "), title=name)
         panel.grid(alpha=0.3, lw=0.5)
         panel.legend(fontsize=6)
@@ -92,13 +94,18 @@ def draw_training(names: Sequence[str], root: Path, path: Path) -> None:
             lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
             curve = [(line["step"], line["train/nfe"]) for line in lines if line.get("train/nfe") is not None]
             if curve:
-                panel.plot(
-                    *zip(*curve, strict=True), lw=1, color=f"C{k % 10}", ls="-" if k < 10 else "--", label=method
-                )
+                panel.plot(*zip(*curve, strict=True), lw=1.2, color=_colour(k), label=method)
         panel.set(xlabel="steps of training", ylabel="evaluations of a solve", title=name)
         panel.grid(alpha=0.3, lw=0.5)
         panel.legend(fontsize=6)
     _save(figure, path)
+
+
+def _colour(k: int) -> Any:
+    """The k-th of twenty that can be told apart, strong ones first."""
+    import matplotlib.pyplot as plt
+
+    return plt.get_cmap("tab20")(2 * k % 20 + (k >= 10))
 
 
 def _save(figure: Any, path: Path) -> None:
