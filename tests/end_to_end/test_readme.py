@@ -38,6 +38,14 @@ def test_board_is_that_of_the_repository():
     assert [line for line in shown if line not in board] == []
 
 
+def test_figures_of_penalties_are_those_of_the_results():
+    section = TEXT.split("### What penalties on steps do here")[1].split("\n## ")[0]
+    cells = {cell.strip() for line in section.splitlines() if " ± " in line for cell in line.split("|")[2:6]}
+    told = (ROOT / "evals" / "results" / "regularization.md").read_text()
+    known = {cell.strip() for line in told.splitlines() for cell in line.split("|")}
+    assert len(cells) > 20 and cells <= known
+
+
 def test_training_commands_resolve(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
