@@ -234,6 +234,21 @@ def test_the_rooted_trees_are_complete():
 
 
 @pytest.mark.parametrize("name", RUNGE_KUTTA)
+def test_stability_ends_where_a_decaying_mode_stops_decaying(name):
+    solver, one = build(Solver, name), torch.ones(1, 1, dtype=torch.float64)
+    t, s = torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    def size(rate: float) -> float:
+        field = lambda t, x: -rate * x  # noqa: E731
+        return abs(solver.step(field, t, s, one, solver.start(field, t, one), None).x.item())
+
+    if solver.stability is None:  # an A-stable method damps decay of any rate
+        assert solver.implicit and size(1e4) < 1
+    else:
+        assert size((1 - 1e-5) * solver.stability) < 1 < size((1 + 1e-5) * solver.stability)
+
+
+@pytest.mark.parametrize("name", RUNGE_KUTTA)
 def test_tableaux_meet_every_order_condition_and_no_more(name):
     tableau = build(Solver, name).tableau
     # Tsitouras' coefficients are published to 16 digits and reach 13 in size, two others as near fractions

@@ -239,6 +239,27 @@ def test_seminorm_leaves_components_out_of_the_control():
     torch.testing.assert_close(part.x[:, :1], alone.x, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("norm", ["row", "batch"])
+def test_the_first_step_is_hairers_and_looks_ahead_in_time(norm):
+    """x' = cos(40 t + 1): the probe at t + h₀ sees that the field turns."""
+    field = lambda t, x: expand_like((40 * t + 1).cos(), x) * torch.ones_like(x)  # noqa: E731
+    control, x = PI(1e-6, 1e-6, norm=norm), torch.full((1, 1), 0.5, dtype=torch.float64)
+    first = integrate(field, x, UNIT, solver=Dopri5(), controller=control, record=Record()).trace.h[0, 0].item()
+    scale, slope = 1e-6 + 1e-6 * 0.5, math.cos(1.0)
+    h0 = 0.01 * 0.5 / slope
+    turn = abs(math.cos(40 * h0 + 1) - slope) / scale / h0
+    steepest = max(turn, slope / scale)
+    assert steepest == turn
+    assert first == pytest.approx(min(100 * h0, (0.01 / steepest) ** (1 / 5)), rel=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["row", "batch"])
+def test_no_sliver_is_left_before_a_requested_time(norm):
+    control = PI(1e-3, 1e-3, first_step=1 - 1e-11, norm=norm)
+    out = integrate(lambda t, x: torch.ones_like(x), PLANE, UNIT, solver=Dopri5(), controller=control)
+    assert out.steps.tolist() == [1] * 5 and out.time.tolist() == [1.0] * 5
+
+
 # ---- outcomes --------------------------------------------------------------------------------------------------------
 
 
