@@ -47,8 +47,8 @@ class Lorenz(Trajectories):
     """Lorenz's system on its attractor, (x, y, z) seen at irregular times on [0, horizon].
 
     x' = 10 (y - x), y' = x (28 - z) - y, z' = x y - 8/3 z, standardised: minus (0, 0, 23.55), over (7.92, 9.01, 8.62).
-    Starts are N((0, 0, 25), 8² I) followed for 5 units of time. Errors grow by e every 1.1 units of time, so that no
-    forecast reaches far. What is given, seen and asked for says `Trajectories.observe`.
+    Starts are N((0, 0, 25), 8² I) followed for 5 units of time. Errors grow exponentially, so that no forecast
+    reaches far. What is given, seen and asked for says `Trajectories.observe`.
 
     Args:
         task: "interpolate" asks for the values at all times; "forecast" gives the first half of the times and asks for
@@ -108,7 +108,7 @@ class VanDerPol(Trajectories):
         points: times of an item.
         observed: share of the values given that is seen.
         noise: standard deviation of the observations' noise.
-        horizon: the end of time; a cycle takes 6.66 for mu = 1, 11.6 for mu = 5 and 1.614 mu for large mu.
+        horizon: the end of time; a cycle takes 2 pi for mu = 0, and (3 - 2 ln 2) mu for large mu.
         seed: of the draws.
     Source: van der Pol 1926 (On relaxation-oscillations).
     """
