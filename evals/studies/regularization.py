@@ -54,8 +54,8 @@ def _ode(error: Coefficients, stiffness: float, count: Coefficients, **own: Coef
     }
 
 
-def _sde(error: Coefficients, stiffness: float, steps: float, **own: Coefficients) -> dict[str, Coefficients]:
-    whole = _ode(error, stiffness, steps, **own)
+def _sde(error: Coefficients, stiffness: float, count: float, **own: Coefficients) -> dict[str, Coefficients]:
+    whole = _ode(error, stiffness, count, **own)
     return {name: value for name, value in whole.items() if name in ONLY_SDE}
 
 
@@ -71,25 +71,37 @@ EXPERIMENTS = {
         "series/latent_ode",
         "spiral_series",
         "squared_error",
-        _ode((100.0, 10.0), 0.1, 0.3),
+        _ode((1e-3, 0.1), 1e-4, (1e-3, 0.1), kinetic_jacobian=1e-5, taylor=1e-5, **{"local-reference": 0.01}),
         ("train.steps=500", "model.solver=tsit5", "model.controller={name: pi, rtol: 1.0e-4, atol: 1.0e-4}"),
     ),
-    "oscillators": Experiment(
-        "series/latent_ode_oscillators", "oscillators", "squared_error", _ode((100.0, 10.0), 0.1, 0.3)
+    "rows": Experiment(
+        "series/latent_ode_digits",
+        "digit_series_interpolate",
+        "squared_error",
+        _ode((0.01, 10.0), 0.01, (0.01, 1.0), taylor=1e-3, **{"local-reference": (0.01, 10.0)}),
+        ("train.steps=500", "model.solver=tsit5", "model.controller={name: pi, rtol: 1.0e-5, atol: 1.0e-5}"),
     ),
     "sde_digits": Experiment(
-        "digits/neural_sde", "digits_classify", "accuracy", _sde(10.0, 0.1, 0.3), ("train.steps=400",)
+        "digits/neural_sde",
+        "digits_classify",
+        "accuracy",
+        _sde(4.0, 1.0, 0.3, **{"local-unbiased": 2.0, "local-biased": 2.0}),
+        ("train.steps=400",),
     ),
     "spiral_sde": Experiment(  # the sum over a hundred steps or so; local forms estimate a mean
         "spiral/sde",
         "spiral_sde",
         "moments",
-        _sde(0.2, 0.1, 0.1, **{"local-unbiased": 20.0, "local-biased": 20.0}),
+        _sde(0.01, 0.01, 0.01, **{"local-unbiased": 0.5, "local-biased": 0.5}),
         aggregation="sum",
     ),
-    "cnf_moons": Experiment("toy2d/ffjord", "moons", "nll", _ode((100.0, 10.0), 0.1, 0.3), ("train.steps=400",)),
+    "cnf_moons": Experiment("toy2d/ffjord", "moons", "nll", _ode((1.0, 0.1), 0.1, 0.06), ("train.steps=1500",)),
     "cnf_digits": Experiment(
-        "digits/ffjord", "digits", "bits_per_dim", _ode((100.0, 10.0), 0.1, 0.3), ("train.steps=200",)
+        "digits/ffjord",
+        "digits",
+        "bits_per_dim",
+        _ode((1.0, 0.1), 0.01, 0.03),
+        ("train.steps=200", "model.controller={name: pi, rtol: 1e-5, atol: 1e-5, exponents: [1.0, 0.0], norm: batch}"),
     ),
 }
 

@@ -21,12 +21,15 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CONFIG = "series/cde"
 DROPPED = {0.0: "digit_series", 0.3: "digit_series_30", 0.6: "digit_series_60"}
 SEEDS = (0, 1, 2)
-# in place of the model of the configuration; sizes with about as many parameters as the CDE
+ODE_RNN = "{name: ode_rnn, hidden: 48, units: 64, field: {name: mlp, hidden: [64], activation: tanh}}"
+# In place of the model of the configuration; sizes with about as many parameters as the CDE. Rate and weight decay have
+# the least cross-entropy on the validation items with 30 % of the rows lost and another seed, out of 0.002, 0.005 and
+# 0.01 times 0.01, 0.3, 1 and 3, for every model.
 MODELS = {
     "cde": (),
     "cde-hermite": ("model.control.name=hermite", "model.control.intensity=true"),
-    "ode_rnn": ("model={name: ode_rnn, hidden: 48, units: 64, field: {name: mlp, hidden: [64], activation: tanh}}",),
-    "gru": ("model={name: gru, hidden: 96}",),
+    "ode_rnn": (f"model={ODE_RNN}", "train.optimizer.lr=0.01", "train.optimizer.weight_decay=0.01"),
+    "gru": ("model={name: gru, hidden: 96}", "train.optimizer.lr=0.01", "train.optimizer.weight_decay=0.3"),
 }
 TITLES = {"cde": "CDE, linear", "cde-hermite": "CDE, Hermite", "ode_rnn": "ODE-RNN", "gru": "GRU"}
 COLOURS = {"cde": "#0072B2", "cde-hermite": "#56B4E9", "ode_rnn": "#E69F00", "gru": "#000000"}
