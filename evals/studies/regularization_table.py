@@ -4,18 +4,27 @@
 
 Reads the published results of `evals.studies.regularization` and writes evals/results/regularization.md, with means and
 standard errors over seeds, and regularization_front.png, the quality against the evaluations of a prediction. Where the
-runs are still there, regularization_training.png shows their evaluations over training.
+runs are still there, regularization_training.png shows their evaluations over training. Spirals have a last row, of
+what the same solver takes for the law of the data itself: no model can be as good and much cheaper.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from genmodels.data import spiral_dynamics, spiral_series
 from genmodels.evaluation.results import read
 from genmodels.files import write_text
+from genmodels.registry import build
+from genmodels.solvers.base import Controller, Solver, integrate
+from genmodels.solvers.brownian import BrownianTree
+from genmodels.solvers.stochastic import RowSDE
 
 from .regularization import EXPERIMENTS, SEEDS, methods
 
@@ -42,6 +51,42 @@ def _row(result: dict[str, Any], metric: str) -> Row:
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def law_of_spirals() -> float:
+    """Evaluations for spirals of `spiral_series`, with the solver and tolerance of their latent ODEs.
+
+    A spiral r = inner + growth θ, θ' = ω is the field y' = ω (growth y/|y| + Jy) with the quarter turn J; its mirror
+    image costs as much.
+    """
+    angle = 2 * math.pi * torch.rand(256, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = (spiral_series.INNER + spiral_series.GROWTH * angle) * torch.cat((angle.cos(), angle.sin()), 1)
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        outwards, onwards = y / y.norm(dim=1, keepdim=True), torch.stack((-y[:, 1], y[:, 0]), 1)
+        return 2 * math.pi * spiral_series.TURNS * (spiral_series.GROWTH * outwards + onwards)
+
+    return _evaluations(field, start, torch.tensor([0.0, 1.0]), "tsit5", {"rtol": 1e-4, "atol": 1e-4})
+
+
+def law_of_noisy_spirals() -> float:
+    """Evaluations for paths of `spiral_sde`, with the solver and tolerance of the model of spiral/sde."""
+    times = torch.linspace(0, 1, spiral_dynamics.POINTS, dtype=torch.float64)
+    start = torch.tensor([spiral_dynamics.START]).expand(100, 2)
+    field = RowSDE(lambda t, u: spiral_dynamics.drift(u), lambda t, u: 0.2 * u, calculus="ito")
+    ends = {"start": times[0], "end": times[-1]}
+    tree = BrownianTree(torch.arange(100), (2,), **ends, tolerance=1e-4, dtype=start.dtype, device=start.device)
+    steps = {"rtol": 0.3, "atol": 0.3, "exponents": [0.4, 0.1]}
+    return _evaluations(field, start, times, "sosri2", steps, noise=tree, save="all")
+
+
+def _evaluations(field: Any, start: Tensor, times: Tensor, solver: str, steps: dict[str, Any], **kind: Any) -> float:
+    controller = build(Controller, {"name": "pi", **steps})
+    whole = integrate(field, start, times.double(), solver=build(Solver, solver), controller=controller, **kind)
+    return float(whole.nfe.double().mean())
+
+
+LAWS: dict[str, Callable[[], float]] = {"spirals": law_of_spirals, "spiral_sde": law_of_noisy_spirals}
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Over seeds; the standard error is None for one value."""
     mean = sum(values) / len(values)
@@ -59,6 +104,8 @@ def table(name: str) -> str:
         scaled = [{**row, "seconds": 1e3 * row["seconds"]} for row in found]
         cells = [_cell(*mean_and_error([row[column] for row in scaled])) for column in COLUMNS]
         lines.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
+    if name in LAWS:
+        lines.append(f"| (the law of the data) | | {LAWS[name]():.4g} | | | |")
     return "\n".join([head, *lines])
 
 

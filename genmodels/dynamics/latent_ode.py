@@ -12,7 +12,7 @@ from ..networks.mlp import MLP
 from ..networks.network import Network
 from ..registry import ConfigError, register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
-from ..solvers.base import Backprop, Controller, Fixed, Gradient, Solver
+from ..solvers.base import Backprop, Controller, Fixed, Gradient, Solver, title
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Tsit5
 from ..solvers.step_size import PI
@@ -66,7 +66,7 @@ class LatentODE(SeriesGenerator):
         solver, controller, gradient: of the ODE. `fixed` divides the intervals between the times of each item.
         interpolate: whether step control passes over the times asked for and values there are interpolated in its
             steps, so that evaluations do not grow with their number; else steps end at each of them. Regularizer
-            steer moves every time, and gradient adjoint works, only without.
+            steer moves every time, and gradients other than backprop work, only without.
         regularizers: of the ODE in training.
         time_scale: time units of the data per unit of the model's clock; null to measure.
         precision: of all arithmetic.
@@ -106,6 +106,11 @@ class LatentODE(SeriesGenerator):
         if not 0 <= kl_wait < 1 or class_weight < 0:
             raise ConfigError(
                 f"latent_ode: 0 <= kl_wait < 1 and class_weight >= 0 are needed, found {kl_wait} and {class_weight}."
+            )
+        if interpolate and not isinstance(gradient, Backprop) and not isinstance(controller, Fixed):
+            raise ConfigError(
+                f"latent_ode: gradient '{title(gradient)}' does not differentiate what is interpolated between steps. "
+                "Use interpolate: false, so that steps end at the times asked for, or gradient: backprop."
             )
         self.latent, self.draws = latent, draws
         self.kl_wait, self.kl_rate, self.class_weight = kl_wait, kl_rate, class_weight

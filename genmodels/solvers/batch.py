@@ -42,7 +42,7 @@ def solve_batch(control: Any, problem: Problem) -> Solution:
     recorder = Recorder(problem, (control.rtol, control.atol), batch=True)
     loop = _Loop(control, problem, field, recorder)
     path, result = [x], Result.success
-    if len(x):
+    if x.numel():
         state = solver.start(field, _tensor(times[0], x), x)
         clock = Clock(times[0], loop.first_step(times[0], state))
         for goal, last in zip(times[1:], (False,) * (len(times) - 2) + (True,), strict=True):
@@ -62,7 +62,7 @@ def solve_batch(control: Any, problem: Problem) -> Solution:
         rejected=rows + clock.rejected,
         result=result,
         time=rows + torch.tensor(clock.t, dtype=torch.float64, device=x.device),
-        status=rows + int(result),
+        status=loop.statuses(rows, result),
         trace=recorder.trace(),
         picked=recorder.picked(),
         dense=recorder.interpolation(),
@@ -140,6 +140,15 @@ class _Loop:
             shortest = 10 * torch.finfo(torch.float64).eps * max(abs(clock.t), problem.span)
             if clock.h < shortest:
                 return x, state, self._strained(Result.non_finite if bad else Result.step_underflow)
+
+    def statuses(self, rows: Tensor, result: Result) -> Tensor:
+        """[B] the outcome of each row: of an undefined attempt, that of the rows that are undefined in it."""
+        status = rows + int(result)
+        if result != Result.non_finite or self.latest is None:
+            return status
+        step = self.latest[-1]
+        sound = torch.stack([v.detach().flatten(1).isfinite().all(1) for v in (step.x, step.error)]).all(0)
+        return status if sound.all() else torch.where(sound, int(Result.halted), status)
 
     def _strained(self, result: Result) -> Result:
         """The result, with what the last attempt says of the stiffness if it failed for want of steps."""

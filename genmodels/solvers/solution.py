@@ -37,6 +37,7 @@ class Result(IntEnum):
         "Look at the field near this time (divisions, logarithms, exponentials), compute in float64, or shorten "
         "the steps, or let step control choose them (controller: pi).",
     )
+    halted = 4, "was halted with the row that failed, as they have one clock", ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class Solution:
         nfe: [B] int64 evaluations of the field on the row's path; those of rejected steps count.
         steps: [B] int64 accepted steps.
         rejected: [B] int64 rejected steps.
-        result: how it ended: that of the first row that failed.
+        result: how it ended: that of the first row that failed of itself.
         time: [B] float64 where each row ended.
         status: [B] int64 `Result` of each row.
         trace: of the accepted steps; None unless asked for by `record`.
@@ -181,7 +182,7 @@ class SolverError(RuntimeError):
 
     Attributes:
         result: why.
-        row: the first row that failed.
+        row: the first row that failed of itself.
         time: the last time that it reached.
         steps: its accepted steps.
         rejected: its rejected steps.
@@ -192,7 +193,7 @@ class SolverError(RuntimeError):
 
     def __init__(self, solution: Solution, diagnosis: Callable[[int], str] = lambda row: "") -> None:
         self.result = solution.result
-        self.row = int(solution.status.cpu().gt(0).nonzero()[0])
+        self.row = int(solution.status.cpu().eq(int(self.result)).nonzero()[0])
         self.time, self.steps = float(solution.time[self.row]), int(solution.steps[self.row])
         self.rejected = int(solution.rejected[self.row])
         super().__init__(
@@ -204,6 +205,6 @@ class SolverError(RuntimeError):
 
 
 def worst(status: Tensor) -> Result:
-    """The outcome of a batch: that of its first row that failed."""
-    failed = [code for code in status.tolist() if code > 0]
+    """The outcome of a batch: that of its first row that failed of itself."""
+    failed = [code for code in status.tolist() if code not in (Result.success, Result.halted)]
     return Result(failed[0]) if failed else Result.success

@@ -85,7 +85,9 @@ class PI(Controller):
 
     def check(self, solver: Solver) -> None:
         if not solver.adaptive:
-            usable = [name for name in names(Solver) if member(Solver, name, "solver").adaptive]
+            usable = [
+                n for n in names(Solver) if (m := member(Solver, n, "solver")).adaptive and m.needs is solver.needs
+            ]
             raise ConfigError(
                 f"integrate: controller '{title(self)}' needs an error estimate, which solver '{title(solver)}' does "
                 f"not have. Use one of: {', '.join(usable)}; or controller 'fixed'."

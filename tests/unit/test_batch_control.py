@@ -46,6 +46,18 @@ def test_a_single_row_takes_the_steps_of_row_control(name, backwards):
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
 
+def test_a_step_cut_very_short_leaves_no_mark_under_either_control():
+    """Its error, small for want of length, is not what the next step is compared with."""
+    field = lambda t, x: torch.stack((x[:, 1], -(1 + 20 * (5 * t).sin() ** 2) * x[:, 0]), 1)  # noqa: E731
+    x, cut = torch.tensor([[1.0, 0.5]], dtype=torch.float64), torch.tensor([0.0, 0.3, 0.3 + 1e-5, 2.0]).double()
+    row, batch = (
+        integrate(field, x, cut, solver=Tsit5(), controller=PI(1e-5, 1e-7, exponents=(0.7, 0.4), norm=n))
+        for n in ("row", "batch")
+    )
+    straight = integrate(field, x, cut[[0, 1, 3]], solver=Tsit5(), controller=PI(1e-5, 1e-7, exponents=(0.7, 0.4)))
+    assert row.steps.item() == batch.steps.item() == straight.steps.item() + 1
+
+
 def test_the_norm_is_over_the_batch_and_hides_a_hard_row():
     """x'' = -w² x with one fast oscillator among 256: a norm over the batch does not see it, its own does."""
     w = torch.full((256,), 0.1, dtype=torch.float64)
@@ -125,3 +137,19 @@ def test_an_infinite_state_is_seen_where_the_norm_does_not_look(norm):
         integrate(
             grows, torch.ones(1, 2).double(), times, solver=Dopri5(), controller=control, seminorm=lambda e: e[:, :1]
         )
+
+
+def test_the_row_that_is_undefined_is_the_one_that_is_named():
+    x = torch.tensor([[1.0], [2.0], [4.0]], dtype=torch.float64)
+    field = lambda t, x: torch.where((x > 3) & (t > 0.3), torch.nan, 1.0)  # noqa: E731
+    out = integrate(field, x, UNIT, solver=Tsit5(), controller=PI(norm="batch"), on_failure="return")
+    assert out.status.tolist() == [Result.halted, Result.halted, Result.non_finite] and out.result == Result.non_finite
+    with pytest.raises(SolverError, match="row 2 of 3 met an infinite or undefined state: non_finite"):
+        integrate(field, x, UNIT, solver=Tsit5(), controller=PI(norm="batch"))
+
+
+@pytest.mark.parametrize("norm", ["row", "batch"])
+def test_rows_without_components_are_there_at_once(norm):
+    x = torch.zeros(3, 0, dtype=torch.float64)
+    out = integrate(lambda t, x: x, x, UNIT, solver=Tsit5(), controller=PI(norm=norm), save="all")
+    assert out.path.shape == (2, 3, 0) and out.result == Result.success

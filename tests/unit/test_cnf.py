@@ -306,6 +306,16 @@ def test_precision_is_that_of_the_whole_model():
     assert model.encode(randn(3, 2).float()).dtype == torch.float64 and model.sample(2).dtype == torch.float64
 
 
+def test_steps_are_wide_in_answers_and_as_narrow_as_points_in_training(monkeypatch):
+    model, seen = flow([{"name": "continuous", "network": FIELD}]).float(), []
+    evolve = continuous.evolve
+    monkeypatch.setattr(continuous, "evolve", lambda f, x, *a, **k: seen.append(x.dtype) or evolve(f, x, *a, **k))
+    batch = Batch(randn(4, 2).float())
+    for training in (True, False):
+        model.train(training).loss(batch, generator=torch.Generator())
+    assert seen == [torch.float32, torch.float64]
+
+
 def test_wrong_counts_are_refused():
     model = flow([{"name": "continuous", "network": FIELD}])
     for wrong in ({"probes": 0}, {"draws": 0}, {"batch_size": 0}, {"seeds": [1]}):

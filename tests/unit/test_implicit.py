@@ -58,6 +58,18 @@ def test_no_decaying_mode_grows(name):
 
 
 @pytest.mark.parametrize("name", L_STABLE)
+def test_stages_are_solved_to_the_fraction_of_the_tolerance_that_was_asked_for(name):
+    """Against a thousandth of it; several stages, and rates that are estimates, may add up to a few times as much."""
+    x, tolerance = 2 * torch.randn(256, 2, generator=generator("stages"), dtype=torch.float64), 1e-6
+    t, field, ends = x.new_zeros(256), van_der_pol(10.0), []
+    for fraction, iterations in ((0.02, 12), (2e-5, 60)):
+        solver = build(Solver, {"name": name, "fraction": fraction, "iterations": iterations}).within(1e-6, 1e-6)
+        ends.append(solver.step(field, t, t + 0.02, x, solver.start(field, t, x)).x)
+    error = (ends[0] - ends[1]).abs() / (tolerance * (1 + x.abs()))
+    assert error.square().mean(1).sqrt().max() < 6 * 0.02
+
+
+@pytest.mark.parametrize("name", L_STABLE)
 def test_big_steps_on_a_stiff_relaxation(name):
     """Prothero & Robinson: x' = -1000 (x - cos t) from 0; steps of 0.2 are 60 times beyond what Dopri5 can take."""
     field = lambda t, x: -1000 * (x - torch.cos(t))  # noqa: E731

@@ -13,7 +13,9 @@ from genmodels.dynamics.recurrent import GRU, Ode
 from genmodels.networks.mlp import MLP
 from genmodels.registry import ConfigError
 from genmodels.rng import generator
+from genmodels.solvers.adjoint import Adjoint, Interpolated
 from genmodels.solvers.base import Backprop, Fixed
+from genmodels.solvers.checkpoint import Checkpoint
 from genmodels.solvers.runge_kutta import RK4, Tsit5
 from genmodels.solvers.step_size import PI
 from genmodels.types import Batch
@@ -302,6 +304,18 @@ def test_float32_is_enough():
     assert out.dtype == torch.float32
     same(out.double(), wide, 1e-3)  # float32, and a tolerance of 1e-5
     same(narrow.bound(batch32).value, model.bound(batch).value, 1e-3)
+
+
+@pytest.mark.parametrize("gradient", [Checkpoint(), Adjoint(), Interpolated()])
+def test_gradients_that_do_not_know_the_interpolant_say_what_to_do_without_it(gradient):
+    with pytest.raises(ConfigError, match="Use interpolate: false"):
+        built(gradient=gradient, prepared=False)
+    model, batch = built(gradient=gradient, interpolate=False)
+    model.loss(batch, generator=generator("loss")).value.sum().backward()
+    plain, _ = built(interpolate=False)
+    plain.loss(batch, generator=generator("loss")).value.sum().backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        same(mine.grad, theirs.grad, 1e-5)
 
 
 def test_refusals_say_what_is_wrong():

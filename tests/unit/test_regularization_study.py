@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import torch
 
 from evals.studies import regularization_table as report
 from evals.studies.plans import ROOT
 from evals.studies.regularization import EXPERIMENTS, SEEDS, STUDIES, methods, regularizers
 from genmodels.config import load, read
+from genmodels.data.spiral_series import SpiralSeries
 from genmodels.dynamics.regularization import Regularizer
 from genmodels.evaluation.protocol import FOLDER
 from genmodels.registry import build, names
@@ -80,6 +82,26 @@ def test_table_has_means_and_errors_over_seeds(tmp_path, monkeypatch):
     log.write_text('{"step": 10, "train/nfe": 80.0}\n{"step": 20, "train/nfe": null}\n{"step": 30, "train/nfe": 92}\n')
     report.draw_training(["annulus"], tmp_path / "runs", tmp_path / "training.png")
     assert (tmp_path / "front.png").is_file() and (tmp_path / "training.png").is_file()
+
+
+def test_the_law_of_spirals_is_theirs(monkeypatch):
+    """The field is the rate of change of the closed form of the data."""
+    seen = []
+    monkeypatch.setattr(report, "_evaluations", lambda *given: seen.extend(given) or 7.0)
+    assert report.table("spirals").splitlines()[-1] == "| (the law of the data) | | 7 | | | |"
+    field, start, times = seen[:3]
+    data, start = SpiralSeries(count=4), start[:1]
+
+    class Angle:
+        def uniform(self, *size, **kind):
+            return start.norm().sub(0.2).div(0.1 * 2 * math.pi).reshape(1, 1)
+
+    t = times.double()[None].requires_grad_()
+    path = data.curves(Angle(), t)[0]
+    slope = torch.stack([torch.autograd.grad(path[..., k].sum(), t, retain_graph=True)[0] for k in range(2)], -1)
+    torch.testing.assert_close(path[:, 0], start, rtol=1e-12, atol=1e-12)
+    for k in range(2):
+        torch.testing.assert_close(field(times[k], path[:, k]), slope[:, k], rtol=1e-10, atol=1e-10)
 
 
 def test_standard_error_of_a_mean():
