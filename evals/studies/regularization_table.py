@@ -122,49 +122,67 @@ def _cell(mean: float, error: float | None) -> str:
 
 def draw_front(names: Sequence[str], path: Path) -> None:
     """Quality against the evaluations of an answer: one panel an experiment, one marker a method."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.8), layout="constrained", squeeze=False)
-    for panel, name in zip(panels[0], names, strict=True):
-        for k, (method, found) in enumerate(rows(name).items()):
+    figure, panels = _panels(names)
+    for panel, name in zip(panels, names, strict=True):
+        for method, found in rows(name).items():
             (x, dx), (y, dy) = (mean_and_error([row[column] for row in found]) for column in ("nfe", "quality"))
-            panel.errorbar(x, y, dy, dx, fmt="osD^v<>PX*ph8"[k % 13], color=_colour(k), capsize=2, label=method)
+            panel.errorbar(x, y, dy, dx, **_style(method), ls="", capsize=2)
         panel.set(xlabel="evaluations of an answer", ylabel=EXPERIMENTS[name].metric.replace("_", " "), title=name)
-        panel.grid(alpha=0.3, lw=0.5)
-        panel.legend(fontsize=6)
-    _save(figure, path)
+    _finish(figure, path)
 
 
 def draw_training(names: Sequence[str], root: Path, path: Path) -> None:
     """Evaluations of a training solve over the steps of training, of the first seed."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.8), layout="constrained", squeeze=False)
-    for panel, name in zip(panels[0], names, strict=True):
-        for k, method in enumerate(methods(EXPERIMENTS[name])):
+    figure, panels = _panels(names)
+    for panel, name in zip(panels, names, strict=True):
+        for method in methods(EXPERIMENTS[name]):
             log = root / f"{name}-{method}-{SEEDS[0]}" / "metrics.jsonl"
             lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
             curve = [(line["step"], line["train/nfe"]) for line in lines if line.get("train/nfe") is not None]
             if curve:
-                panel.plot(*zip(*curve, strict=True), lw=1.2, color=_colour(k), label=method)
+                panel.plot(*zip(*curve, strict=True), lw=1.2, **{**_style(method), "marker": None})
         panel.set(xlabel="steps of training", ylabel="evaluations of a solve", title=name)
+    _finish(figure, path)
+
+
+ORDER = methods(EXPERIMENTS["annulus"])  # all of them
+
+
+def _style(method: str) -> dict[str, Any]:
+    """Colour, marker and name of a method, the same in every panel."""
+    import matplotlib.pyplot as plt
+
+    k = ORDER.index(method)
+    colour = plt.get_cmap("tab20")(2 * k % 20 + (k >= 10))
+    return {"color": colour, "marker": "osD^v<>PX*ph8"[k], "label": method.replace("_", " ")}
+
+
+def _panels(names: Sequence[str]) -> tuple[Any, list[Any]]:
+    """A figure with a panel for each name, four in a row."""
+    import matplotlib.pyplot as plt
+
+    across = min(len(names), 4)
+    down = math.ceil(len(names) / across)
+    figure, panels = plt.subplots(down, across, figsize=(3.6 * across, 3 * down + 0.6), squeeze=False)
+    for panel in panels.flat[len(names) :]:
+        panel.set_visible(False)
+    return figure, list(panels.flat[: len(names)])
+
+
+def _finish(figure: Any, path: Path) -> None:
+    """One legend for all panels, in the order of the methods; then the file."""
+    import matplotlib.pyplot as plt
+
+    known: dict[str, Any] = {}
+    for panel in figure.axes:
         panel.grid(alpha=0.3, lw=0.5)
-        panel.legend(fontsize=6)
-    _save(figure, path)
-
-
-def _colour(k: int) -> Any:
-    """The k-th of twenty that can be told apart, strong ones first."""
-    import matplotlib.pyplot as plt
-
-    return plt.get_cmap("tab20")(2 * k % 20 + (k >= 10))
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    labels = [method.replace("_", " ") for method in ORDER if method.replace("_", " ") in known]
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend([known[label] for label in labels], labels, loc="lower center", ncol=6, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
