@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 
 from ..dynamics.regularization import Evolved, Regularizer, evolve
 from ..model import Model, check_labels
+from ..networks.equilibrium import charges
 from ..networks.network import Network
 from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
@@ -147,7 +148,8 @@ class DiffusionModel(Model):
         density = self.times.density(t, self.schedule, span)
         weight = self.weighting(denoiser.prediction, scales, density, denoiser.sigma_data)
         error = error.reshape(len(batch), math.prod(self.model_shape)).mean(1)
-        value, logs = weight.to(error.dtype) * error, {"squared_error": error.detach().mean()}
+        charged, logs = charges(self.denoiser)
+        value, logs = weight.to(error.dtype) * error + charged, {"squared_error": error.detach().mean()} | logs
         if self.training and self.regularizers:
             solved = self._regularized(len(batch), condition, generator)
             value, logs = value + solved.penalty.mean().to(value.dtype), logs | solved.logs

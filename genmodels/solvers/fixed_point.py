@@ -1,5 +1,6 @@
 """Fixed points z = f(z), row by row: iterations, accelerated iterations, and the flow dz/dt = f(z) - z to its rest."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,6 +129,10 @@ class FixedPoint(ABC):
     def solve(self, f: Map, z: Tensor) -> Equilibrium:
         """The fixed points that the iteration finds from z [B, *shape]; in a graph if gradients are on."""
 
+    @abstractmethod
+    def limited(self, iterations: int) -> "FixedPoint":
+        """The same with at most so many moves away from the start: a dial for what an answer costs."""
+
     def check_tolerances(self) -> None:
         """Raises ValueError if a tolerance is negative, or both are 0."""
         if self.rtol < 0 or self.atol < 0 or self.rtol + self.atol <= 0:
@@ -169,6 +174,11 @@ class Iteration(FixedPoint):
             raise ValueError(f"{self.title}: max_iterations must be at least 1, found {max_iterations}.")
         self.rtol, self.atol, self.max_iterations = rtol, atol, max_iterations
         self.check_tolerances()
+
+    def limited(self, iterations: int) -> "Iteration":
+        solver = copy.copy(self)
+        solver.max_iterations = min(iterations + 1, self.max_iterations)  # the last iterate is evaluated, too
+        return solver
 
     @abstractmethod
     def begin(self, z: Tensor) -> Memory:
@@ -426,6 +436,11 @@ class InfiniteTime(FixedPoint):
             raise ValueError("infinite_time: steps must adapt on the way to rest. Use a controller such as pi.")
         self.solver, self.horizon, self.max_steps = solver, horizon, max_steps
         self.controller = controller or PI(max(rtol, 1e-12), atol)
+
+    def limited(self, iterations: int) -> "InfiniteTime":
+        solver = copy.copy(self)
+        solver.max_steps = min(iterations, self.max_steps)
+        return solver
 
     def solve(self, f: Map, z: Tensor) -> Equilibrium:
         self.check_resolution(z.dtype)
