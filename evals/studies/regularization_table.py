@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from genmodels.data import spiral_dynamics, spiral_series
+from genmodels.dynamics.latent_ode import LatentODE
+from genmodels.dynamics.sde import NeuralSDEForecast
 from genmodels.evaluation.results import read
 from genmodels.files import write_text
 from genmodels.registry import build
@@ -30,6 +33,8 @@ from .regularization import EXPERIMENTS, SEEDS, methods
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 QUESTIONS = ("predict", "likelihood")  # of whose answers the cost is told: the first that was asked
+DRAWS = signature(LatentODE.predict).parameters["draws"].default  # of a prediction
+PATHS = signature(NeuralSDEForecast.predict).parameters["paths"].default
 COLUMNS = ("quality", "nfe", "seconds", "training")
 Row = dict[str, float]
 
@@ -52,7 +57,7 @@ def _row(result: dict[str, Any], metric: str) -> Row:
 
 
 def law_of_spirals() -> float:
-    """Evaluations for spirals of `spiral_series`, with the solver and tolerance of their latent ODEs.
+    """Evaluations for the draws of a prediction of `spiral_series`, with the solver and tolerance of its latent ODEs.
 
     A spiral r = inner + growth θ, θ' = ω is the field y' = ω (growth y/|y| + Jy) with the quarter turn J; its mirror
     image costs as much.
@@ -64,18 +69,18 @@ def law_of_spirals() -> float:
         outwards, onwards = y / y.norm(dim=1, keepdim=True), torch.stack((-y[:, 1], y[:, 0]), 1)
         return 2 * math.pi * spiral_series.TURNS * (spiral_series.GROWTH * outwards + onwards)
 
-    return _evaluations(field, start, torch.tensor([0.0, 1.0]), "tsit5", {"rtol": 1e-4, "atol": 1e-4})
+    return DRAWS * _evaluations(field, start, torch.tensor([0.0, 1.0]), "tsit5", {"rtol": 1e-4, "atol": 1e-4})
 
 
 def law_of_noisy_spirals() -> float:
-    """Evaluations for paths of `spiral_sde`, with the solver and tolerance of the model of spiral/sde."""
+    """Evaluations for the paths of a prediction of `spiral_sde`, with the solver and tolerance of spiral/sde."""
     times = torch.linspace(0, 1, spiral_dynamics.POINTS, dtype=torch.float64)
     start = torch.tensor([spiral_dynamics.START]).expand(100, 2)
     field = RowSDE(lambda t, u: spiral_dynamics.drift(u), lambda t, u: 0.2 * u, calculus="ito")
     ends = {"start": times[0], "end": times[-1]}
     tree = BrownianTree(torch.arange(100), (2,), **ends, tolerance=1e-4, dtype=start.dtype, device=start.device)
     steps = {"rtol": 0.3, "atol": 0.3, "exponents": [0.4, 0.1]}
-    return _evaluations(field, start, times, "sosri2", steps, noise=tree, save="all")
+    return PATHS * _evaluations(field, start, times, "sosri2", steps, noise=tree, save="all")
 
 
 def _evaluations(field: Any, start: Tensor, times: Tensor, solver: str, steps: dict[str, Any], **kind: Any) -> float:

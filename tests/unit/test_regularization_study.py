@@ -88,7 +88,7 @@ def test_the_law_of_spirals_is_theirs(monkeypatch):
     """The field is the rate of change of the closed form of the data."""
     seen = []
     monkeypatch.setattr(report, "_evaluations", lambda *given: seen.extend(given) or 7.0)
-    assert report.table("spirals").splitlines()[-1] == "| (the law of the data) | | 7 | | | |"
+    assert report.table("spirals").splitlines()[-1] == "| (the law of the data) | | 56 | | | |"
     field, start, times = seen[:3]
     data, start = SpiralSeries(count=4), start[:1]
 
