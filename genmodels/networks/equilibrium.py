@@ -214,8 +214,7 @@ class EquilibriumNetwork(Network):
     Args:
         cell, solver, gradient, start, predictor, skip, jacobian: see `EquilibriumLayer`; what training adds to the loss
             is collected by models that ask for it (`charges`).
-    Source: Bai et al. 2022 (Deep equilibrium approaches to diffusion models) finds whole sampling paths as one fixed
-        point instead; the layer is that of Bai et al. 2019 (Deep equilibrium models).
+    Source: Bai et al. 2019 (Deep equilibrium models), for the layer.
     """
 
     def __init__(
