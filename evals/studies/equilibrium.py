@@ -1,4 +1,4 @@
-"""Equilibrium models of digits beside an explicit network and a neural ODE of as many parameters, with three seeds each.
+"""Equilibrium models of digits beside an explicit network and a neural ODE of as many parameters, three seeds each.
 
     python -m evals.studies.equilibrium digits [--jobs 2] [--root runs/equilibrium] [--publish]
 
@@ -26,8 +26,8 @@ from .plans import ROOT, Plan
 RESULTS = ROOT / "evals" / "results"
 PROTOCOL, SEEDS, DIAL = "digits_classify", (0, 1, 2), (0, 1, 2, 4, 8)
 FIELD = (
-    "{name: neural_ode, encoder: {name: mlp, hidden: [64], activation: relu}, latent: [64], network: {name: concat_mlp, "
-    "hidden: [64], activation: relu, time: none}, solver: SOLVER, controller: CONTROLLER}"
+    "{name: neural_ode, encoder: {name: mlp, hidden: [64], activation: relu}, latent: [64], "
+    "network: {name: concat_mlp, hidden: [64], activation: relu, time: none}, solver: SOLVER, controller: CONTROLLER}"
 )
 TOLERANCE = "{name: pi, rtol: 5.0e-3, atol: 5.0e-3, norm: batch}"
 BROYDEN = "model.solver={name: broyden, rtol: 5.0e-3}"
@@ -142,8 +142,8 @@ def summary(parts: list[Row]) -> Row:
 def table(found: list[Row]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| model | parameters | accuracy ↑ | of the start alone | evaluations | backward products | training, s | ms an item "
-        "| seeds |",
+        "| model | parameters | accuracy ↑ | of the start alone | evaluations | backward products | training, s "
+        "| ms an item | seeds |",
         "|:---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in found:
