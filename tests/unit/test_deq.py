@@ -16,6 +16,7 @@ from genmodels.networks.network import Network
 from genmodels.registry import ConfigError, build, resolve
 from genmodels.rng import BatchNoise, generator
 from genmodels.solvers.fixed_point import Picard, RowMap
+from genmodels.solvers.step_size import PI
 from genmodels.transforms import Identity
 from genmodels.types import Batch
 
@@ -213,6 +214,29 @@ def test_what_a_network_charges_is_added_to_the_loss_of_a_diffusion_model():
         assert charges(model) == (0.0, {})  # asked once, and gone
     extra: Tensor = values[1].value - values[0].value
     assert (extra > 0).all() and extra.mean().item() == pytest.approx(2 * values[1].logs["skip"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_warm_samples_are_the_cold_ones_for_fewer_evaluations(guidance):
+    """To the tolerance of the fixed points; item i still depends on its own seed alone."""
+    cell = {"name": "conv_cell", "channels": 8, "groups": 4}
+    solver = {"name": "anderson", "rtol": 1e-5, "atol": 1e-5, "max_iterations": 100}
+    tree = {"name": "diffusion", "network": {"name": "equilibrium", "cell": cell, "solver": solver, "start": "first"}}
+    facts = {"num_classes": 3, "condition_shape": None, "bin_width": None, "transform": Identity()}
+    torch.manual_seed(0)
+    model: DiffusionModel = build(Model, resolve(Model, tree, "test"), shape=(1, 4, 4), **facts).eval()
+    label, how = torch.tensor([0, 1, 2, 0]), {"num_steps": 30, "guidance": guidance}
+    found, costs = [], []
+    for warm_start in (False, True):
+        with count_evaluations(model) as counted:
+            found.append(model.sample([3, 4, 5, 6], condition=label, warm_start=warm_start, **how))
+        costs.append(counted.per_item(4))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+    assert costs[1] < 0.9 * costs[0]
+    alone = model.sample([5], condition=label[2:3], warm_start=True, **how)
+    torch.testing.assert_close(alone[0], found[1][2], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="warm_start needs steps that all rows share"):
+        model.sample(2, warm_start=True, controller=PI())
 
 
 def test_impossible_models_are_refused():
