@@ -97,8 +97,7 @@ class _Dense(Cell):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        with torch.enable_grad():
-            self._held = self.matrix()
+        self._held = self.matrix()
         try:
             yield
         finally:

@@ -55,6 +55,7 @@ def test_the_skip_term_is_the_distance_to_the_start_and_teaches_both_ends(start)
     plain, skipped = deq(start=start), deq(start=start, skip=3.0)
     items = batch()
     losses = [model.train().loss(items, generator=torch.Generator()) for model in (plain, skipped)]
+    torch.testing.assert_close(skipped.eval().loss(items).value, plain.eval().loss(items).value)
     layer = skipped.layer
     u = layer.cell.inject(None, items.x)
     z0, z = layer.started(u), layer.eval()(u).found.z
@@ -195,7 +196,9 @@ def test_a_warm_search_starts_at_the_last_state_and_ends_at_the_same_point():
         again = made(torch.tensor(0.51).double(), x, None)
         assert (made.settled.found.nfe < costs).all()
         torch.testing.assert_close(again, cold[1], rtol=1e-6, atol=1e-7)
-        made(torch.tensor(0.5).double(), x[:3], None)  # of another size: from its own start
+        made(torch.tensor(0.51).double(), x[:3], None)  # of another size: from its own start
+        assert torch.equal(made.settled.found.nfe, costs[:3])
+        made(torch.tensor(0.51).double(), x, None)
     made(torch.tensor(0.51).double(), x, None)
     assert torch.equal(made.settled.found.nfe, costs)
 

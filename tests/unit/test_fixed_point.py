@@ -1,5 +1,6 @@
 """Fixed points against linear algebra: rates, finite termination, right books, rows by themselves, refusals."""
 
+import itertools
 import math
 
 import pytest
@@ -104,8 +105,15 @@ def test_rows_are_alone_and_leave_when_they_are_done(name):
         for other in (together, whole):
             torch.testing.assert_close(other.z[i], alone.z[0], rtol=1e-9, atol=1e-10)
             assert other.nfe[i] == alone.nfe[0] and other.outcome[i] == alone.outcome[0]
-    if name != "infinite_time":
+    if name == "infinite_time":  # with one evaluation more for what is left at the end
+        sizes.clear()
+        alone = solver(name, 1e-6).solve(RowMap(spied, a[:1], b[:1]), start[:1])
+        assert sum(sizes) == alone.nfe.item()
+    else:
         assert sum(sizes) == together.nfe.sum() and together.nfe[2] == 1 < together.nfe.max()
+        seen = []
+        solver(name, 1e-6).solve(lambda z: seen.append(z[2]) or f(z), start)
+        assert len(seen) > 3 and all(torch.equal(z, start[2]) for z in seen)  # what has ended stands still
 
 
 def test_the_best_iterate_is_kept():
@@ -119,6 +127,30 @@ def test_the_best_iterate_is_kept():
     found = Picard(0, 0.5, 7).solve(f, torch.zeros(1, 1, dtype=torch.float64))
     assert (found.z.item(), found.residual.item()) == (places[3].item(), 1.0)
     assert found.outcome.item() == Outcome.exhausted and found.history[:, 0].tolist() == shifts[:7].tolist()
+
+
+def test_an_iterate_that_converged_is_given_back_whatever_its_residual():
+    """Relative to a state that has grown: residuals 1, 999 and 2, the last of which is within a hundredth of 1002."""
+    value = lambda z: torch.where(z < 0.5, 1.0, torch.where(z < 500, 1000.0, z + 2))  # noqa: E731
+    found = Picard(0.01, 0, 9).solve(value, torch.zeros(1, 1, dtype=torch.float64))
+    assert found.converged.all() and (found.z.item(), found.residual.item()) == (1000.0, 2.0)
+
+
+def test_the_stretch_that_is_reported_is_the_largest_between_iterates():
+    f = lambda z: 2.2 + 1.5 * torch.tanh(z - 2)  # noqa: E731
+    found = Picard(1e-12, 0, 40).solve(f, torch.full((1, 1), 2.0, dtype=torch.float64))
+    z = [torch.tensor(2.0, dtype=torch.float64)]
+    for _ in range(int(found.nfe)):
+        z.append(f(z[-1]))
+    slopes = [(f(a) - f(b)).abs() / (a - b).abs() for a, b in itertools.pairwise(z[:-1])]
+    assert found.lipschitz.item() == pytest.approx(float(max(slopes)), rel=1e-9)
+    assert float(slopes[-1]) < 0.9 * float(max(slopes))
+
+
+def test_a_residual_that_does_not_change_teaches_broyden_nothing():
+    """f = z + 1 has no fixed point, and no secant: the search goes on plainly and stays finite."""
+    found = Broyden(1e-9, 1e-9, 6).solve(lambda z: z + 1, torch.zeros(2, 3, dtype=torch.float64))
+    assert found.outcome.tolist() == [Outcome.exhausted] * 2 and (found.history == 1).all()
 
 
 def test_anderson_minimises_the_residual_over_its_memory():
