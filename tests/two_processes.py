@@ -135,17 +135,40 @@ def pairs() -> dict[str, tuple[Model, Batch]]:
     plane, series = families.Plane(), families.Series("classify")
     shapes = {"shape": series.shape, "target_shape": series.target_shape}
     rows = torch.arange(8)
+    points = plane.take("train", rows)
+    labelled = Batch(points.x, target=rows % 3)
     sides = torch.tensor([[1.0, 2.0], [-1.0, 0.5]]).repeat(4, 1) * torch.linspace(0.5, 2, 8)[:, None]  # one side a rank
     models = {
-        "score matching": (training_fakes.Twice(shape=(2,)), plane.take("train", rows)),
-        "continuous flow": (families.CNF(shape=(2,), transform=Identity()), plane.take("train", rows)),
-        "equilibrium": (families.DEQ(**shapes), series.take("train", rows)),
-        "controlled equation": (families.NeuralCDE(**shapes), series.take("train", rows)),
-        "shared steps": (shared_steps(), Batch(plane.take("train", rows).x)),
-        "own backward pass": (Memoryless(shape=(2,)), plane.take("train", rows)),
+        "score matching": (training_fakes.Twice(shape=(2,)), points),
+        "continuous flow": (made("cnf", layers=[{"name": "continuous", "network": FIELD}], **FIXED, **PLANE), points),
+        "equilibrium": (made("deq", cell=CELL, **SKIP, shape=(2,), target_shape=(3,), transform=Identity()), labelled),
+        "controlled equation": (
+            made("neural_cde", field=FIELD, hidden=4, **FIXED, **shapes),
+            series.take("train", rows),
+        ),
+        "shared steps": (shared_steps(), Batch(points.x)),
+        "own backward pass": (Memoryless(shape=(2,)), points),
         "experts": (Experts(shape=(2,)), Batch(sides)),
     }
     return {name: (model.double(), batch.replace(x=batch.x.double())) for name, (model, batch) in models.items()}
+
+
+FIELD = {"name": "concat_mlp", "hidden": [4], "time": "none"}
+PLANE = {"shape": (2,), "transform": Identity(), "num_classes": None, "condition_shape": None, "bin_width": None}
+FIXED = {"controller": {"name": "fixed", "steps": 4}}  # steps that do not depend on who shares a batch
+CELL = {"name": "mlp_cell", "hidden": 5, "activation": "tanh", "contraction": 0.7}
+SKIP = {
+    "start": "predictor",
+    "skip": 1.0,
+    "solver": {"name": "anderson", "rtol": 1e-12, "atol": 1e-12},
+    "gradient": {"name": "implicit", "rtol": 1e-12},
+}
+
+
+def made(name: str, **given: Any) -> Model:
+    """A registered model: what of the arguments is a fact of the data is handed over as it is."""
+    facts = {key: given.pop(key) for key in (*PLANE, "target_shape") if key in given}
+    return build(Model, resolve(Model, {"name": name, **given}, "test"), **facts)
 
 
 def shared_steps() -> Model:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from ..dynamics.regularization import Evolved, Regularizer, evolve
 from ..model import Model, check_labels
+from ..networks.equilibrium import charges, warm
 from ..networks.network import Network
 from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
@@ -147,7 +149,8 @@ class DiffusionModel(Model):
         density = self.times.density(t, self.schedule, span)
         weight = self.weighting(denoiser.prediction, scales, density, denoiser.sigma_data)
         error = error.reshape(len(batch), math.prod(self.model_shape)).mean(1)
-        value, logs = weight.to(error.dtype) * error, {"squared_error": error.detach().mean()}
+        charged, logs = charges(self.denoiser)
+        value, logs = weight.to(error.dtype) * error + charged, {"squared_error": error.detach().mean()} | logs
         if self.training and self.regularizers:
             solved = self._regularized(len(batch), condition, generator)
             value, logs = value + solved.penalty.mean().to(value.dtype), logs | solved.logs
@@ -192,6 +195,7 @@ class DiffusionModel(Model):
         solver: Solver = Heun(),
         controller: Controller = Fixed(),
         guidance: float = 1.0,
+        warm_start: bool = False,
         batch_size: int = 256,
     ) -> Tensor:
         """[n, *shape] items in data units; item i depends on seed i (and condition i) alone.
@@ -204,19 +208,24 @@ class DiffusionModel(Model):
             solver: of the ODE.
             controller: "pi" chooses the steps of each item by its tolerances.
             guidance: 1 is off; other values double the cost (0, which ignores the condition, does not).
+            warm_start: whether equilibrium networks start their searches at the states of the evaluation before.
             batch_size: how many are drawn at once.
         Raises:
-            ValueError: if the conditions do not fit, or guidance meets a model without conditions.
+            ValueError: if the conditions do not fit, guidance meets a model without conditions, or `warm_start` meets
+                step control, under which rows do not stay together.
         """
         seeds = as_seeds(seeds)
         condition = self._checked(condition, len(seeds), "sample")
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
+        if warm_start and not isinstance(controller, Fixed):
+            raise ValueError("sample: warm_start needs steps that all rows share. Use controller: fixed.")
         ode = {"num_steps": num_steps, "solver": solver, "controller": controller, "guidance": guidance}
         drawn = []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             noise = SeedNoise(seeds[rows], device=self.device)
             z = self.prior_scale() * noise.normal(*self.model_shape, dtype=self.dtype)
-            drawn.append(self.decode(z, condition=None if condition is None else condition[rows], **ode))
+            with warm(self.denoiser) if warm_start else nullcontext():
+                drawn.append(self.decode(z, condition=None if condition is None else condition[rows], **ode))
         return torch.cat(drawn)
 
     def encode(

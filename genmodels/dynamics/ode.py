@@ -126,7 +126,7 @@ class NeuralODE(Model):
         else:
             how["controller"] = self.controller.by_row()
         out = self._evolve(batch, self._start(batch, noise), **how)
-        value, logs = self._error(self._read(out), batch)
+        value, logs = prediction_error("neural_ode", self._read(out), batch)
         return Loss(value + out.penalty.to(value.dtype), logs | out.logs)
 
     def predict(
@@ -191,21 +191,26 @@ class NeuralODE(Model):
         z = out.solution.path.transpose(0, 1)
         return self.head(z.flatten(2)).reshape(*z.shape[:2], *self.target_shape)
 
-    def _error(self, prediction: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """[B] cross entropy or mean squared error, and what to log."""
-        target = batch.target
-        if not target.is_floating_point():
-            value = nn.functional.cross_entropy(prediction, target, reduction="none")
-            right = (prediction.detach().argmax(1) == target).to(value.dtype).mean()
-            return value, {"cross_entropy": value.detach().mean(), "accuracy": right}
-        if target.shape != prediction.shape:
-            raise ValueError(
-                f"neural_ode: targets of shape {list(target.shape)} were given where predictions have shape "
-                f"{list(prediction.shape)}."
-            )
-        mask = torch.ones_like(prediction) if batch.target_mask is None else batch.target_mask.to(prediction.dtype)
-        mask = expand_like(mask, prediction).expand_as(prediction)
-        # what stands where the mask is 0 may be anything, nan too
-        error = torch.where(mask > 0, prediction - target.to(prediction.dtype), 0.0).square().flatten(1).sum(1)
-        value = error / mask.flatten(1).sum(1).clamp(min=1)
-        return value, {"squared_error": value.detach().mean()}
+
+def prediction_error(name: str, prediction: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """[B] cross entropy of the classes, or mean squared error of the observed values, of a batch; and what to log.
+
+    Raises:
+        ValueError: if values are given where the model `name` predicts others.
+    """
+    target = batch.target
+    if not target.is_floating_point():
+        value = nn.functional.cross_entropy(prediction, target, reduction="none")
+        right = (prediction.detach().argmax(1) == target).to(value.dtype).mean()
+        return value, {"cross_entropy": value.detach().mean(), "accuracy": right}
+    if target.shape != prediction.shape:
+        raise ValueError(
+            f"{name}: targets of shape {list(target.shape)} were given where predictions have shape "
+            f"{list(prediction.shape)}."
+        )
+    mask = torch.ones_like(prediction) if batch.target_mask is None else batch.target_mask.to(prediction.dtype)
+    mask = expand_like(mask, prediction).expand_as(prediction)
+    # what stands where the mask is 0 may be anything, nan too
+    error = torch.where(mask > 0, prediction - target.to(prediction.dtype), 0.0).square().flatten(1).sum(1)
+    value = error / mask.flatten(1).sum(1).clamp(min=1)
+    return value, {"squared_error": value.detach().mean()}

@@ -1,6 +1,5 @@
 """Every family to come travels from configuration to evaluation, and means what it says."""
 
-import itertools
 import math
 
 import pytest
@@ -25,15 +24,8 @@ from genmodels.types import (
 from tests.contracts import families
 
 FAMILIES = {
-    "fake_latent_ode": ("fake_series", {SupportsPredict}, "squared_error"),
-    "fake_cde": ({"name": "fake_series", "task": "classify"}, {SupportsPredict}, "accuracy"),
-    "fake_sde": ("fake_series", {SupportsPredict}, "squared_error"),
-    "fake_deq": ({"name": "fake_series", "task": "classify"}, {SupportsPredict}, "accuracy"),
-    "fake_cnf": ("fake_plane", {SupportsSample, SupportsLogProb, SupportsVelocity}, "nll"),
     "fake_closed_form": ("fake_plane", {SupportsSample, SupportsLogProb, SupportsScore}, "nll"),
     "fake_audio_flow": ("fake_speech", {SupportsSample, SupportsLogProb}, "nll"),
-    "fake_nade": ("fake_binary", {SupportsSample, SupportsLogProb}, "bits_per_dim"),
-    "fake_vae": ("fake_plane", {SupportsSample, SupportsLogProb}, "nll"),
     "fake_local_dsm": ("fake_plane", {SupportsSample, SupportsScore}, "sliced_wasserstein"),
 }
 CAPABILITIES = (SupportsSample, SupportsLogProb, SupportsEncode, SupportsPredict, SupportsVelocity, SupportsScore)
@@ -89,68 +81,6 @@ def test_travels_the_whole_way(name, tmp_path):
     assert result["model"]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def test_latent_ode_reads_masks_and_target_times():
-    model, batch = fresh("fake_latent_ode")
-    out = model.predict(batch)
-    hidden = batch.replace(x=torch.where(batch.mask, batch.x, torch.full_like(batch.x, 9.0)))
-    assert torch.equal(model.predict(hidden), out)  # unobserved values are not seen
-    later = batch.replace(target_times=batch.target_times + 0.5)
-    assert (model.predict(later) - out).abs().max() > 1e-3
-    torch.testing.assert_close(model.predict(batch[2:3]), out[2:3])
-    finer = model.predict(batch, num_steps=40)
-    assert (model.predict(batch, num_steps=8) - finer).abs().max() < 0.1 * (
-        model.predict(batch, num_steps=4) - finer
-    ).abs().max()
-    ignored = batch.replace(target=torch.where(batch.target_mask, batch.target, torch.full_like(batch.target, 9.0)))
-    torch.testing.assert_close(model.loss(ignored).value, model.loss(batch).value)
-
-
-def test_cde_moves_with_its_control_alone():
-    model, batch = fresh("fake_cde")
-    frozen = batch.replace(
-        times=torch.ones_like(batch.times), x=torch.ones_like(batch.x), mask=torch.ones_like(batch.mask)
-    )
-    start = torch.ones(len(batch), 2, dtype=torch.float64)
-    torch.testing.assert_close(model.predict(frozen), model.head(model.start(start)))
-    assert (model.predict(batch) - model.predict(frozen)).abs().max() > 1e-3
-
-
-def test_sde_row_depends_on_its_seed_alone():
-    model, batch = fresh("fake_sde")
-    out = model.predict(batch, seeds=range(10, 10 + len(batch)))
-    torch.testing.assert_close(model.predict(batch[3:5], seeds=[13, 14]), out[3:5])
-    assert (model.predict(batch, seeds=range(len(batch))) - out).abs().min() > 0
-    still, _ = fresh("fake_sde", sigma=0.0)
-    torch.testing.assert_close(still.predict(batch, seeds=[1] * 8), still.predict(batch, seeds=[2] * 8))
-
-
-def test_deq_gradient_is_implicit_and_the_dial_trades_accuracy():
-    model, batch = fresh("fake_deq")
-    model.loss(batch).value.sum().backward()
-    implicit = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    z = torch.zeros(len(batch), 8, dtype=torch.float64)
-    for _ in range(100):  # contraction by 1/2 a step: 2^-100 from the fixed point
-        z = model.cell(z, batch.x)
-    torch.nn.functional.cross_entropy(model.head(z), batch.target, reduction="sum").backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(implicit[name], p.grad, rtol=1e-5, atol=1e-6)
-    exact = model.head(z)
-    errors = [(model.predict(batch, max_iterations=k) - exact).abs().max() for k in (1, 4, 12)]
-    assert errors[0] > 4 * errors[1] > 16 * errors[2]
-
-
-def test_cnf_is_normalised_and_validates_without_gradients():
-    model, _ = fresh("fake_cnf", solver="rk4")
-    axis = torch.linspace(-8, 8, 121, dtype=torch.float64)
-    points = torch.cartesian_prod(axis, axis)
-    with torch.no_grad():
-        total = model.log_prob(points, num_steps=8).exp().sum() * (axis[1] - axis[0]) ** 2
-        value = model.loss(Batch(points[:4])).value
-    assert abs(total.item() - 1) < 1e-4
-    torch.testing.assert_close(value, -model.log_prob(points[:4]))
-
-
 def test_closed_form_fit_is_the_sample_gaussian(tmp_path):
     run = train(config("fake_closed_form"), root=tmp_path, quiet=True)
     x, model = config("fake_closed_form").dataset().all("train").x.double(), run.load("model")
@@ -172,33 +102,6 @@ def test_audio_flow_is_conditioned_on_an_embedding():
     torch.testing.assert_close(
         model.sample([5], condition=batch.condition[:1]), model.sample([4, 5], condition=batch.condition[[1, 0]])[1:]
     )
-
-
-def test_nade_is_a_probability_mass():
-    model, _ = fresh("fake_nade")
-    torch.nn.init.normal_(model.weight)
-    strings = torch.tensor(list(itertools.product((0.0, 1.0), repeat=6)), dtype=torch.float64)
-    assert abs(model.log_prob(strings).exp().sum().item() - 1) < 1e-12
-    assert model.likelihood(strings).kind == "pmf"
-
-
-def test_vae_reports_a_bound():
-    model, batch = fresh("fake_vae")
-    with torch.no_grad():
-        model.decoder.weight.copy_(
-            torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        )  # a diagonal W makes the true posterior diagonal
-        exact = torch.distributions.MultivariateNormal(
-            model.decoder.bias, torch.diag(torch.tensor([2.0, 5.0]).double())
-        ).log_prob(batch.x)
-        many = torch.stack([model.log_prob(batch.x, seeds=range(8 * k, 8 * k + 8)) for k in range(400)])
-        assert (many.mean(0) + 4 * many.std(0) / 20 < exact).all()
-        model.encoder.weight.copy_(torch.tensor([[1 / 2, 0.0], [0.0, 2 / 5]]))
-        model.encoder.bias.copy_(-model.encoder.weight @ model.decoder.bias)
-        model.log_std.copy_(0.5 * torch.tensor([1 / 2, 1 / 5]).log())
-        many = torch.stack([model.log_prob(batch.x, seeds=range(8 * k, 8 * k + 8)) for k in range(400)])
-    assert ((many.mean(0) - exact).abs() < 4 * many.std(0) / 20).all()  # tight at the true posterior
-    assert model.likelihood(batch.x).kind == "bound"
 
 
 def test_local_dsm_brings_its_own_process_and_prior():

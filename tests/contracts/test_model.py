@@ -74,6 +74,13 @@ EXAMPLES = {
         ("contract_targets", {"network": FIELD, "augment": 1}),
         ("contract_targets", {"network": FIELD, "encoder": RESIDUAL, "latent": [3], "controller": "fixed"}),
     ],
+    "deq": [
+        ("contract_targets", {"cell": {"name": "mlp_cell", "hidden": 6, "activation": "tanh", "contraction": 0.5}}),
+        (
+            "contract_targets",
+            {"cell": {"name": "subhomogeneous", "hidden": 6}, "start": "predictor", "skip": 1.0, "jacobian": 0.1},
+        ),
+    ],
     "gru": [
         ("contract_series", {"hidden": 8, "decay": True}),
         ({"name": "contract_series", "task": "classify"}, {"hidden": 8}),

@@ -82,6 +82,17 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert told["x"].unique().frac().abs().max() == 0  # grey levels
 
 
+def test_equilibrium_example_runs(capsys):
+    torch.manual_seed(0)
+    told: dict = {}
+    exec(next(b for b in blocks("python") if "RowMap" in b), told)
+    found, f = told["found"], told["f"]
+    torch.testing.assert_close(f(found.z), found.z, rtol=1e-8, atol=1e-9)
+    j = (1 - found.z.square())[:, :, None] * told["weight"]
+    lam = torch.linalg.solve(torch.eye(8) - j.mT, 2 * found.z)
+    torch.testing.assert_close(told["weight"].grad, ((1 - found.z.square()) * lam).T @ found.z, rtol=1e-5, atol=1e-6)
+
+
 def test_solver_example_runs(capsys):
     told: dict = {}
     exec(next(b for b in blocks("python") if "solution.dense" in b), told)

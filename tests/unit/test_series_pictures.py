@@ -92,15 +92,18 @@ def test_starts_and_their_futures_are_drawn(panels, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "pictures"),
-    [("fake_latent_ode", "forecast", ["00000001-predictions.png"]), ("fake_cde", "classify", [])],
+    ("model", "task", "pictures"),
+    [
+        ({"name": "ode_rnn", "field": "mlp", "hidden": 4}, "forecast", ["00000001-predictions.png"]),
+        ({"name": "gru", "hidden": 4}, "classify", []),
+    ],
 )
-def test_a_run_on_series_draws_its_predictions(tmp_path, capsys, name, task, pictures):
+def test_a_run_on_series_draws_its_predictions(tmp_path, capsys, model, task, pictures):
     node = {
         "name": "a",
         "imports": ["tests.contracts.families"],
         "data": {"name": "fake_series", "task": task},
-        "model": {"name": name},
+        "model": model,
         "train": {"steps": 1, "batch_size": 4, "sample_every": 1},
     }
     run = train(Config(node), root=tmp_path)

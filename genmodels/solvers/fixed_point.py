@@ -1,0 +1,465 @@
+"""Fixed points z = f(z), row by row: iterations, accelerated iterations, and the flow dz/dt = f(z) - z to its rest."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ..registry import kind, register
+from ..types import Condition, expand_like
+from .base import Controller, Fixed, Solver, integrate
+from .fields import RowField, Selectable, narrow
+from .newton import flat
+from .norms import rms
+from .runge_kutta import Tsit5
+from .step_size import PI
+from .termination import SteadyState
+
+Map = Callable[[Tensor], Tensor]
+Memory = tuple[Tensor, ...]  # of an iteration; each tensor has the batch axis first
+EXPLOSION = 1e6  # a residual that has grown by this factor will not come back
+
+
+class Outcome(IntEnum):
+    """How the iteration of a row ended; `words` says it."""
+
+    def __new__(cls, value: int, words: str) -> "Outcome":
+        member = int.__new__(cls, value)
+        member._value_, member.words = value, words
+        return member
+
+    converged = 0, "converged"
+    exhausted = 1, "did not converge in the evaluations that it was given"
+    diverged = 2, "diverged"
+    non_finite = 3, "met an infinite or undefined state"
+
+
+class RowMap:
+    """f(z, *arguments), where each argument has a row for every item or is None.
+
+    It can be narrowed to some of its rows, so that those that have converged are not evaluated any more.
+    """
+
+    def __init__(self, f: Callable[..., Tensor], *arguments: Condition | None) -> None:
+        self.f, self.arguments = f, arguments
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.f(z, *self.arguments)
+
+    def select(self, rows: Tensor) -> "RowMap":
+        return RowMap(self.f, *narrow(self.arguments, rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Equilibrium:
+    """What a search for fixed points z = f(z) has found.
+
+    Args:
+        z: [B, *shape] the iterate of each row that converged, or else the one with the least residual.
+        residual: [B] float64 rms(f(z) - z) there; infinite where no iterate had a finite one.
+        iterations: [B] int64 iterations of each row: evaluations, or accepted steps of the infinite-time flow.
+        nfe: [B] int64 evaluations of f for each row.
+        outcome: [B] int64 `Outcome`.
+        lipschitz: [B] float64 the largest |f(z') - f(z)|/|z' - z| over consecutive iterates, a lower bound of the
+            Lipschitz constant; nan where there were none.
+        history: [N, B] float64 residuals of the iterates in their order, nan beyond a row's last.
+    """
+
+    z: Tensor
+    residual: Tensor
+    iterations: Tensor
+    nfe: Tensor
+    outcome: Tensor
+    lipschitz: Tensor
+    history: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """[B] bool."""
+        return self.outcome == Outcome.converged
+
+
+class EquilibriumError(RuntimeError):
+    """A fixed point that was not found.
+
+    Attributes:
+        outcome: of the first row that failed.
+        row: which that is.
+    """
+
+    def __init__(self, found: Equilibrium, solver: str) -> None:
+        self.row = int((found.outcome > 0).nonzero()[0])
+        self.outcome = Outcome(int(found.outcome[self.row]))
+        residuals = [f"{v:.2g}" for v in found.history[:, self.row].tolist() if v == v]
+        shown = residuals if len(residuals) <= 6 else [*residuals[:3], "…", *residuals[-2:]]
+        slope = float(found.lipschitz[self.row])
+        steep = f"; f stretched differences by up to {slope:.3g}" if slope == slope else ""
+        advice = {
+            Outcome.exhausted: "Raise max_iterations or the tolerances, or use 'anderson' or 'broyden'.",
+            Outcome.diverged: "Above 1, plain iteration cannot be trusted: damp it, use 'anderson' or 'broyden', or "
+            "make f a contraction (spectral normalisation, a Jacobian penalty, the subhomogeneous cell).",
+            Outcome.non_finite: "Look at f (divisions, logarithms, exponentials, weights that are not finite).",
+        }[self.outcome]
+        super().__init__(
+            f"fixed point: row {self.row} of {len(found.z)} {self.outcome.words} ({solver}, "
+            f"{int(found.nfe[self.row])} evaluations, residuals {', '.join(shown)}{steep}). {advice} "
+            'on_failure="return" gives the best iterate instead of this error.'
+        )
+
+
+@kind
+class FixedPoint(ABC):
+    """Searches a fixed point of f for every row by itself, to rms(f(z) - z) <= atol + rtol rms(f(z)).
+
+    A row's result depends on no other row, up to rounding. It is the best iterate that was evaluated, whether the row
+    converged or not, and deterministic.
+
+    Attributes:
+        rtol, atol: as above.
+    """
+
+    rtol: float
+    atol: float
+
+    @abstractmethod
+    def solve(self, f: Map, z: Tensor) -> Equilibrium:
+        """The fixed points that the iteration finds from z [B, *shape]; in a graph if gradients are on."""
+
+    @abstractmethod
+    def limited(self, iterations: int) -> "FixedPoint":
+        """The same with at most so many moves away from the start: a dial for what an answer costs."""
+
+    def check_tolerances(self) -> None:
+        """Raises ValueError if a tolerance is negative, or both are 0."""
+        if self.rtol < 0 or self.atol < 0 or self.rtol + self.atol <= 0:
+            raise ValueError(
+                f"{self.title}: rtol >= 0 and atol >= 0, not both 0, are needed, found rtol={self.rtol:g}, "
+                f"atol={self.atol:g}."
+            )
+
+    def check_resolution(self, dtype: torch.dtype) -> None:
+        """Raises ValueError if the tolerances ask for more digits than a state has."""
+        resolution = torch.finfo(dtype).eps
+        if max(self.rtol, self.atol) < resolution:
+            raise ValueError(
+                f"{self.title}: rtol={self.rtol:g} and atol={self.atol:g} are below the resolution {resolution:.2g} of "
+                f"{dtype}. Compute in float64, or raise one of them."
+            )
+
+    @property
+    def title(self) -> str:
+        """The registered name, or that of the class."""
+        return getattr(self, "registered_name", type(self).__name__)
+
+
+class Iteration(FixedPoint):
+    """Methods that evaluate f once at each iterate, and make the next one of what they remember.
+
+    A row ends when it has converged, when its residual has grown a millionfold or is not finite, or after
+    `max_iterations` evaluations. Rows that have ended are not evaluated any more if f can be narrowed (`RowMap`).
+
+    Args:
+        rtol, atol: see `FixedPoint`.
+        max_iterations: evaluations of f for each row, at most.
+    Raises:
+        ValueError: if max_iterations is not at least 1, or the tolerances are not positive.
+    """
+
+    def __init__(self, rtol: float = 1e-3, atol: float = 1e-6, max_iterations: int = 50) -> None:
+        if max_iterations < 1:
+            raise ValueError(f"{self.title}: max_iterations must be at least 1, found {max_iterations}.")
+        self.rtol, self.atol, self.max_iterations = rtol, atol, max_iterations
+        self.check_tolerances()
+
+    def limited(self, iterations: int) -> "Iteration":
+        solver = copy.copy(self)
+        solver.max_iterations = min(iterations + 1, self.max_iterations)  # the last iterate is evaluated, too
+        return solver
+
+    @abstractmethod
+    def begin(self, z: Tensor) -> Memory:
+        """Memory before the first iterate."""
+
+    @abstractmethod
+    def propose(self, z: Tensor, r: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+        """The iterate after z [n, D], the k-th from 0, whose residual f(z) - z is r [n, D]."""
+
+    def solve(self, f: Map, z: Tensor) -> Equilibrium:
+        self.check_resolution(z.dtype)
+        return _Search(self, f, z).run()
+
+
+class _Search:
+    """An iteration of the rows that have not ended.
+
+    Attributes:
+        index: [n] which rows of the batch these are.
+    """
+
+    def __init__(self, method: Iteration, f: Map, z: Tensor) -> None:
+        self.method, self.f, self.whole = method, f, f
+        self.z, self.index = z, torch.arange(len(z), device=z.device)
+        table = lambda value: torch.full((len(z),), value, dtype=torch.float64, device=z.device)  # noqa: E731
+        self.best, self.least = z, table(torch.inf)
+        self.first, self.lipschitz = table(torch.nan), table(torch.nan)
+        self.iterations = torch.zeros_like(self.index)
+        self.outcome = torch.full_like(self.index, Outcome.exhausted)
+        self.history: list[Tensor] = []
+
+    def run(self) -> Equilibrium:
+        z, index, memory, before = self.z, self.index, self.method.begin(flat(self.z)), None
+        for k in range(self.method.max_iterations):
+            if not len(index):
+                break
+            fz = evaluated(self.f, z)
+            r = fz - z
+            going = self._judge(index, z, fz, r, before)
+            if not going.any():
+                break
+            before = (z, fz)
+            if not going.all():
+                if isinstance(self.whole, Selectable):
+                    kept = going.nonzero()[:, 0]
+                    z, r, index, going = z[kept], r[kept], index[kept], going[kept]
+                    before, memory = narrow(before, kept), narrow(memory, kept)
+                    self.f = self.whole.select(index)
+            new, memory = self.method.propose(flat(z), flat(r), memory, k)
+            z = torch.where(expand_like(going, z), new.reshape(z.shape), z)
+        history = torch.stack(self.history) if self.history else self.least.new_zeros(0, 0)
+        return Equilibrium(
+            self.best, self.least, self.iterations, self.iterations, self.outcome, self.lipschitz, history
+        )
+
+    @torch.no_grad()
+    def _note(self, index: Tensor, z: Tensor, fz: Tensor, size: Tensor, before: tuple[Tensor, Tensor] | None) -> None:
+        """How much f has stretched the last move of each row."""
+        if before is None:
+            return
+        moved, stretched = rms(z - before[0]), rms(fz - before[1])
+        slope = torch.where(moved > 0, stretched / moved, torch.nan)
+        self.lipschitz[index] = torch.fmax(self.lipschitz[index], slope)
+
+    def _judge(self, index: Tensor, z: Tensor, fz: Tensor, r: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[n] bool: which rows go on; their books are kept up."""
+        method = self.method
+        with torch.no_grad():
+            size, scale = rms(r), rms(fz)
+            open_rows = self.outcome[index] == Outcome.exhausted
+            ratio = size / (method.atol + method.rtol * scale)
+            finite = ratio.isfinite()
+            first = torch.where(self.first[index].isnan(), size, self.first[index])
+            self.first[index] = first
+            self._note(index, z, fz, size, before)
+            line = torch.full_like(self.least, torch.nan)
+            line[index] = torch.where(open_rows, size, torch.nan)
+            self.history.append(line)
+            self.iterations[index] += open_rows.long()
+            # of a diverging row the residual grows, though beside the growing state it may not
+            better = open_rows & finite & ((size < self.least[index]) | (ratio <= 1))
+            self.least[index] = torch.where(better, size, self.least[index])
+            ended = torch.full_like(index, Outcome.exhausted)
+            ended = torch.where(size > EXPLOSION * first, Outcome.diverged, ended)
+            ended = torch.where(finite, ended, Outcome.non_finite)
+            ended = torch.where(ratio <= 1, Outcome.converged, ended)
+            self.outcome[index] = torch.where(open_rows, ended, self.outcome[index])
+        picked = torch.where(expand_like(better, z), z, self.best[index])
+        self.best = self.best.index_copy(0, index, picked)
+        return open_rows & (ended == Outcome.exhausted)
+
+
+def evaluated(f: Map, z: Tensor) -> Tensor:
+    """f(z), of the shape of z.
+
+    Raises:
+        ValueError: if it has another shape.
+    """
+    fz = f(z)
+    if fz.shape != z.shape:
+        raise ValueError(
+            f"fixed point: the map turned a state of shape {list(z.shape)} into one of shape {list(fz.shape)}; it must "
+            "keep the shape."
+        )
+    return fz
+
+
+@register(FixedPoint, "picard")
+class Picard(Iteration):
+    """z ← z + damping (f(z) - z): converges for every contraction, and for damping 1 as fast as it contracts.
+
+    Args:
+        damping: 1 for z ← f(z).
+    """
+
+    def __init__(self, rtol: float = 1e-3, atol: float = 1e-6, max_iterations: int = 50, damping: float = 1.0) -> None:
+        super().__init__(rtol, atol, max_iterations)
+        if not 0 < damping <= 1:
+            raise ValueError(f"picard: 0 < damping <= 1 is needed, found {damping:g}.")
+        self.damping = damping
+
+    def begin(self, z: Tensor) -> Memory:
+        return ()
+
+    def propose(self, z: Tensor, r: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+        return z + self.damping * r, memory
+
+
+@register(FixedPoint, "anderson")
+class Anderson(Iteration):
+    """z ← z + β r - (ΔZ + β ΔR) γ with r = f(z) - z, where γ makes |r - ΔR γ| least over the last differences ΔR, ΔZ.
+
+    On a linear map this is GMRES in disguise. The least-squares problem has a ridge of `ridge` times the mean square of
+    the differences, at least the resolution of the state's dtype.
+
+    Args:
+        memory: differences kept.
+        mixing: β.
+    Source: Walker & Ni 2011 (Anderson acceleration for fixed-point iterations), section 2.
+    """
+
+    def __init__(
+        self,
+        rtol: float = 1e-3,
+        atol: float = 1e-6,
+        max_iterations: int = 50,
+        memory: int = 5,
+        mixing: float = 1.0,
+        ridge: float = 1e-10,
+    ) -> None:
+        super().__init__(rtol, atol, max_iterations)
+        if memory < 1 or not 0 < mixing <= 1 or ridge < 0:
+            raise ValueError(
+                f"anderson: memory >= 1, 0 < mixing <= 1 and ridge >= 0 are needed, found {memory}, {mixing:g} and "
+                f"{ridge:g}."
+            )
+        self.memory, self.mixing, self.ridge = memory, mixing, ridge
+
+    def begin(self, z: Tensor) -> Memory:
+        none = z.new_zeros(len(z), 0, z.shape[1])
+        return (none, none, z, z)  # ΔZ, ΔR, and the last z and r
+
+    def propose(self, z: Tensor, r: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+        moves, changes, last_z, last_r = memory
+        if k:
+            moves = torch.cat((moves, (z - last_z)[:, None]), 1)[:, -self.memory :]
+            changes = torch.cat((changes, (r - last_r)[:, None]), 1)[:, -self.memory :]
+        new = z + self.mixing * r
+        if k:
+            gamma = self._weights(changes, r).to(z.dtype)
+            new = new - torch.einsum("bm,bmd->bd", gamma, moves + self.mixing * changes)
+        return new, (moves, changes, z, r)
+
+    def _weights(self, changes: Tensor, r: Tensor) -> Tensor:
+        """[B, m] float64 γ."""
+        gram = torch.einsum("bmd,bnd->bmn", changes, changes).double()
+        right = torch.einsum("bmd,bd->bm", changes, r).double()
+        size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+        ridge = max(self.ridge, torch.finfo(r.dtype).eps) * size + torch.finfo(torch.float64).tiny
+        return torch.linalg.solve(gram + torch.diag_embed(ridge.expand_as(right)), right)
+
+
+@register(FixedPoint, "broyden")
+class Broyden(Iteration):
+    """z ← z - H g with g = f(z) - z, where H, at first -I, becomes the inverse of the secant slope of g by updates of
+    rank one: H ← H + (Δz - H Δg) vᵀ/(vᵀ Δg) with vᵀ = Δzᵀ H ("good" Broyden).
+
+    Args:
+        memory: updates kept; the oldest is dropped for the next one.
+    Source: Broyden 1965 (A class of methods for solving nonlinear simultaneous equations); Bai et al. 2019 (Deep
+        equilibrium models), section 3.2.
+    """
+
+    def __init__(self, rtol: float = 1e-3, atol: float = 1e-6, max_iterations: int = 50, memory: int = 30) -> None:
+        super().__init__(rtol, atol, max_iterations)
+        if memory < 1:
+            raise ValueError(f"broyden: memory must be at least 1, found {memory}.")
+        self.memory = memory
+
+    def begin(self, z: Tensor) -> Memory:
+        none = z.new_zeros(len(z), 0, z.shape[1])
+        return (none, none, z, z)  # U and V of H = -I + Σ u vᵀ, the last z and g
+
+    def propose(self, z: Tensor, r: Tensor, memory: Memory, k: int) -> tuple[Tensor, Memory]:
+        u, v, last_z, last_g = memory
+        if k:
+            step, change = z - last_z, r - last_g
+            left = -step + torch.einsum("bd,bmd,bme->be", step, u, v)  # Δzᵀ H
+            pivot = torch.einsum("bd,bd->b", left, change)
+            rest = step - self._applied(u, v, change)
+            floor = torch.finfo(z.dtype).eps * left.norm(dim=1) * change.norm(dim=1)
+            usable = pivot.abs() > floor
+            column = torch.where(usable, 1 / torch.where(usable, pivot, 1.0), 0.0)[:, None] * rest
+            u = torch.cat((u, column[:, None]), 1)[:, -self.memory :]
+            v = torch.cat((v, left[:, None]), 1)[:, -self.memory :]
+        return z - self._applied(u, v, r), (u, v, z, r)
+
+    @staticmethod
+    def _applied(u: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        """H g."""
+        return torch.einsum("bmd,bm->bd", u, torch.einsum("bmd,bd->bm", v, g)) - g
+
+
+@register(FixedPoint, "infinite_time")
+class InfiniteTime(FixedPoint):
+    """The rest of dz/dt = f(z) - z: an adaptive solver follows the flow until rms(f(z) - z) <= atol + rtol rms(z).
+
+    It converges where every eigenvalue of the Jacobian of f has a real part below 1, also where f is no contraction.
+    The residual that is reported is that of the state at the end, for one evaluation more.
+
+    Args:
+        rtol, atol: of the rest.
+        solver, controller: of the flow; by default Tsit5 with tolerances as loose as those of the rest.
+        horizon: time at which a row that has not come to rest is given up.
+        max_steps: of a row, rejected ones included.
+    Raises:
+        ValueError: if the horizon or max_steps are not positive, or the controller does not adapt steps.
+    Source: Pal et al. 2022 (Continuous deep equilibrium models), section 3.1.
+    """
+
+    def __init__(
+        self,
+        rtol: float = 1e-3,
+        atol: float = 1e-6,
+        solver: Solver = Tsit5(),
+        controller: Controller | None = None,
+        horizon: float = 1e3,
+        max_steps: int = 500,
+    ) -> None:
+        self.rtol, self.atol = rtol, atol
+        self.check_tolerances()
+        if horizon <= 0 or max_steps < 1:
+            raise ValueError(f"infinite_time: horizon > 0 and max_steps >= 1 are needed, found {horizon}, {max_steps}.")
+        if isinstance(controller, Fixed):
+            raise ValueError("infinite_time: steps must adapt on the way to rest. Use a controller such as pi.")
+        self.solver, self.horizon, self.max_steps = solver, horizon, max_steps
+        self.controller = controller or PI(max(rtol, 1e-12), atol)
+
+    def limited(self, iterations: int) -> "InfiniteTime":
+        solver = copy.copy(self)
+        solver.max_steps = min(iterations, self.max_steps)
+        return solver
+
+    def solve(self, f: Map, z: Tensor) -> Equilibrium:
+        self.check_resolution(z.dtype)
+        arguments = f.arguments if isinstance(f, RowMap) else ()
+        plain = f.f if isinstance(f, RowMap) else f
+        field = RowField(lambda t, z, *given: evaluated(lambda z: plain(z, *given), z) - z, *arguments)
+        out = integrate(
+            field if isinstance(f, RowMap) else (lambda t, z: evaluated(f, z) - z),
+            z,
+            torch.tensor([0.0, self.horizon], dtype=torch.float64),
+            solver=self.solver,
+            controller=self.controller,
+            stop=SteadyState(self.rtol, self.atol),
+            max_steps=self.max_steps,
+            on_failure="return",
+        )
+        with torch.no_grad():
+            residual = rms(evaluated(f, out.x) - out.x) if len(z) else out.time
+        outcome = torch.where(out.stopped, Outcome.converged, Outcome.exhausted)
+        outcome = torch.where(residual.isfinite() & (out.status != 3), outcome, Outcome.non_finite)
+        nothing = torch.full_like(residual, torch.nan)
+        return Equilibrium(out.x, residual, out.steps, out.nfe + 1, outcome, nothing, residual[None])

@@ -1,0 +1,194 @@
+"""Cells by their formulas: guaranteed contraction and subhomogeneity, scales that see each other, lasting masks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genmodels.networks.cells import Cell, ConvCell, MLPCell, MultiscaleCell, Subhomogeneous, contracted
+from genmodels.registry import ConfigError, build, names
+from genmodels.rng import generator
+from genmodels.solvers.fixed_point import Picard, RowMap
+
+PLAIN = {"timed": False, "num_classes": None, "condition_shape": None}
+SMALL = {
+    "mlp_cell": {"hidden": 6},
+    "subhomogeneous": {"hidden": 6},
+    "conv_cell": {"channels": 4},
+    "multiscale_cell": {"channels": [4, 6], "head": [3, 5], "expansion": 2, "dropout": 0.0},
+}
+
+
+def cell(name: str, **arguments: object) -> Cell:
+    torch.manual_seed(0)
+    facts = PLAIN | {key: arguments.pop(key) for key in tuple(arguments) if key in PLAIN}
+    return build(Cell, {"name": name, **SMALL[name], **arguments}, in_shape=(2, 8, 8), **facts).double().eval()
+
+
+def items(n: int = 3) -> Tensor:
+    return torch.randn(n, 2, 8, 8, generator=generator("items"), dtype=torch.float64)
+
+
+def states(of: Cell, n: int = 3, *key: object) -> Tensor:
+    return torch.randn(n, *of.in_shape, generator=generator("states", *key), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", names(Cell))
+def test_rows_of_a_cell_are_alone_and_its_guess_is_its_value_at_zero(name):
+    made, x = cell(name), items()
+    u, z = made.inject(None, x), states(cell(name))
+    whole = made(None, z, u)
+    assert whole.shape == z.shape and made.read(z).shape == (3, *made.out_shape)
+    for i in range(3):
+        one = made(None, z[i : i + 1], made.inject(None, x[i : i + 1]))
+        torch.testing.assert_close(one[0], whole[i], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(made.guess(u), made(None, torch.zeros_like(z), u))
+
+
+@pytest.mark.parametrize("name", names(Cell))
+def test_injections_see_time_and_class(name):
+    made = cell(name, timed=True, num_classes=3)
+    x, z, t = items(), states(cell(name)), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    label = torch.tensor([0, 1, 2])
+    base = made(None, z, made.inject(t, x, label))
+    for other in (made.inject(t / 2, x, label), made.inject(t, x, (label + 1) % 3), made.inject(t, x + 1, label)):
+        assert ((made(None, z, other) - base).flatten(1).abs().amax(1) > 1e-6).all()
+
+
+def test_dense_cells_by_hand():
+    x = items()
+    for made, f in (
+        (cell("mlp_cell", activation="tanh"), lambda y, u: torch.tanh(y + u)),
+        (cell("subhomogeneous", shift=1.5), lambda y, u: torch.tanh(y) + 1.5 + F.softplus(u)),
+    ):
+        z, u = states(made), F.linear(x.flatten(1), made.entrance.weight, made.entrance.bias)
+        torch.testing.assert_close(made(None, z, made.inject(None, x)), f(z @ made.weight.T, u))
+
+
+def test_contraction_bounds_the_norm_exactly_and_leaves_smaller_ones_alone():
+    w = torch.randn(7, 7, generator=generator("w"), dtype=torch.float64)
+    norm = float(torch.linalg.svdvals(w)[0])
+    assert float(torch.linalg.svdvals(contracted(w, 0.5))[0]) == pytest.approx(0.5, rel=1e-12)
+    assert torch.equal(contracted(w, 1.1 * norm), w)
+    made = cell("mlp_cell", hidden=20, activation="relu", contraction=0.9)
+    with torch.no_grad():
+        made.weight.mul_(10)
+    u, (a, b) = made.inject(None, items()), (states(made, 3, k) for k in range(2))
+    stretch = (made(None, a, u) - made(None, b, u)).norm(dim=1) / (a - b).norm(dim=1)
+    assert (stretch <= 0.9).all()
+    found = Picard(1e-10, 1e-10, 400).solve(RowMap(lambda z, u: made(None, z, u), u), 0 * a)
+    assert found.converged.all()
+
+
+def test_what_is_held_is_computed_once_and_with_its_graph(monkeypatch):
+    from genmodels.networks import cells
+
+    made, calls = cell("mlp_cell", contraction=0.5), []
+    monkeypatch.setattr(cells, "contracted", lambda *given: calls.append(1) or contracted(*given))
+    u, z = made.inject(None, items()), states(made)
+    with made.held():
+        with torch.no_grad():
+            first = made(None, z, u)
+        (grad,) = torch.autograd.grad(made(None, z, u).sum(), made.weight)
+    assert len(calls) == 1
+    torch.testing.assert_close(first, made(None, z, u))
+    (expected,) = torch.autograd.grad(made(None, z, u).sum(), made.weight)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize(("shift", "rate"), [(1.2, 0.999), (1.5, 0.569), (1.603, 0.499), (2.0, 0.342)])
+def test_subhomogeneous_cells_contract_in_thompsons_metric_for_any_weights(shift, rate):
+    """At the rates of the table; the iteration finds one point from everywhere, with weights of norm 60."""
+    made = cell("subhomogeneous", shift=shift, hidden=12)
+    assert made.rate == pytest.approx(rate, abs=1e-3)
+    with torch.no_grad():
+        made.weight.mul_(60 / torch.linalg.matrix_norm(made.weight, 2))
+    u = made.inject(None, items())
+    f = RowMap(lambda z, u: made(None, z, u), u)
+    for k in range(20):
+        a, b = ((2 * states(made, 3, k, side)).exp() for side in range(2))
+        before, after = ((p.log() - q.log()).abs().amax(1) for p, q in ((a, b), (f(a), f(b))))
+        assert (after <= made.rate * before + 1e-12).all()
+    if shift > 1.2:  # the rate is the worst case; at 1.2 it may take thousands of iterations
+        ends = [Picard(1e-11, 1e-11, 300).solve(f, start) for start in (torch.zeros_like(a), 100 + a, a)]
+        assert all(end.converged.all() for end in ends)
+        for end in ends[1:]:
+            torch.testing.assert_close(end.z, ends[0].z, rtol=1e-8, atol=1e-8)
+
+
+def test_the_scales_see_each_other_and_the_item_enters_the_first():
+    made = cell("multiscale_cell", channels=[4, 4, 4], head=[3, 3, 5])
+    assert [tuple(part.shape[1:]) for part in made.split(states(made))] == [(4, 8, 8), (4, 4, 4), (4, 2, 2)]
+    assert made.out_shape == (5, 2, 2)
+    z, u = states(made).requires_grad_(), made.inject(None, items())
+    out = made.split(made(None, z, u))
+    for part in out:
+        (grad,) = torch.autograd.grad(part.square().sum(), z, retain_graph=True)
+        assert all(piece.abs().sum() > 0 for piece in made.split(grad))
+    (grad,) = torch.autograd.grad(made.read(z).square().sum(), z)
+    assert all(piece.abs().sum() > 0 for piece in made.split(grad))
+    seen = []
+    for block in made.blocks:
+        block.register_forward_hook(lambda block, given, out: seen.append(given[1]))
+    made(None, z, u)
+    assert seen[0] is u["u"] and seen[1:] == [None, None]
+
+
+def test_blocks_by_their_formulas():
+    made = cell("conv_cell", channels=8, groups=4, timed=True)
+    z, u = states(made), made.inject(torch.tensor(0.3), items())
+    several = cell("multiscale_cell", channels=[8], head=[3], groups=4)
+
+    def parts(block):
+        norm = lambda h, k: F.group_norm(h, 4, block.norms[k].weight, block.norms[k].bias)  # noqa: E731
+        h = F.relu(norm(F.conv2d(z, block.first.weight, block.first.bias, padding=1), 0))
+        return F.conv2d(h, block.second.weight, block.second.bias, padding=1), norm
+
+    h, norm = parts(made.block)
+    torch.testing.assert_close(made(None, z, u), norm(F.relu(h + u["u"] + u["shift"]), 1))
+    h, norm = parts(several.blocks[0])
+    inner = norm(F.relu(z + norm(h + u["u"], 1)), 2)
+    torch.testing.assert_close(several(None, z.flatten(1), {"u": u["u"]}), several.after[0](inner).flatten(1))
+
+
+def test_a_convolutional_cell_starts_out_as_a_contraction():
+    made = cell("conv_cell", channels=8, groups=4)
+    u = made.inject(None, items(8))
+    found = Picard(1e-8, 1e-8, 60).solve(RowMap(lambda z, u: made(None, z, u), u), 0 * states(made, 8))
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("name", ["conv_cell", "multiscale_cell"])
+def test_dropout_draws_one_mask_for_a_solve(name):
+    made, x = cell(name, dropout=0.5), items(64)
+    z = states(made, 64)
+    assert torch.equal(made(None, z, made.inject(None, x)), made(None, z, made.inject(None, x)))  # in evaluation
+    made.train()
+    u = made.inject(None, x)
+    masks = [value for key, value in u.items() if key.startswith("mask")]
+    assert torch.equal(made(None, z, u), made(None, z, u))
+    assert not torch.equal(made(None, z, u), made(None, z, made.inject(None, x)))
+    for mask in masks:
+        kept = mask > 0
+        assert set(mask.unique().tolist()) == {0.0, 2.0} and 0.3 < kept.double().mean() < 0.7  # 256 draws and more
+
+
+def test_weight_normalisation_is_an_option():
+    plain, normed = (cell("conv_cell", weight_norm=flag).block for flag in (False, True))
+    assert plain.first.gain is None and isinstance(normed.first.gain, nn.Parameter)
+    torch.testing.assert_close(normed.first.kernel(), plain.first.kernel())
+
+
+def test_impossible_cells_are_refused():
+    for message, call in (
+        ("hidden >= 1", lambda: MLPCell(0, in_shape=(3,), **PLAIN)),
+        ("contraction", lambda: MLPCell(4, contraction=0.0, in_shape=(3,), **PLAIN)),
+        ("no unique fixed point", lambda: Subhomogeneous(4, 1.05, in_shape=(3,), **PLAIN)),
+        ("images", lambda: ConvCell(4, in_shape=(3,), **PLAIN)),
+        ("odd kernel", lambda: ConvCell(4, kernel=2, in_shape=(1, 8, 8), **PLAIN)),
+        ("dropout", lambda: ConvCell(4, dropout=1.0, in_shape=(1, 8, 8), **PLAIN)),
+        ("halved 2 times", lambda: MultiscaleCell((4, 4, 4), (4, 4, 4), in_shape=(1, 6, 6), **PLAIN)),
+        ("as many `head`", lambda: MultiscaleCell((4, 4), (4,), in_shape=(1, 8, 8), **PLAIN)),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
