@@ -38,23 +38,34 @@ def test_board_is_that_of_the_repository():
     assert [line for line in shown if line not in board] == []
 
 
+def cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def test_figures_of_penalties_are_those_of_the_results():
+    """Two lines an experiment, of quality and of evaluations; columns are methods, empty where one was not run."""
     methods = {
         "no penalty": "vanilla",
+        "ERNODE": "error_estimate",
+        "SRNODE": "stiffness",
         "RNODE": "kinetic_jacobian",
-        "ERNODE, mean of E h": "error_estimate",
-        "predicted steps, all": "steps",
-        "predicted steps, one a row (local, own step)": "local-steps",
-        "local as published (fresh step, constants)": "local-reference",
+        "predicted steps": "steps",
+        "of one step a row": "local-steps",
     }
-    section = TEXT.split("### What penalties on steps do here")[1].split("\n## ")[0]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if " ± " in line]
-    shown = {label: cells for label, *cells in lines}
-    told: dict[str, list[str]] = {}
+    told, expected = {}, []
     for line in (ROOT / "evals" / "results" / "regularization.md").read_text().splitlines():
-        method, *cells = [cell.strip() for cell in line.split("|")[1:-1]] or [""]
-        told.setdefault(method, []).extend(cells[:2])  # quality and evaluations, of the annulus and then of digits
-    assert shown == {label: told[method][:4] for label, method in methods.items()}
+        first, *rest = cells(line) or [""]
+        if first.endswith(": method"):
+            told[first.removesuffix("method") + rest[0]] = found = {}
+        elif " ± " in line:
+            found[first] = rest
+    for name, found in told.items():
+        for k, label in enumerate((name, "NFE")):
+            expected.append([label, *(found[m][k] if m in found else "" for m in methods.values())])
+    section = TEXT.split("### What penalties on steps do here")[1].split("\n## ")[0]
+    head, _, *shown = [cells(line) for line in section.splitlines() if line.startswith("|")]
+    assert head[1:] == list(methods) and len(told) >= 5
+    assert shown == expected
 
 
 def test_training_commands_resolve(monkeypatch):
