@@ -193,11 +193,11 @@ class Brier(_Classified):
 
 @register(Metric, "auroc")
 class AUROC(_Supervised):
-    """Area under the ROC curve of a classifier of two classes: P(s⁺ > s⁻) + P(s⁺ = s⁻)/2 over pairs of an item of
-    class 1 and one of class 0, with their log odds s. It does not depend on how rare a class is; a constant scores 0.5.
+    """Area under the ROC curve of a classifier of two classes: P(s⁺ > s⁻) + P(s⁺ = s⁻)/2.
 
-    With A_i the share of items of class 0 that item i of class 1 beats, and B_j the share of items of class 1 that beat
-    item j of class 0, the standard error is √(var(A)/n⁺ + var(B)/n⁻).
+    Over pairs of an item of class 1 and one of class 0, with their log odds s. It does not depend on how rare a
+    class is; a constant scores 0.5. With A_i the share of items of class 0 that item i of class 1 beats, and B_j
+    the share of items of class 1 that beat item j of class 0, the standard error is √(var(A)/n⁺ + var(B)/n⁻).
 
     Source: DeLong et al. 1988 (Comparing the areas under two or more correlated receiver operating characteristic
         curves).

@@ -228,8 +228,9 @@ class _Injected(nn.Module):
 
 @register(Cell, "conv_cell")
 class ConvCell(Cell):
-    """f(z, u) = norm(relu(drop(conv(relu(norm(conv z)))) + u + e)) on images of the size of the items, with u = conv x
-    and e = e(t) + e(condition).
+    """f(z, u) = norm(relu(drop(conv(relu(norm(conv z)))) + u + e)) on images of the size of the items.
+
+    Here u = conv x and e = e(t) + e(condition).
 
     Args:
         channels: of a state.

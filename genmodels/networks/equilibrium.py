@@ -129,8 +129,9 @@ class EquilibriumLayer(nn.Module):
             limit: moves of the solver away from the start at most; 0 gives the start itself, without a search.
         """
         with self.cell.held():
-            f = RowMap(lambda z, u: self.cell(None, z, u), injection)
-            z0 = self.started(injection)
+            # states are kept in the precision of the parameters, whatever a cell computes in
+            f = RowMap(lambda z, u: self.cell(None, z, u).to(z.dtype), injection)
+            z0 = self.started(injection).to(next(self.cell.parameters()).dtype)
             warm = self._warm if self._warm is not None and self._warm.shape == z0.shape else None
             first = z0 if warm is None else warm.to(z0)
             if self.training and progress < self.pretraining:
@@ -205,11 +206,11 @@ def jacobian_norm(f: RowMap, z: Tensor, noise: Noise | None) -> Tensor:
 
 @register(Network, "equilibrium")
 class EquilibriumNetwork(Network):
-    """out = W read(z*) + b (a convolution where both are images of one size), with the fixed point z* = f(z*, u) of a
-    cell whose injection u knows x, t and the condition.
+    """out = W read(z*) + b with the fixed point z* = f(z*, u) of a cell whose injection u knows x, t and the condition.
 
-    As many layers as it takes, with the parameters of one. While sampling, `warm` starts each search at the last
-    state of the same rows: along the path of a sample fixed points move little.
+    W is a convolution where both sides are images of one size. As many layers as it takes, with the parameters of
+    one. While sampling, `warm` starts each search at the last state of the same rows: along the path of a sample
+    fixed points move little.
 
     Args:
         cell, solver, gradient, start, predictor, skip, jacobian: see `EquilibriumLayer`; what training adds to the loss

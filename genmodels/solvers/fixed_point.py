@@ -363,8 +363,9 @@ class Anderson(Iteration):
 
 @register(FixedPoint, "broyden")
 class Broyden(Iteration):
-    """z ← z - H g with g = f(z) - z, where H, at first -I, becomes the inverse of the secant slope of g by updates of
-    rank one: H ← H + (Δz - H Δg) vᵀ/(vᵀ Δg) with vᵀ = Δzᵀ H ("good" Broyden).
+    """z ← z - H g with g = f(z) - z, where H, at first -I, becomes the inverse of the secant slope of g.
+
+    Updates are of rank one: H ← H + (Δz - H Δg) vᵀ/(vᵀ Δg) with vᵀ = Δzᵀ H ("good" Broyden).
 
     Args:
         memory: updates kept; the oldest is dropped for the next one.

@@ -30,6 +30,10 @@ SMALL = {
         "block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 8, "norm_num_groups": 2,
     },
+    "equilibrium": {
+        "cell": {"name": "mlp_cell", "hidden": 24, "activation": "tanh", "contraction": 0.3},
+        "solver": {"name": "picard", "rtol": 3e-7, "atol": 3e-7}, "gradient": "unrolled",
+    },
     "shared": {"of": {"name": "residual_mlp", "hidden": 24}, "embedding": 4, "inject": ("concat", "add", "gate")},
     "diffusers_dit": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2},
 }  # fmt: skip
