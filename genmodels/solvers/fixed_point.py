@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from .step_size import PI
 from .termination import SteadyState
 
 Map = Callable[[Tensor], Tensor]
+Array = np.ndarray
 Memory = tuple[Tensor, ...]  # of an iteration; each tensor has the batch axis first
 EXPLOSION = 1e6  # a residual that has grown by this factor will not come back
 
@@ -194,81 +196,83 @@ class Iteration(FixedPoint):
 
 
 class _Search:
-    """An iteration of the rows that have not ended.
+    """An iteration of the rows that have not ended. Books are kept on the host, states on their device.
 
     Attributes:
-        index: [n] which rows of the batch these are.
+        open: [B] which rows have not ended.
     """
 
     def __init__(self, method: Iteration, f: Map, z: Tensor) -> None:
-        self.method, self.f, self.whole = method, f, f
-        self.z, self.index = z, torch.arange(len(z), device=z.device)
-        table = lambda value: torch.full((len(z),), value, dtype=torch.float64, device=z.device)  # noqa: E731
-        self.best, self.least = z, table(torch.inf)
-        self.first, self.lipschitz = table(torch.nan), table(torch.nan)
-        self.iterations = torch.zeros_like(self.index)
-        self.outcome = torch.full_like(self.index, Outcome.exhausted)
-        self.history: list[Tensor] = []
+        self.method, self.f, self.whole, self.z, self.best = method, f, f, z, z
+        n = len(z)
+        self.least, self.first, self.lipschitz = np.full(n, np.inf), np.full(n, np.nan), np.full(n, np.nan)
+        self.iterations, self.outcome = np.zeros(n, np.int64), np.full(n, int(Outcome.exhausted))
+        self.open = np.ones(n, bool)
+        self.history: list[Array] = []
 
     def run(self) -> Equilibrium:
-        z, index, memory, before = self.z, self.index, self.method.begin(flat(self.z)), None
+        z, memory, before = self.z, self.method.begin(flat(self.z)), None
+        index = np.arange(len(z))  # which rows z holds
         for k in range(self.method.max_iterations):
             if not len(index):
                 break
             fz = evaluated(self.f, z)
             r = fz - z
-            going = self._judge(index, z, fz, r, before)
+            self._judge(index, z, fz, r, before)
+            going = self.open[index]
             if not going.any():
                 break
             before = (z, fz)
-            if not going.all():
-                if isinstance(self.whole, Selectable):
-                    kept = going.nonzero()[:, 0]
-                    z, r, index, going = z[kept], r[kept], index[kept], going[kept]
-                    before, memory = narrow(before, kept), narrow(memory, kept)
-                    self.f = self.whole.select(index)
+            if not going.all() and isinstance(self.whole, Selectable):
+                kept = self._on_device(np.flatnonzero(going))
+                z, r, before, memory = z[kept], r[kept], narrow(before, kept), narrow(memory, kept)
+                index = index[going]
+                going = self.open[index]
+                self.f = self.whole.select(self._on_device(index))
             new, memory = self.method.propose(flat(z), flat(r), memory, k)
-            z = torch.where(expand_like(going, z), new.reshape(z.shape), z)
-        history = torch.stack(self.history) if self.history else self.least.new_zeros(0, 0)
-        return Equilibrium(
-            self.best, self.least, self.iterations, self.iterations, self.outcome, self.lipschitz, history
-        )
+            new = new.reshape(z.shape)
+            z = new if going.all() else torch.where(expand_like(self._on_device(going), z), new, z)
+        history = np.stack(self.history) if self.history else np.zeros((0, len(self.z)))
+        counts = self._on_device(self.iterations)
+        books = (self._on_device(each) for each in (self.outcome, self.lipschitz, history))
+        return Equilibrium(self.best, self._on_device(self.least), counts, counts, *books)
 
-    @torch.no_grad()
-    def _note(self, index: Tensor, z: Tensor, fz: Tensor, size: Tensor, before: tuple[Tensor, Tensor] | None) -> None:
-        """How much f has stretched the last move of each row."""
-        if before is None:
-            return
-        moved, stretched = rms(z - before[0]), rms(fz - before[1])
-        slope = torch.where(moved > 0, stretched / moved, torch.nan)
-        self.lipschitz[index] = torch.fmax(self.lipschitz[index], slope)
+    def _on_device(self, values: Array) -> Tensor:
+        return torch.from_numpy(values).to(self.z.device)
 
-    def _judge(self, index: Tensor, z: Tensor, fz: Tensor, r: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[n] bool: which rows go on; their books are kept up."""
-        method = self.method
+    def _judge(self, index: Array, z: Tensor, fz: Tensor, r: Tensor, before: tuple[Tensor, Tensor] | None) -> None:
+        """Which rows end here, and what is noted of them; the only wait for the device in an iteration."""
+        method, rows = self.method, index[self.open[index]]
         with torch.no_grad():
-            size, scale = rms(r), rms(fz)
-            open_rows = self.outcome[index] == Outcome.exhausted
+            sizes = [rms(r), rms(fz)]
+            sizes += [] if before is None else [rms(z - before[0]), rms(fz - before[1])]
+            size, scale, *moves = torch.stack(sizes).cpu().numpy()[:, self.open[index]]
+        with np.errstate(invalid="ignore", divide="ignore"):
             ratio = size / (method.atol + method.rtol * scale)
-            finite = ratio.isfinite()
-            first = torch.where(self.first[index].isnan(), size, self.first[index])
-            self.first[index] = first
-            self._note(index, z, fz, size, before)
-            line = torch.full_like(self.least, torch.nan)
-            line[index] = torch.where(open_rows, size, torch.nan)
-            self.history.append(line)
-            self.iterations[index] += open_rows.long()
-            # of a diverging row the residual grows, though beside the growing state it may not
-            better = open_rows & finite & ((size < self.least[index]) | (ratio <= 1))
-            self.least[index] = torch.where(better, size, self.least[index])
-            ended = torch.full_like(index, Outcome.exhausted)
-            ended = torch.where(size > EXPLOSION * first, Outcome.diverged, ended)
-            ended = torch.where(finite, ended, Outcome.non_finite)
-            ended = torch.where(ratio <= 1, Outcome.converged, ended)
-            self.outcome[index] = torch.where(open_rows, ended, self.outcome[index])
-        picked = torch.where(expand_like(better, z), z, self.best[index])
-        self.best = self.best.index_copy(0, index, picked)
-        return open_rows & (ended == Outcome.exhausted)
+            if moves:
+                slope = np.where(moves[0] > 0, moves[1] / moves[0], np.nan)
+                self.lipschitz[rows] = np.fmax(self.lipschitz[rows], slope)
+        self.first[rows] = np.where(np.isnan(self.first[rows]), size, self.first[rows])
+        line = np.full(len(self.z), np.nan)
+        line[rows] = size
+        self.history.append(line)
+        self.iterations[rows] += 1
+        ended = np.where(size > EXPLOSION * self.first[rows], int(Outcome.diverged), int(Outcome.exhausted))
+        ended = np.where(np.isfinite(ratio), ended, int(Outcome.non_finite))
+        self.outcome[rows] = np.where(ratio <= 1, int(Outcome.converged), ended)
+        # of a diverging row the residual grows, though beside the growing state it may not
+        better = np.isfinite(ratio) & ((size < self.least[rows]) | (ratio <= 1))
+        self.least[rows] = np.where(better, size, self.least[rows])
+        self.open[rows] = self.outcome[rows] == Outcome.exhausted
+        self._keep(rows[better], index, z)
+
+    def _keep(self, rows: Array, index: Array, z: Tensor) -> None:
+        """z as the best iterate of some rows, where z holds the rows of `index`."""
+        if len(rows) == len(self.z):
+            self.best = z
+        elif len(rows):
+            places = self._on_device(np.searchsorted(index, rows))
+            self.best = self.best.index_copy(0, self._on_device(rows), z[places])
 
 
 def evaluated(f: Map, z: Tensor) -> Tensor:
