@@ -186,6 +186,18 @@ def test_the_network_reads_the_fixed_point_under_time_and_condition():
     assert flat(t, x, label).shape == x.shape
 
 
+def test_states_keep_the_precision_of_parameters_under_autocast():
+    """Which a search to 1e-4 needs: bfloat16 resolves 1/128."""
+    solver = {"name": "picard", "rtol": 1e-4, "atol": 1e-4, "max_iterations": 30}
+    made = network(solver=solver, cell={"name": "mlp_cell", "hidden": 9, "contraction": 0.5}).float()
+    x, t = torch.randn(5, 1, 4, 4, generator=generator("images")), torch.linspace(0.1, 0.9, 5)
+    plain = made(t, x, None)
+    made.autocast = torch.bfloat16
+    out = made(t, x, None)
+    assert made.settled.found.z.dtype == out.dtype == torch.float32
+    torch.testing.assert_close(out, plain, rtol=0.05, atol=0.05)
+
+
 def test_a_warm_search_starts_at_the_last_state_and_ends_at_the_same_point():
     made = network()
     x = torch.randn(5, 1, 4, 4, generator=generator("images"), dtype=torch.float64)
