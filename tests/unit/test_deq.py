@@ -189,7 +189,7 @@ def test_the_network_reads_the_fixed_point_under_time_and_condition():
 def test_states_keep_the_precision_of_parameters_under_autocast():
     """Which a search to 1e-4 needs: bfloat16 resolves 1/128."""
     solver = {"name": "picard", "rtol": 1e-4, "atol": 1e-4, "max_iterations": 30}
-    made = network(solver=solver, cell={"name": "mlp_cell", "hidden": 9, "contraction": 0.5}).float()
+    made = network(solver=solver).float()
     x, t = torch.randn(5, 1, 4, 4, generator=generator("images")), torch.linspace(0.1, 0.9, 5)
     plain = made(t, x, None)
     made.autocast = torch.bfloat16
