@@ -110,14 +110,20 @@ def table(name: str) -> str:
         cells = [_cell(*mean_and_error([row[column] for row in scaled])) for column in COLUMNS]
         lines.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
     if name in LAWS:
-        lines.append(f"| (the law of the data) | | {LAWS[name]():.4g} | | | |")
+        lines.append(f"| (the law of the data) | | {_plain(LAWS[name](), 4)} | | | |")
     return "\n".join([head, *lines])
 
 
 def _cell(mean: float, error: float | None) -> str:
     if error is not None and error < 1e-12 * abs(mean):  # of equal values, but for rounding
         error = 0.0
-    return f"{mean:.4g}" + ("" if error is None else f" ± {error:.2g}")
+    return _plain(mean, 4) + ("" if error is None else f" ± {_plain(error, 2)}")
+
+
+def _plain(value: float, digits: int) -> str:
+    """So many digits, without an exponent where the number is large."""
+    text = f"{value:.{digits}g}"
+    return f"{float(text):,.0f}" if "e+" in text else text
 
 
 def draw_front(names: Sequence[str], path: Path) -> None:

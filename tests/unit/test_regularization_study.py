@@ -104,6 +104,10 @@ def test_the_law_of_spirals_is_theirs(monkeypatch):
         torch.testing.assert_close(field(times[k], path[:, k]), slope[:, k], rtol=1e-10, atol=1e-10)
 
 
+def test_large_numbers_have_no_exponents():
+    assert [report._plain(v, 4) for v in (53190.4, 0.02951, 123.44, 9999.0)] == ["53,190", "0.02951", "123.4", "9999"]
+
+
 def test_standard_error_of_a_mean():
     assert report.mean_and_error([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7 / 3), rel=1e-12))
     assert report.mean_and_error([2.5]) == (2.5, None)
