@@ -100,7 +100,7 @@ def rows(root: Path, results: Path = RESULTS) -> list[Row]:
             run = f"equilibrium-{name}-{seed}"
             for path in sorted((results / PROTOCOL / run).glob("*.json")):
                 result = read(path)[0]
-                moves = result["overridden"].get("predict", {}).get("iterations")
+                moves = result["answers"]["predict"].get("iterations")
                 (whole if moves is None else early[moves]).append({**facts(result), "backward": backward(root / run)})
         if whole:
             curve = [summary(part) for part in early.values() if part]

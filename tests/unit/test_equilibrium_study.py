@@ -55,7 +55,7 @@ def test_the_table_is_made_of_results(tmp_path, monkeypatch):
                 "cost": {"predict": {"nfe": nfe, "seconds_per_item": 2e-3}},
                 "training": {"seconds": 10.0 + seed},
                 "model": {"parameters": 17226},
-                "overridden": {} if moves is None else {"predict": {"iterations": moves}},
+                "answers": {"predict": {} if moves is None else {"iterations": moves}},
             }
         log = tmp_path / "runs" / run / "metrics.jsonl"
         log.parent.mkdir(parents=True)
