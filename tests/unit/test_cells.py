@@ -134,6 +134,37 @@ def test_the_scales_see_each_other_and_the_item_enters_the_first():
     assert seen[0] is u["u"] and seen[1:] == [None, None]
 
 
+def test_a_scale_receives_the_sum_of_what_the_others_send():
+    """Ways that send a constant, whatever comes in, add it up; ways that send nothing leave the scales alone."""
+    made = cell("multiscale_cell", channels=[4, 4, 4], head=[3, 3, 5])
+    z, u = states(made), made.inject(None, items())
+    inner = [
+        block(part, u["u"] if i == 0 else None)
+        for i, (block, part) in enumerate(zip(made.blocks, made.split(z), strict=True))
+    ]
+    for constant in (0.0, 0.7):
+        for ways in made.ways:
+            for norm in (m for way in ways for m in way.modules() if isinstance(m, nn.GroupNorm)):
+                nn.init.zeros_(norm.weight)
+                nn.init.constant_(norm.bias, constant)
+        for part, own, after in zip(made.split(made(None, z, u)), inner, made.after, strict=True):
+            torch.testing.assert_close(part, after(own + 2 * constant))
+
+
+def test_reading_adds_the_scales_on_the_way_down():
+    made = cell("multiscale_cell")
+    large, small = made.split(states(made))
+    expected = made.downs[0](made.necks[0](large)) + made.necks[1](small)
+    torch.testing.assert_close(made.read(states(made)), expected)
+
+
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 1.0), ("tanh", 1.0), ("silu", 1.0999), ("gelu", 1.1290)])
+def test_activations_stretch_as_little_as_is_told(activation, slope):
+    y = torch.linspace(-6, 6, 100_001, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(cell("mlp_cell", activation=activation).activation(y).sum(), y)
+    assert found.abs().max().item() == pytest.approx(slope, abs=1e-4)
+
+
 def test_blocks_by_their_formulas():
     made = cell("conv_cell", channels=8, groups=4, timed=True)
     z, u = states(made), made.inject(torch.tensor(0.3), items())

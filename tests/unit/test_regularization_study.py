@@ -1,6 +1,7 @@
 """The study of regularized continuous depth: its runs are what they say, and its table is made of their results."""
 
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from evals.studies import regularization_table as report
 from evals.studies.plans import ROOT
 from evals.studies.regularization import EXPERIMENTS, SEEDS, STUDIES, methods, regularizers
 from genmodels.config import load, read
+from genmodels.data import spiral_dynamics
+from genmodels.data.spiral_dynamics import SpiralSDE
 from genmodels.data.spiral_series import SpiralSeries
 from genmodels.dynamics.regularization import Regularizer
 from genmodels.evaluation.protocol import FOLDER
 from genmodels.registry import build, names
+from genmodels.rng import generator
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -102,6 +106,20 @@ def test_the_law_of_spirals_is_theirs(monkeypatch):
     torch.testing.assert_close(path[:, 0], start, rtol=1e-12, atol=1e-12)
     for k in range(2):
         torch.testing.assert_close(field(times[k], path[:, k]), slope[:, k], rtol=1e-10, atol=1e-10)
+
+
+def test_the_law_of_spirals_with_noise_is_that_of_the_data(monkeypatch):
+    seen = []
+    monkeypatch.setattr(report, "_evaluations", lambda *given, **kind: seen.extend(given) or 7.0)
+    assert report.law_of_noisy_spirals() == 700.0  # of the paths of a prediction
+    field, start, times, solver, steps = seen
+    u = torch.randn(6, 2, generator=generator("law"))
+    torch.testing.assert_close(field.drift(times[0], u), spiral_dynamics.drift(u))
+    torch.testing.assert_close(field.diffusion(times[0], u), signature(SpiralSDE).parameters["noise"].default * u)
+    assert field.calculus == "ito" and start.tolist() == [[2.0, 0.0]] * 100
+    torch.testing.assert_close(times, SpiralSDE(count=4).take("train", torch.tensor([0])).target_times[0])
+    model = load([ROOT / "configs" / "spiral" / "sde.yaml"], ["name=x"]).tree["model"]
+    assert model["solver"]["name"] == solver and steps.items() <= model["controller"].items()
 
 
 def test_large_numbers_have_no_exponents():
