@@ -1,4 +1,4 @@
-"""Fixed points z = f(z), row by row: iterations, accelerated iterations, and the flow dz/dt = f(z) - z to its rest."""
+"""Fixed points z = f(z), row by row, by plain and accelerated iteration."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -12,13 +12,9 @@ from torch import Tensor
 
 from ..registry import kind, register
 from ..types import Condition, expand_like
-from .base import Controller, Fixed, Solver, integrate
-from .fields import RowField, Selectable, narrow
+from .fields import Selectable, narrow
 from .newton import flat
 from .norms import rms
-from .runge_kutta import Tsit5
-from .step_size import PI
-from .termination import SteadyState
 
 Map = Callable[[Tensor], Tensor]
 Array = np.ndarray
@@ -405,66 +401,3 @@ class Broyden(Iteration):
     def _applied(u: Tensor, v: Tensor, g: Tensor) -> Tensor:
         """H g."""
         return torch.einsum("bmd,bm->bd", u, torch.einsum("bmd,bd->bm", v, g)) - g
-
-
-@register(FixedPoint, "infinite_time")
-class InfiniteTime(FixedPoint):
-    """The rest of dz/dt = f(z) - z: an adaptive solver follows the flow until rms(f(z) - z) <= atol + rtol rms(z).
-
-    It converges where every eigenvalue of the Jacobian of f has a real part below 1, also where f is no contraction.
-    The residual that is reported is that of the state at the end, for one evaluation more.
-
-    Args:
-        rtol, atol: of the rest.
-        solver, controller: of the flow; by default Tsit5 with tolerances as loose as those of the rest.
-        horizon: time at which a row that has not come to rest is given up.
-        max_steps: of a row, rejected ones included.
-    Raises:
-        ValueError: if the horizon or max_steps are not positive, or the controller does not adapt steps.
-    Source: Pal et al. 2022 (Continuous deep equilibrium models), section 3.1.
-    """
-
-    def __init__(
-        self,
-        rtol: float = 1e-3,
-        atol: float = 1e-6,
-        solver: Solver = Tsit5(),
-        controller: Controller | None = None,
-        horizon: float = 1e3,
-        max_steps: int = 500,
-    ) -> None:
-        self.rtol, self.atol = rtol, atol
-        self.check_tolerances()
-        if horizon <= 0 or max_steps < 1:
-            raise ValueError(f"infinite_time: horizon > 0 and max_steps >= 1 are needed, found {horizon}, {max_steps}.")
-        if isinstance(controller, Fixed):
-            raise ValueError("infinite_time: steps must adapt on the way to rest. Use a controller such as pi.")
-        self.solver, self.horizon, self.max_steps = solver, horizon, max_steps
-        self.controller = controller or PI(max(rtol, 1e-12), atol)
-
-    def limited(self, iterations: int) -> "InfiniteTime":
-        solver = copy.copy(self)
-        solver.max_steps = min(iterations, self.max_steps)
-        return solver
-
-    def solve(self, f: Map, z: Tensor) -> Equilibrium:
-        self.check_resolution(z.dtype)
-        arguments = f.arguments if isinstance(f, RowMap) else ()
-        plain = f.f if isinstance(f, RowMap) else f
-        field = RowField(lambda t, z, *given: evaluated(lambda z: plain(z, *given), z) - z, *arguments)
-        out = integrate(
-            field if isinstance(f, RowMap) else (lambda t, z: evaluated(f, z) - z),
-            z,
-            torch.tensor([0.0, self.horizon], dtype=torch.float64),
-            solver=self.solver,
-            controller=self.controller,
-            stop=SteadyState(self.rtol, self.atol),
-            max_steps=self.max_steps,
-            on_failure="return",
-        )
-        with torch.no_grad():
-            residual = rms(evaluated(f, out.x) - out.x) if len(z) else out.time
-        outcome = torch.where(out.stopped, Outcome.converged, Outcome.exhausted)
-        outcome = torch.where(residual.isfinite() & (out.status != 3), outcome, Outcome.non_finite)
-        nothing = torch.full_like(residual, torch.nan)
-        return Equilibrium(out.x, residual, out.steps, out.nfe + 1, outcome, nothing, residual[None])

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genmodels.networks.cells import Cell, ConvCell, MLPCell, MultiscaleCell, Subhomogeneous, contracted
+from genmodels.networks.cells import Cell, ConvCell, MLPCell, Subhomogeneous, contracted
+from genmodels.networks.multiscale import MultiscaleCell
 from genmodels.registry import ConfigError, build, names
 from genmodels.rng import generator
 from genmodels.solvers.fixed_point import Picard, RowMap

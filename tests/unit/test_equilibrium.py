@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from genmodels.registry import build, names
 from genmodels.rng import generator
 from genmodels.solvers.equilibrium import EquilibriumGradient, Implicit, JacobianFree, Phantom, Unrolled, equilibrium
-from genmodels.solvers.fixed_point import Anderson, FixedPoint, InfiniteTime, Picard, RowMap
+from genmodels.solvers.fixed_point import Anderson, FixedPoint, Picard, RowMap
+from genmodels.solvers.infinite_time import InfiniteTime
 
 LINEAR = ("gmres", "neumann", "anderson", "broyden")
 TIGHT = Anderson(1e-13, 1e-13, 200)

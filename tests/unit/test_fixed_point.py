@@ -15,11 +15,11 @@ from genmodels.solvers.fixed_point import (
     Broyden,
     EquilibriumError,
     FixedPoint,
-    InfiniteTime,
     Outcome,
     Picard,
     RowMap,
 )
+from genmodels.solvers.infinite_time import InfiniteTime
 from genmodels.solvers.norms import rms
 from genmodels.solvers.step_size import PI
 

@@ -8,9 +8,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from genmodels.metrics import supervised
+from genmodels.metrics.auroc import AUROC
 from genmodels.metrics.metric import Subject
 from genmodels.metrics.supervised import (
-    AUROC,
     Accuracy,
     Brier,
     CalibrationError,
