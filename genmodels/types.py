@@ -144,6 +144,7 @@ class Samples:
         seconds: wall-clock time of the whole answer.
         nfe: evaluations of the model's network on the path of one item (mean over items).
         failure: why there is no answer (a solver gave up); x or the likelihood is NaN then.
+        options: the setting of a metric under which it was answered (see `Metric.settings`); None for the run's own.
     """
 
     seeds: Tensor
@@ -155,6 +156,7 @@ class Samples:
     seconds: float = 0.0
     nfe: float = 0.0
     failure: str = ""
+    options: Mapping[str, Any] | None = None
 
 
 Seeds = int | Iterable[int] | Tensor

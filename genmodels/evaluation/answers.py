@@ -150,6 +150,12 @@ class Interview:
         if processes.main():
             bill.peak_memory = max(filter(None, (bill.peak_memory, peak_memory(self.model.device))), default=None)
 
+    def again(self, question: str, setting: dict[str, Any], block: int = 0) -> Iterator[Answer]:
+        """The answers under further options, marked with them; they are on no bill."""
+        options = {**self.options, question: self.options[question] | setting}
+        for samples, batch in dataclasses.replace(self, options=options, bills={}, failures={}).ask(question, block):
+            yield dataclasses.replace(samples, options=setting), batch
+
     def price(self, question: str) -> None:
         """Complete the bill of an answered question.
 

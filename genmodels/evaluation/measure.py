@@ -14,7 +14,7 @@ from ..metrics.metric import Metric, Subject
 from ..metrics.reference import keep_features, kept_features
 from ..registry import ConfigError
 from ..training import processes
-from ..types import Estimate, NotApplicable
+from ..types import Batch, Estimate, NotApplicable, Samples
 from .answers import QUESTIONS, Failures, Interview
 from .results import combine
 
@@ -177,9 +177,11 @@ def _ask(interview: Interview, question: str, metrics: dict[int, Metric], found:
             ids.append(samples.seeds)
             if samples.x is not None and len(samples.x) and sum(map(len, shown)) < SHOWN:
                 shown.append(samples.x[:SHOWN])
-            for entry, metric in metrics.items() if len(samples.seeds) else ():
-                if entry not in refused:
-                    _try(refused, entry, lambda m=metric, s=samples, b=batch: m.update(s, b))
+            _hand(metrics, samples, batch, refused)
+        for entry, metric in metrics.items():
+            for setting in metric.settings(interview.model):
+                for samples, batch in interview.again(question, setting, block):
+                    _hand({entry: metric}, samples, batch, refused)
         failed = interview.failures[question] if question == "sample" else None
         for entry, metric in metrics.items() if processes.main() else ():
             if entry not in refused:
@@ -197,6 +199,13 @@ def _ask(interview: Interview, question: str, metrics: dict[int, Metric], found:
     found.ids |= dict.fromkeys(metrics, torch.cat(ids))
     if shown:
         found.shown = torch.cat(shown)[:SHOWN]
+
+
+def _hand(metrics: dict[int, Metric], samples: Samples, batch: Batch | None, refused: dict[int, str]) -> None:
+    """An answer, unless it is empty, to all metrics that have not declined."""
+    for entry, metric in metrics.items() if len(samples.seeds) else ():
+        if entry not in refused:
+            _try(refused, entry, lambda m=metric: m.update(samples, batch))
 
 
 def _try(refused: dict[int, str], entry: int, step: Callable[[], None]) -> None:

@@ -1,8 +1,9 @@
 """The contract of a metric: answers of a model stream in, estimates with their uncertainty come out."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +70,14 @@ class Metric(ABC):
     def fingerprint(self) -> str:
         """What else the numbers depend on (the identity of the extractor); part of every protocol's hash."""
         return "" if self.features is None else self.features.identity
+
+    def settings(self, model: Model) -> Sequence[dict[str, Any]]:
+        """Further options of the question, beside those of the run, under which it is asked again for this metric.
+
+        After the answers to the question itself those under each setting are handed to `update`, with
+        `Samples.options`. It may depend on the model and the metric's arguments only.
+        """
+        return ()
 
     @abstractmethod
     def start(self, subject: Subject) -> None:
