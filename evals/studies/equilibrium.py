@@ -1,42 +1,49 @@
-"""Equilibrium models of digits beside an explicit network and a neural ODE of as many parameters, three seeds each.
+"""Equilibrium models of digits beside an explicit network and neural ODEs of as many parameters, three seeds each.
 
     python -m evals.studies.equilibrium digits [--jobs 2] [--root runs/equilibrium] [--publish]
 
-Every run is evaluated in full, and models with a dial also after 0, 1, 2, 4 and 8 moves of their search: 0 is what
-their start alone is worth. With `--publish` it writes evals/results/equilibrium.md and equilibrium.png, the accuracy
-against the evaluations of an answer.
+Every run is evaluated at every place of its dial, from what its start alone is worth to the whole search. With
+`--publish` it writes evals/results/equilibrium.md, equilibrium.png (accuracy against the evaluations of an answer) and
+equilibrium_tolerance.md (both against the tolerance of the search, by the same trained models).
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from genmodels.evaluation.evaluate import publish
+from genmodels.evaluation.evaluate import evaluate
+from genmodels.evaluation.protocol import Protocol
 from genmodels.evaluation.results import read
 from genmodels.files import write_text
+from genmodels.training.run import Run
 
 from . import plans
 from .plans import ROOT, Plan
 
 RESULTS = ROOT / "evals" / "results"
-PROTOCOL, SEEDS, DIAL = "digits_classify", (0, 1, 2), (0, 1, 2, 4, 8)
+PROTOCOL, SEEDS = "digits_anytime", (0, 1, 2)
+TOLERANCES = (0.5, 0.1, 1e-2, 1e-3, 1e-4, 1e-5)
 FIELD = (
     "{name: neural_ode, encoder: {name: mlp, hidden: [64], activation: relu}, latent: [64], "
     "network: {name: concat_mlp, hidden: [64], activation: relu, time: none}, solver: SOLVER, controller: CONTROLLER}"
 )
-TOLERANCE = "{name: pi, rtol: 5.0e-3, atol: 5.0e-3, norm: batch}"
-BROYDEN = "model.solver={name: broyden, rtol: 5.0e-3}"
+PI = "{name: pi, rtol: TOLERANCE, atol: TOLERANCE, norm: batch}"
+
+
+def explicit(solver: str, controller: str) -> tuple[str, tuple[str, ...]]:
+    """A neural ODE in the place of the equilibrium."""
+    return "digits/deq", ("model=" + FIELD.replace("SOLVER", solver).replace("CONTROLLER", controller),)
+
+
 # by name: the configuration, and what is changed in it
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "explicit": ("digits/deq", ("model=" + FIELD.replace("SOLVER", "euler").replace("CONTROLLER", "fixed"),)),
-    "neural-ode": ("digits/deq", ("model=" + FIELD.replace("SOLVER", "tsit5").replace("CONTROLLER", TOLERANCE),)),
+    "explicit": explicit("euler", "fixed"),
+    "neural-ode": explicit("tsit5", PI.replace("TOLERANCE", "5.0e-3")),
+    "neural-ode-1e-6": explicit("tsit5", PI.replace("TOLERANCE", "1.0e-6")),
     "deq": ("digits/deq", ()),
-    "deq-broyden": ("digits/deq", (BROYDEN,)),
+    "deq-broyden": ("digits/deq", ("model.solver={name: broyden, rtol: 5.0e-3}",)),
     "skip": ("digits/skip_deq", ()),
     "skip_reg": ("digits/skip_reg_deq", ()),
     "cdeq": ("digits/cdeq", ()),
@@ -46,6 +53,7 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
 TITLES = {
     "explicit": "explicit residual block",
     "neural-ode": "neural ODE",
+    "neural-ode-1e-6": "neural ODE, tolerance 1e-6",
     "deq": "DEQ (Anderson)",
     "deq-broyden": "DEQ (Broyden)",
     "skip": "Skip DEQ (Anderson)",
@@ -57,67 +65,70 @@ TITLES = {
 Row = dict[str, Any]
 
 
+def name_of(model: str, seed: int) -> str:
+    """Of a run."""
+    return f"equilibrium-{model}-{seed}"
+
+
 def digits() -> Iterator[Plan]:
     """Every model with every seed, the first seed of all of them first."""
     for seed in SEEDS:
         for name, (config, overrides) in MODELS.items():
-            yield Plan(f"equilibrium-{name}-{seed}", config, PROTOCOL, (f"seed={seed}", *overrides))
+            yield Plan(name_of(name, seed), config, PROTOCOL, (f"seed={seed}", *overrides))
 
 
 STUDIES = {"digits": digits}
-
-
-def dialled(root: Path, plan: Plan) -> None:
-    """Evaluate a run with a dial at each of its places."""
-    if "explicit" in plan.name or "neural-ode" in plan.name:
-        return
-    for moves in DIAL:
-        command = [
-            "-m",
-            "evals.evaluate",
-            str(root / plan.name),
-            "--protocol",
-            plan.protocol,
-            f"predict.iterations={moves}",
-        ]
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(f"{plan.name}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
 def rows(root: Path, results: Path = RESULTS) -> list[Row]:
     """One row for each model: means over the seeds, with standard errors, and its curve of accuracy against cost."""
     found = []
     for name in MODELS:
-        whole, early = [], {moves: [] for moves in DIAL}
-        for seed in SEEDS:
-            run = f"equilibrium-{name}-{seed}"
+        whole, curves = [], []
+        for run in (name_of(name, seed) for seed in SEEDS):
             for path in sorted((results / PROTOCOL / run).glob("*.json")):
                 result = read(path)[0]
-                moves = result["answers"]["predict"].get("iterations")
-                (whole if moves is None else early[moves]).append({**facts(result), "backward": backward(root / run)})
+                whole.append({**facts(result), "backward": backward(root / run)})
+                curves.append(curve(result))
         if whole:
-            curve = [summary(part) for part in early.values() if part]
-            found.append({"model": name, "seeds": len(whole), "curve": curve, **summary(whole)})
+            places = [summary(list(parts)) for parts in zip(*curves, strict=True)]
+            found.append({"model": name, "seeds": len(whole), "curve": places, **summary(whole)})
     return found
 
 
 def facts(result: dict[str, Any]) -> Row:
     """What a result says of accuracy and cost."""
-    cost = result["cost"]["predict"]
+    cost, values = result["cost"]["predict"], {m["name"]: m["value"] for m in result["metrics"]}
     return {
-        "accuracy": next(m["value"] for m in result["metrics"] if m["name"] == "accuracy"),
+        "accuracy": values["accuracy"],
+        "anytime": values["anytime_accuracy"],
         "nfe": cost["nfe"],
         "milliseconds": 1e3 * cost["seconds_per_item"],
         "training": result["training"]["seconds"],
         "parameters": result["model"]["parameters"],
     }
+
+
+def curve(result: dict[str, Any]) -> list[Row]:
+    """Accuracy and evaluations at every place of the dial, the cheapest first."""
+    values = {m["name"]: m["value"] for m in result["metrics"]}
+    places = [name.removeprefix("accuracy_at_") for name in values if name.startswith("accuracy_at_")]
+    return [{"accuracy": values[f"accuracy_at_{k}"], "nfe": values[f"evaluations_at_{k}"]} for k in places]
+
+
+def tolerances(root: Path) -> list[Row]:
+    """Accuracy and evaluations of trained models by the tolerance of the search, seeds averaged."""
+    protocol, found = Protocol.load(PROTOCOL), []
+    for name in ("deq", "deq-broyden", "skip", "skip_reg", "cdeq", "cdeq-skip_reg"):
+        for tolerance in TOLERANCES:
+            parts = []
+            for run in (Run.open(root / name_of(name, seed)) for seed in SEEDS):
+                solver = {**run.config.tree["model"]["solver"], "rtol": tolerance}
+                solver |= {"atol": tolerance} if solver["name"] == "infinite_time" else {}
+                solver |= {"max_steps": 2000} if solver["name"] == "infinite_time" else {"max_iterations": 200}
+                parts.append(facts(evaluate(run, protocol, overrides={"predict": {"solver": solver}})))
+            found.append({"model": name, "tolerance": tolerance, "seeds": len(parts), **summary(parts)})
+    return found
 
 
 def backward(run: Path) -> float | None:
@@ -142,17 +153,26 @@ def summary(parts: list[Row]) -> Row:
 def table(found: list[Row]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| model | parameters | accuracy ↑ | of the start alone | evaluations | backward products | training, s "
-        "| ms an item | seeds |",
-        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | parameters | accuracy ↑ | of the start alone | anytime accuracy ↑ | evaluations | backward products "
+        "| training, s | ms an item | seeds |",
+        "|:---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in found:
         first = r["curve"][0] if r["curve"] else {}
-        cells = [cell(r, key) for key in ("nfe", "backward", "training", "milliseconds")]
+        cells = [cell(r, key) for key in ("anytime", "nfe", "backward", "training", "milliseconds")]
         lines.append(
             f"| {TITLES[r['model']]} | {r['parameters']:,.0f} | {cell(r, 'accuracy')} | {cell(first, 'accuracy')} | "
             f"{' | '.join(cells)} | {r['seeds']} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def tolerance_table(found: list[Row]) -> str:
+    """Accuracy (evaluations) by tolerance, one line for each model."""
+    lines = [f"| model | {' | '.join(f'{t:g}' for t in TOLERANCES)} |", "|:---|" + "---:|" * len(TOLERANCES)]
+    for name in dict.fromkeys(r["model"] for r in found):
+        cells = [f"{cell(r, 'accuracy')} ({r['nfe']:.3g})" for r in found if r["model"] == name]
+        lines.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -173,7 +193,7 @@ def draw(found: list[Row], path: Path) -> None:
         points = sorted([*r["curve"], r], key=lambda point: point["nfe"])
         x, y, e = ([point[key] for point in points] for key in ("nfe", "accuracy", "accuracy_error"))
         e = None if None in e else e
-        panel.errorbar(x, y, e, marker="osD^v<>PX"[k], capsize=2, lw=1, label=TITLES[r["model"]])
+        panel.errorbar(x, y, e, marker="osdD^v<>PX"[k], capsize=2, lw=1, label=TITLES[r["model"]])
     panel.set(xscale="symlog", xlabel="evaluations of an answer", ylabel="test accuracy")
     panel.grid(alpha=0.3, lw=0.5)
     panel.legend(fontsize=7, frameon=False)
@@ -184,16 +204,13 @@ def draw(found: list[Row], path: Path) -> None:
 def main() -> None:
     given = plans.parser(__doc__, STUDIES, "runs/equilibrium").parse_args()
     chosen = [plan for study in given.studies for plan in STUDIES[study]()]
-    plans.carry_out_all(chosen, given.root, given.jobs, False)
-    for plan in chosen:
-        dialled(given.root, plan)
-        for path in (given.root / plan.name / "eval" / plan.protocol).glob("*.json") if given.publish else ():
-            publish(path, read(path)[0])
+    plans.carry_out_all(chosen, given.root, given.jobs, given.publish)
     if given.publish:
         found = rows(given.root)
         write_text(RESULTS / "equilibrium.md", table(found))
         draw(found, RESULTS / "equilibrium.png")
-        print(RESULTS / "equilibrium.md")
+        write_text(RESULTS / "equilibrium_tolerance.md", tolerance_table(tolerances(given.root)))
+        print(RESULTS / "equilibrium.md", RESULTS / "equilibrium_tolerance.md", sep="\n")
 
 
 if __name__ == "__main__":
