@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..registry import kind, register
-from .fixed_point import Anderson, Broyden, Equilibrium, EquilibriumError, FixedPoint, Map, Outcome, Picard, evaluated
+from .fixed_point import Anderson, Broyden, FixedPoint, Map, Picard, evaluated
 from .newton import flat, gmres
 from .norms import finite_rows, rms
+from .outcomes import Equilibrium, EquilibriumError, Outcome
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from torch import Tensor
 from ..registry import register
 from .base import Controller, Fixed, Solver, integrate
 from .fields import RowField
-from .fixed_point import Equilibrium, FixedPoint, Map, Outcome, RowMap, evaluated
+from .fixed_point import FixedPoint, Map, RowMap, evaluated
 from .norms import rms
+from .outcomes import Equilibrium, Outcome
 from .runge_kutta import Tsit5
 from .solution import Result
 from .step_size import PI

@@ -10,17 +10,10 @@ from torch import Tensor
 from genmodels.registry import build
 from genmodels.rng import generator
 from genmodels.solvers.equilibrium import equilibrium
-from genmodels.solvers.fixed_point import (
-    Anderson,
-    Broyden,
-    EquilibriumError,
-    FixedPoint,
-    Outcome,
-    Picard,
-    RowMap,
-)
+from genmodels.solvers.fixed_point import Anderson, Broyden, FixedPoint, Picard, RowMap
 from genmodels.solvers.infinite_time import InfiniteTime
 from genmodels.solvers.norms import rms
+from genmodels.solvers.outcomes import EquilibriumError, Outcome
 from genmodels.solvers.step_size import PI
 
 EVERY = ("picard", "anderson", "broyden", "infinite_time")
