@@ -226,15 +226,14 @@ def equilibrium(
         gradient: how gradients are taken; None for `implicit`. Without gradients the search keeps no graph.
         on_failure: "return" gives the best iterate of rows that did not converge, "raise" an error.
     Raises:
-        ValueError: if the map changes the shape of the state, the start is not finite, or the tolerances are below the
-            resolution of its dtype.
+        ValueError: if the map changes the shape of the state, the start is not finite, not of floating point or has no
+            batch axis, or the tolerances are below the resolution of its dtype.
         EquilibriumError: if a row meets an infinite or undefined state and has no finite iterate, or, with "raise", if
             it does not converge.
     """
     if on_failure not in ("raise", "return"):
         raise ValueError(f'equilibrium: on_failure is "raise" or "return", found {on_failure!r}.')
-    if not z.is_floating_point():
-        raise ValueError(f"equilibrium: the start must be of floating point, found {z.dtype}.")
+    solver.check_start(z)
     if not finite_rows(z).all():
         raise ValueError(f"equilibrium: row {int((~finite_rows(z)).nonzero()[0])} of the start is not finite.")
     found = (gradient or Implicit()).solve(f, z, solver) if torch.is_grad_enabled() else solver.solve(f, z)

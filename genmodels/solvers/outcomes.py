@@ -5,6 +5,11 @@ from enum import IntEnum
 
 from torch import Tensor
 
+TAMING = (
+    "Where f stretches differences, plain iteration cannot be trusted: damp it, use 'anderson' or 'broyden', or make f "
+    "a contraction (spectral normalisation, a Jacobian penalty, the subhomogeneous cell)."
+)
+
 
 class Outcome(IntEnum):
     """How the iteration of a row ended; `words` says it."""
@@ -31,7 +36,7 @@ class Equilibrium:
         nfe: [B] int64 evaluations of f for each row.
         outcome: [B] int64 `Outcome`.
         lipschitz: [B] float64 the largest |f(z') - f(z)|/|z' - z| over consecutive iterates, a lower bound of the
-            Lipschitz constant; nan where there were none.
+            Lipschitz constant up to rounding; nan where there were none.
         history: [N, B] float64 residuals of the iterates in their order, nan beyond a row's last.
     """
 
@@ -65,9 +70,9 @@ class EquilibriumError(RuntimeError):
         slope = float(found.lipschitz[self.row])
         steep = f"; f stretched differences by up to {slope:.3g}" if slope == slope else ""
         advice = {
-            Outcome.exhausted: "Raise max_iterations or the tolerances, or use 'anderson' or 'broyden'.",
-            Outcome.diverged: "Above 1, plain iteration cannot be trusted: damp it, use 'anderson' or 'broyden', or "
-            "make f a contraction (spectral normalisation, a Jacobian penalty, the subhomogeneous cell).",
+            Outcome.exhausted: "Raise max_iterations (of a flow max_steps or its horizon) or the tolerances, or "
+            "use 'anderson' or 'broyden'." + (f" {TAMING}" if slope >= 1 else ""),
+            Outcome.diverged: TAMING,
             Outcome.non_finite: "Look at f (divisions, logarithms, exponentials, weights that are not finite).",
         }[self.outcome]
         super().__init__(
