@@ -375,3 +375,13 @@ def test_repeated_differences_do_not_break_anderson():
     f = lambda z: -0.5 * z + torch.tensor([1.0, 2.0])  # noqa: E731
     found = Anderson(1e-6, 1e-6, 30, memory=8, ridge=0.0).solve(f, torch.zeros(3, 2))
     assert found.converged.all()
+
+
+def test_a_flow_knows_its_two_tolerances_and_its_limits():
+    """Near 1000 a relative thousandth ends with a residual of about 1, an absolute one with a thousandth."""
+    f, z = (lambda z: 0.5 * z + 500), torch.zeros(1, 1, dtype=torch.float64)
+    loose, tight = (InfiniteTime(*tolerances).solve(f, z) for tolerances in ((1e-3, 1e-9), (1e-9, 1e-3)))
+    assert 0.05 < loose.residual.item() <= 1 and tight.residual.item() <= 1e-3 + 1e-6
+    assert 6 * loose.iterations.item() < loose.nfe.item() <= 6 * loose.iterations.item() + 12
+    short = InfiniteTime(1e-9, 1e-3, max_steps=3).solve(f, z)
+    assert short.outcome.item() == Outcome.exhausted and short.iterations.item() <= 3
