@@ -149,8 +149,8 @@ class Subhomogeneous(_Dense):
         rate: μ.
     Raises:
         ConfigError: if the shift is not positive.
-    Source: Sittoni & Tudisco 2024 (Subhomogeneous deep equilibrium models), section 4, with weights that are not
-        negative.
+    Source: Sittoni & Tudisco 2024 (Subhomogeneous deep equilibrium models), section 4; weights that are not negative
+        as in Gabor et al. 2024 (Positive concave deep equilibrium models), section 3.
     """
 
     def __init__(

@@ -156,7 +156,7 @@ class _Implicit(torch.autograd.Function):
             (found,) = torch.autograd.grad(fy, y, v, retain_graph=True, allow_unused=True)
             return torch.zeros_like(v) if found is None else found
 
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             found = ctx.gradient.adjoint_of(product, g)
         return once(found, fy, g), None, None, None
 

@@ -158,7 +158,8 @@ class _Search:
                 index = index[going]
                 going = self.open[index]
                 self.f = self.whole.select(self._on_device(index))
-            new, memory = self.method.propose(flat(z), flat(r), memory, k)
+            with torch.autocast(z.device.type, enabled=False):  # which is for what f computes
+                new, memory = self.method.propose(flat(z), flat(r), memory, k)
             new = new.reshape(z.shape)
             z = new if going.all() else torch.where(expand_like(self._on_device(going), z), new, z)
         history = np.stack(self.history) if self.history else np.zeros((0, len(self.z)))

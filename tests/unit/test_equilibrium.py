@@ -330,3 +330,32 @@ def test_one_row_that_is_lost_leaves_the_verdicts_of_the_others():
     f = RowMap(lambda z, k: torch.where(k[:, None] > 0, torch.nan, -z), torch.tensor([0.0, 1.0]))
     with pytest.raises(EquilibriumError, match="row 1 of 2 met an infinite"):
         equilibrium(f, torch.ones(2, 3), solver=Picard())
+
+
+def test_gmres_keeps_its_basis_orthogonal():
+    """At a condition of a million one pass of Gram-Schmidt leaves a residual of 1e-10."""
+    g = generator("orthogonal")
+    u, v = (torch.linalg.qr(torch.randn(3, 30, 30, generator=g, dtype=torch.float64))[0] for _ in range(2))
+    a = u @ torch.diag_embed(torch.logspace(0, -6, 30, dtype=torch.float64)).expand(3, 30, 30) @ v
+    r = torch.einsum("bij,bj->bi", a, torch.randn(3, 30, generator=g, dtype=torch.float64))
+    found = gmres(lambda v: torch.einsum("bij,bj->bi", a, v), r, 1e-14)
+    assert ((torch.einsum("bij,bj->bi", a, found) - r).norm(dim=1) <= 1e-13 * r.norm(dim=1)).all()
+
+
+def test_gmres_gives_up_rows_that_are_undefined_at_once():
+    calls, r = [], torch.full((2, 9), torch.nan, dtype=torch.float64)
+    found = gmres(lambda v: calls.append(1) or 2 * v, r, 1e-6)
+    assert len(calls) == 1 and found.isnan().all()
+    r[1] = torch.arange(9.0)
+    torch.testing.assert_close(gmres(lambda v: 2 * v, r, 1e-6)[1], torch.arange(9.0, dtype=torch.float64) / 2)
+
+
+def test_gradients_under_autocast_are_those_of_float32():
+    x = torch.ones(2, 3, requires_grad=True)
+    f = RowMap(lambda z, x: torch.tensor([0.9, 0.5, -0.7]) * z + x, x)
+    found = []
+    for lowered in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowered):
+            out = equilibrium(f, torch.zeros(2, 3), solver=Picard(), gradient=Implicit(rtol=1e-6)).z
+            found.append(torch.autograd.grad((WEIGHTS[:2, :3].float() * out).sum(), x)[0])
+    assert torch.equal(*found)

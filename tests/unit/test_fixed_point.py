@@ -385,3 +385,14 @@ def test_a_flow_knows_its_two_tolerances_and_its_limits():
     assert 6 * loose.iterations.item() < loose.nfe.item() <= 6 * loose.iterations.item() + 12
     short = InfiniteTime(1e-9, 1e-3, max_steps=3).solve(f, z)
     assert short.outcome.item() == Outcome.exhausted and short.iterations.item() <= 3
+
+
+@pytest.mark.parametrize("method", [Anderson(1e-5, 0, 60, memory=6), Broyden(1e-5, 0, 60)])
+def test_autocast_reaches_the_map_and_not_the_iteration(method):
+    """Which in bfloat16 would not end on a linear map of norm 3 in so few steps."""
+    a, b, _ = linear(3.0)
+    product = lambda z: (a.float() * z[:, None]).sum(2) + b.float()  # noqa: E731 — is not cast
+    plain = method.solve(product, ZERO.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = method.solve(product, ZERO.float())
+    assert torch.equal(found.z, plain.z) and torch.equal(found.nfe, plain.nfe)
