@@ -67,6 +67,12 @@ def test_dense_cells_by_hand():
         torch.testing.assert_close(made(None, z, made.inject(None, x)), f(z @ w.T, u))
 
 
+def test_time_and_class_are_added_to_what_dense_cells_receive():
+    made, x, t = cell("mlp_cell", timed=True, num_classes=3), items(), torch.tensor([0.1, 0.5, 0.9])
+    u, label = F.linear(x.flatten(1), made.entrance.weight, made.entrance.bias), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(made.inject(t.double(), x, label)["u"], u + made.embeddings(t.double(), x, label))
+
+
 def test_contraction_bounds_the_norm_exactly_and_leaves_smaller_ones_alone():
     w = torch.randn(7, 7, generator=generator("w"), dtype=torch.float64)
     norm = float(torch.linalg.svdvals(w)[0])
@@ -176,6 +182,22 @@ def test_a_scale_receives_the_sum_of_what_the_others_send():
                 nn.init.constant_(norm.bias, constant)
         for part, own, after in zip(made.split(made(None, z, u)), inner, made.after, strict=True):
             torch.testing.assert_close(part, after(own + 2 * constant))
+
+
+def test_ways_between_scales_by_their_formulas():
+    """Nearest neighbours of norm(conv) on the way up, norm(conv(relu(norm(conv)))) two scales down."""
+    made = cell("multiscale_cell", channels=[4, 6, 8], head=[3, 3, 5])
+    large, _, small = made.split(states(made))
+    norm = lambda h, of: F.group_norm(h, of.num_groups, of.weight, of.bias)  # noqa: E731
+    conv, after, _ = made.ways[0][2]
+    near = norm(F.conv2d(small, conv.weight, padding=1), after).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(made.ways[0][2](small), near)
+    first, inside, _, second, last = made.ways[2][0]
+    half = F.relu(norm(F.conv2d(large, first.weight, stride=2, padding=1), inside))
+    torch.testing.assert_close(made.ways[2][0](large), norm(F.conv2d(half, second.weight, stride=2, padding=1), last))
+    conv, _, last = made.after[2]
+    torch.testing.assert_close(made.after[2](small), norm(F.relu(F.conv2d(small, conv.weight)), last))
+    torch.testing.assert_close(made.ways[1][1](small), small)
 
 
 def test_reading_adds_the_scales_on_the_way_down():
