@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from genmodels.networks.cells import Cell, ConvCell, MLPCell, Subhomogeneous, contracted
 from genmodels.networks.multiscale import MultiscaleCell
+from genmodels.networks.weight_norm import Conv2d
 from genmodels.registry import ConfigError, build, names
 from genmodels.rng import generator
 from genmodels.solvers.fixed_point import Picard, RowMap
@@ -257,6 +258,7 @@ def test_weight_normalisation_is_an_option():
     plain, normed = (cell("conv_cell", weight_norm=flag).block for flag in (False, True))
     assert plain.first.gain is None and isinstance(normed.first.gain, nn.Parameter)
     torch.testing.assert_close(normed.first.kernel(), plain.first.kernel())
+    assert Conv2d(1, 3).gain is None and Conv2d(2, 3).gain is not None  # of one number it would be the sign
 
 
 def test_impossible_cells_are_refused():

@@ -9,7 +9,7 @@ from torch import Tensor
 from genmodels.registry import ConfigError, build
 from genmodels.solvers.base import Fixed, Termination, integrate
 from genmodels.solvers.fields import RowField
-from genmodels.solvers.runge_kutta import RK4, Dopri5, Tsit5
+from genmodels.solvers.runge_kutta import RK4, Dopri5, Euler, Tsit5
 from genmodels.solvers.solution import Result
 from genmodels.solvers.step_size import PI
 from genmodels.solvers.termination import Event, SteadyState
@@ -134,7 +134,7 @@ def test_rest_is_relative_to_the_state_at_the_end_of_a_step():
 
 def test_a_crossing_that_ends_or_begins_a_step_is_seen_once():
     """x = t - 1/2 over steps of 1/4 is 0 at the end of the second; one that starts at 0 has not crossed it."""
-    settings = {"solver": RK4(), "controller": Fixed(4)}
+    settings = {"solver": Euler(), "controller": Fixed(4)}
     times = torch.tensor([0.0, 1.0], dtype=torch.float64)
     x = torch.tensor([[-0.5], [0.0], [0.5]], dtype=torch.float64)
     for sign, direction in ((1.0, "up"), (-1.0, "down"), (1.0, "both")):
