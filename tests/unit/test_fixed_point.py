@@ -181,8 +181,9 @@ def test_divergence_is_diagnosed():
 @pytest.mark.parametrize("name", EVERY)
 def test_undefined_maps_are_named_and_the_last_finite_iterate_kept(name):
     z = torch.zeros(3, 2, dtype=torch.float64)
-    with pytest.raises(EquilibriumError, match="row 0 of 3 met an infinite or undefined state"):
-        equilibrium(lambda z: z * torch.nan, z, solver=solver(name))
+    for worst in (torch.nan, torch.inf):
+        with pytest.raises(EquilibriumError, match="row 0 of 3 met an infinite or undefined state"):
+            equilibrium(lambda z, worst=worst: z + worst, z, solver=solver(name))
     rows = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)[:, None]
     broken = lambda z: torch.where((rows == 1) & (z > 0.6), torch.nan, 0.5 * z + 0.5)  # noqa: E731
     found = equilibrium(broken, z, solver=solver(name))
