@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..registry import ConfigError, register
 from ..rng import Noise
 from ..solvers.equilibrium import EquilibriumGradient, Implicit, equilibrium
-from ..solvers.fixed_point import Anderson, Equilibrium, FixedPoint, RowMap, evaluated
+from ..solvers.fixed_point import Anderson, FixedPoint, RowMap, evaluated
 from ..solvers.norms import rms
+from ..solvers.outcomes import Equilibrium
 from ..types import Condition, Shape
 from .cells import Cell, Injection
 from .mlp import MLP

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..registry import kind, register
-from .fixed_point import Anderson, Broyden, Equilibrium, EquilibriumError, FixedPoint, Map, Outcome, Picard, evaluated
-from .newton import flat, gmres
+from ..types import expand_like
+from .fixed_point import Anderson, Broyden, FixedPoint, Map, Picard, evaluated
+from .newton import flat, gmres, once
 from .norms import finite_rows, rms
+from .outcomes import Equilibrium, EquilibriumError, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Adjoint:
     Args:
         residual: [B] float64 |g - (I - Jᵀ) λ|/|g|.
         converged: [B] bool, whether that is within the tolerance.
-        nfe: products with Jᵀ.
+        nfe: products with Jᵀ, without the one that gives the residual.
     """
 
     residual: Tensor
@@ -69,7 +70,7 @@ class Implicit(EquilibriumGradient):
         rtol: of the residual, relative to |g|.
         max_iterations: products with Jᵀ.
     Raises:
-        ValueError: if rtol is not positive, or there is not at least one product.
+        ValueError: if rtol is not positive or below the resolution of a state, or there is not at least one product.
     Source: Bai et al. 2019 (Deep equilibrium models), theorem 1.
     """
 
@@ -86,6 +87,12 @@ class Implicit(EquilibriumGradient):
         self.linear, self.rtol, self.max_iterations = linear, rtol, max_iterations
 
     def attach(self, f: Map, z: Tensor) -> Tensor:
+        resolution = torch.finfo(z.dtype).eps
+        if self.rtol < resolution:
+            raise ValueError(
+                f"implicit: rtol={self.rtol:g} is below the resolution {resolution:.2g} of {z.dtype}. Compute in "
+                "float64, or raise it."
+            )
         with torch.enable_grad():
             y = z.detach().requires_grad_()
             fy = evaluated(f, y)
@@ -110,24 +117,26 @@ class Implicit(EquilibriumGradient):
             warnings.warn(
                 f"implicit: {lost} of {len(g)} linear systems of the backward pass did not reach rtol={self.rtol:g} in "
                 f"{calls} products ('{self.linear}'; the worst is left at {float(residual.max()):.2g}); gradients are "
-                "not exact. Raise max_iterations, or make f more contractive. This is said once, and counted.",
+                "not exact. Raise max_iterations or rtol, or make f more contractive. This is said once, and counted.",
                 stacklevel=2,
             )
         self.unconverged += lost
         return solution
 
     def _solved(self, product: Callable[[Tensor], Tensor], g: Tensor) -> Tensor:
-        if self.linear == "gmres":
-            matrix = lambda v: v - flat(product(v.reshape(g.shape)))  # noqa: E731
-            return gmres(matrix, flat(g), self.rtol, self.max_iterations).reshape(g.shape)
-        kinds = {"neumann": Picard, "anderson": Anderson, "broyden": Broyden}
-        resolution = 4 * torch.finfo(g.dtype).eps
         # |λ| is about |g| or larger; the residual that is asked for is relative to |g|, row by row
-        size = rms(g).to(g.dtype)
-        scale = torch.where(size > 0, size, 1.0).reshape(-1, *(1,) * (g.ndim - 1))
-        method = kinds[self.linear](0.0, max(self.rtol, resolution), self.max_iterations)
+        wide, size = torch.promote_types(g.dtype, torch.float32), rms(g)
+        scale = expand_like(torch.where(size > 0, size, 1.0), g).to(wide)
         unit = g / scale
-        return scale * method.solve(lambda v: unit + product(v), unit).z
+        pulled = lambda v: product(v.to(g.dtype)).to(wide)  # noqa: E731
+        if self.linear == "gmres":
+            matrix = lambda v: v - flat(pulled(v.reshape(g.shape)))  # noqa: E731
+            found = gmres(matrix, flat(unit), self.rtol, self.max_iterations).reshape(g.shape)
+        else:
+            kinds = {"neumann": Picard, "anderson": Anderson, "broyden": Broyden}
+            method = kinds[self.linear](0.0, max(self.rtol, 4 * torch.finfo(wide).eps), self.max_iterations)
+            found = method.solve(lambda v: unit + pulled(v), unit).z
+        return (scale * found).to(g.dtype)
 
 
 class _Implicit(torch.autograd.Function):
@@ -140,7 +149,6 @@ class _Implicit(torch.autograd.Function):
         return z.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         fy, y = ctx.saved_tensors
 
@@ -148,7 +156,9 @@ class _Implicit(torch.autograd.Function):
             (found,) = torch.autograd.grad(fy, y, v, retain_graph=True, allow_unused=True)
             return torch.zeros_like(v) if found is None else found
 
-        return ctx.gradient.adjoint_of(product, g), None, None, None
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            found = ctx.gradient.adjoint_of(product, g)
+        return once(found, fy, g), None, None, None
 
 
 class _Unrolled(EquilibriumGradient):
@@ -162,7 +172,19 @@ class _Unrolled(EquilibriumGradient):
             new = z.detach()
             for _ in range(self.steps):
                 new = new + self.damping * (evaluated(f, new) - new)
-        return z + (new - new.detach())
+        return _Through.apply(new, z)
+
+
+class _Through(torch.autograd.Function):
+    """z, whose cotangent goes to something else of the same shape."""
+
+    @staticmethod
+    def forward(ctx: Any, other: Tensor, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
 
 
 @register(EquilibriumGradient, "jacobian_free")
@@ -225,15 +247,14 @@ def equilibrium(
         gradient: how gradients are taken; None for `implicit`. Without gradients the search keeps no graph.
         on_failure: "return" gives the best iterate of rows that did not converge, "raise" an error.
     Raises:
-        ValueError: if the map changes the shape of the state, the start is not finite, or the tolerances are below the
-            resolution of its dtype.
+        ValueError: if the map changes the shape of the state, the start is not finite, not of floating point or has no
+            batch axis, or the tolerances are below the resolution of its dtype.
         EquilibriumError: if a row meets an infinite or undefined state and has no finite iterate, or, with "raise", if
             it does not converge.
     """
     if on_failure not in ("raise", "return"):
         raise ValueError(f'equilibrium: on_failure is "raise" or "return", found {on_failure!r}.')
-    if not z.is_floating_point():
-        raise ValueError(f"equilibrium: the start must be of floating point, found {z.dtype}.")
+    solver.check_start(z)
     if not finite_rows(z).all():
         raise ValueError(f"equilibrium: row {int((~finite_rows(z)).nonzero()[0])} of the start is not finite.")
     found = (gradient or Implicit()).solve(f, z, solver) if torch.is_grad_enabled() else solver.solve(f, z)

@@ -3,8 +3,6 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import torch
@@ -15,25 +13,12 @@ from ..types import Condition, expand_like
 from .fields import Selectable, narrow
 from .newton import flat
 from .norms import rms
+from .outcomes import Equilibrium, Outcome
 
 Map = Callable[[Tensor], Tensor]
 Array = np.ndarray
 Memory = tuple[Tensor, ...]  # of an iteration; each tensor has the batch axis first
 EXPLOSION = 1e6  # a residual that has grown by this factor will not come back
-
-
-class Outcome(IntEnum):
-    """How the iteration of a row ended; `words` says it."""
-
-    def __new__(cls, value: int, words: str) -> "Outcome":
-        member = int.__new__(cls, value)
-        member._value_, member.words = value, words
-        return member
-
-    converged = 0, "converged"
-    exhausted = 1, "did not converge in the evaluations that it was given"
-    diverged = 2, "diverged"
-    non_finite = 3, "met an infinite or undefined state"
 
 
 class RowMap:
@@ -50,63 +35,6 @@ class RowMap:
 
     def select(self, rows: Tensor) -> "RowMap":
         return RowMap(self.f, *narrow(self.arguments, rows))
-
-
-@dataclass(frozen=True, slots=True)
-class Equilibrium:
-    """What a search for fixed points z = f(z) has found.
-
-    Args:
-        z: [B, *shape] the iterate of each row that converged, or else the one with the least residual.
-        residual: [B] float64 rms(f(z) - z) there; infinite where no iterate had a finite one.
-        iterations: [B] int64 iterations of each row: evaluations, or accepted steps of the infinite-time flow.
-        nfe: [B] int64 evaluations of f for each row.
-        outcome: [B] int64 `Outcome`.
-        lipschitz: [B] float64 the largest |f(z') - f(z)|/|z' - z| over consecutive iterates, a lower bound of the
-            Lipschitz constant; nan where there were none.
-        history: [N, B] float64 residuals of the iterates in their order, nan beyond a row's last.
-    """
-
-    z: Tensor
-    residual: Tensor
-    iterations: Tensor
-    nfe: Tensor
-    outcome: Tensor
-    lipschitz: Tensor
-    history: Tensor
-
-    @property
-    def converged(self) -> Tensor:
-        """[B] bool."""
-        return self.outcome == Outcome.converged
-
-
-class EquilibriumError(RuntimeError):
-    """A fixed point that was not found.
-
-    Attributes:
-        outcome: of the first row that failed.
-        row: which that is.
-    """
-
-    def __init__(self, found: Equilibrium, solver: str) -> None:
-        self.row = int((found.outcome > 0).nonzero()[0])
-        self.outcome = Outcome(int(found.outcome[self.row]))
-        residuals = [f"{v:.2g}" for v in found.history[:, self.row].tolist() if v == v]
-        shown = residuals if len(residuals) <= 6 else [*residuals[:3], "…", *residuals[-2:]]
-        slope = float(found.lipschitz[self.row])
-        steep = f"; f stretched differences by up to {slope:.3g}" if slope == slope else ""
-        advice = {
-            Outcome.exhausted: "Raise max_iterations or the tolerances, or use 'anderson' or 'broyden'.",
-            Outcome.diverged: "Above 1, plain iteration cannot be trusted: damp it, use 'anderson' or 'broyden', or "
-            "make f a contraction (spectral normalisation, a Jacobian penalty, the subhomogeneous cell).",
-            Outcome.non_finite: "Look at f (divisions, logarithms, exponentials, weights that are not finite).",
-        }[self.outcome]
-        super().__init__(
-            f"fixed point: row {self.row} of {len(found.z)} {self.outcome.words} ({solver}, "
-            f"{int(found.nfe[self.row])} evaluations, residuals {', '.join(shown)}{steep}). {advice} "
-            'on_failure="return" gives the best iterate instead of this error.'
-        )
 
 
 @kind
@@ -139,13 +67,18 @@ class FixedPoint(ABC):
                 f"atol={self.atol:g}."
             )
 
-    def check_resolution(self, dtype: torch.dtype) -> None:
-        """Raises ValueError if the tolerances ask for more digits than a state has."""
-        resolution = torch.finfo(dtype).eps
+    def check_start(self, z: Tensor) -> None:
+        """Raises ValueError if z has no batch axis or is not of floating point, or has too few digits."""
+        if not z.ndim or not z.is_floating_point():
+            raise ValueError(
+                f"{self.title}: the start must be of floating point and of shape [B, ...], found {z.dtype} of shape "
+                f"{list(z.shape)}."
+            )
+        resolution = torch.finfo(z.dtype).eps
         if max(self.rtol, self.atol) < resolution:
             raise ValueError(
                 f"{self.title}: rtol={self.rtol:g} and atol={self.atol:g} are below the resolution {resolution:.2g} of "
-                f"{dtype}. Compute in float64, or raise one of them."
+                f"{z.dtype}. Compute in float64, or raise one of them."
             )
 
     @property
@@ -187,7 +120,7 @@ class Iteration(FixedPoint):
         """The iterate after z [n, D], the k-th from 0, whose residual f(z) - z is r [n, D]."""
 
     def solve(self, f: Map, z: Tensor) -> Equilibrium:
-        self.check_resolution(z.dtype)
+        self.check_start(z)
         return _Search(self, f, z).run()
 
 
@@ -225,7 +158,8 @@ class _Search:
                 index = index[going]
                 going = self.open[index]
                 self.f = self.whole.select(self._on_device(index))
-            new, memory = self.method.propose(flat(z), flat(r), memory, k)
+            with torch.autocast(z.device.type, enabled=False):  # which is for what f computes
+                new, memory = self.method.propose(flat(z), flat(r), memory, k)
             new = new.reshape(z.shape)
             z = new if going.all() else torch.where(expand_like(self._on_device(going), z), new, z)
         history = np.stack(self.history) if self.history else np.zeros((0, len(self.z)))
@@ -244,7 +178,7 @@ class _Search:
             sizes += [] if before is None else [rms(z - before[0]), rms(fz - before[1])]
             size, scale, *moves = torch.stack(sizes).cpu().numpy()[:, self.open[index]]
         with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = size / (method.atol + method.rtol * scale)
+            rests, finite = size <= method.atol + method.rtol * scale, np.isfinite(size) & np.isfinite(scale)
             if moves:
                 slope = np.where(moves[0] > 0, moves[1] / moves[0], np.nan)
                 self.lipschitz[rows] = np.fmax(self.lipschitz[rows], slope)
@@ -254,10 +188,10 @@ class _Search:
         self.history.append(line)
         self.iterations[rows] += 1
         ended = np.where(size > EXPLOSION * self.first[rows], int(Outcome.diverged), int(Outcome.exhausted))
-        ended = np.where(np.isfinite(ratio), ended, int(Outcome.non_finite))
-        self.outcome[rows] = np.where(ratio <= 1, int(Outcome.converged), ended)
+        rests &= finite
+        self.outcome[rows] = np.where(rests, int(Outcome.converged), np.where(finite, ended, int(Outcome.non_finite)))
         # of a diverging row the residual grows, though beside the growing state it may not
-        better = np.isfinite(ratio) & ((size < self.least[rows]) | (ratio <= 1))
+        better = finite & ((size < self.least[rows]) | rests)
         self.least[rows] = np.where(better, size, self.least[rows])
         self.open[rows] = self.outcome[rows] == Outcome.exhausted
         self._keep(rows[better], index, z)
@@ -272,18 +206,24 @@ class _Search:
 
 
 def evaluated(f: Map, z: Tensor) -> Tensor:
-    """f(z), of the shape of z.
+    """f(z), of the shape and dtype of z.
 
     Raises:
-        ValueError: if it has another shape.
+        ValueError: if it is no tensor, or has another shape.
     """
     fz = f(z)
-    if fz.shape != z.shape:
+    if not isinstance(fz, Tensor) or fz.shape != z.shape:
+        what = f"one of shape {list(fz.shape)}" if isinstance(fz, Tensor) else f"a {type(fz).__name__}"
         raise ValueError(
-            f"fixed point: the map turned a state of shape {list(z.shape)} into one of shape {list(fz.shape)}; it must "
-            "keep the shape."
+            f"fixed point: the map turned a state of shape {list(z.shape)} into {what}; it must keep the shape."
         )
-    return fz
+    return fz.to(z.dtype)
+
+
+def lengths(x: Tensor) -> Tensor:
+    """[B, 1] at least float32, without graph: the norms of rows [B, D], 1 for rows of zeros."""
+    size = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True, dtype=torch.float64)
+    return torch.where(size > 0, size, 1.0).to(torch.promote_types(x.dtype, torch.float32))
 
 
 @register(FixedPoint, "picard")
@@ -353,11 +293,13 @@ class Anderson(Iteration):
         return new, (moves, changes, z, r)
 
     def _weights(self, changes: Tensor, r: Tensor) -> Tensor:
-        """[B, m] float64 γ."""
+        """[B, m] float64 γ, which does not depend on the scale of both: squares shall not overflow."""
+        resolution, scale = torch.finfo(r.dtype).eps, lengths(changes.flatten(1))
+        changes, r = changes / scale[:, None], r / scale
         gram = torch.einsum("bmd,bnd->bmn", changes, changes).double()
         right = torch.einsum("bmd,bd->bm", changes, r).double()
         size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None]
-        ridge = max(self.ridge, torch.finfo(r.dtype).eps) * size + torch.finfo(torch.float64).tiny
+        ridge = max(self.ridge, resolution) * size + torch.finfo(torch.float64).tiny
         return torch.linalg.solve(gram + torch.diag_embed(ridge.expand_as(right)), right)
 
 
@@ -388,11 +330,12 @@ class Broyden(Iteration):
         if k:
             step, change = z - last_z, r - last_g
             left = -step + torch.einsum("bd,bmd,bme->be", step, u, v)  # Δzᵀ H
+            rest, scale = step - self._applied(u, v, change), lengths(change)
+            left, rest, change = left / lengths(left), rest / scale, change / scale
             pivot = torch.einsum("bd,bd->b", left, change)
-            rest = step - self._applied(u, v, change)
-            floor = torch.finfo(z.dtype).eps * left.norm(dim=1) * change.norm(dim=1)
-            usable = pivot.abs() > floor
+            usable = pivot.abs() > torch.finfo(z.dtype).eps
             column = torch.where(usable, 1 / torch.where(usable, pivot, 1.0), 0.0)[:, None] * rest
+            left, column = left.to(z.dtype), column.to(z.dtype)
             u = torch.cat((u, column[:, None]), 1)[:, -self.memory :]
             v = torch.cat((v, left[:, None]), 1)[:, -self.memory :]
         return z - self._applied(u, v, r), (u, v, z, r)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..types import expand_like
 from .fields import Counted
@@ -100,7 +99,8 @@ class Krylov(Linearised):
 def gmres(matrix: Callable[[Tensor], Tensor], r: Tensor, tolerance: float, most: int = 100) -> Tensor:
     """v [B, D] with |r - matrix(v)| <= tolerance |r| for each row, or the best of `most` products.
 
-    A row that has converged takes no part in further iterations: its result does not depend on the other rows.
+    A row that has converged takes no part in further iterations: its result does not depend on the other rows. Nor does
+    one whose matrix is singular, to rounding, on what it has spanned: it keeps the best of the products before.
 
     Source: Saad & Schultz 1986 (GMRES).
     """
@@ -114,6 +114,7 @@ def gmres(matrix: Callable[[Tensor], Tensor], r: Tensor, tolerance: float, most:
         if done.all():
             break
         w, column = matrix(basis[j]), torch.zeros(len(r), j + 1, dtype=r.dtype, device=r.device)
+        whole = torch.linalg.vector_norm(w, dim=1)
         known = torch.stack(basis, 1)
         for _ in range(2):  # once more, against rounding
             part = torch.einsum("bjd,bd->bj", known, w)
@@ -122,7 +123,7 @@ def gmres(matrix: Callable[[Tensor], Tensor], r: Tensor, tolerance: float, most:
         for i, (c, s) in enumerate(rotations):
             entries[i], entries[i + 1] = c * entries[i] + s * entries[i + 1], c * entries[i + 1] - s * entries[i]
         radius = torch.hypot(entries[j], length)
-        broken = done | (radius == 0)
+        broken = done | (radius <= 10 * torch.finfo(r.dtype).eps * whole)
         c, s = (torch.where(broken, 1.0, v / torch.where(broken, 1.0, radius)) for v in (entries[j], length))
         rotations.append((c, s))
         entries[j] = radius
@@ -138,6 +139,26 @@ def gmres(matrix: Callable[[Tensor], Tensor], r: Tensor, tolerance: float, most:
     return torch.einsum("bj,bjd->bd", weights[..., 0], torch.stack(basis[:n], 1))
 
 
+class _Once(torch.autograd.Function):
+    """The same, which can not be differentiated with respect to itself or to what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *causes: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "implicit: gradients of implicit functions can be taken once, not twice: the solution of the linear system "
+            "has no graph. Unroll the iteration (gradient: unrolled or phantom) or integrate explicitly."
+        )
+
+
+def once(x: Tensor, *causes: Tensor) -> Tensor:
+    """x, of which gradients with respect to anything that the causes depend on raise an error instead of being 0."""
+    return _Once.apply(x, *causes) if torch.is_grad_enabled() else x
+
+
 class _Implicit(torch.autograd.Function):
     """k with k = f(y + scale k), whose gradient is that of the implicit function: (I - scale Jᵀ)⁻¹ v."""
 
@@ -148,10 +169,11 @@ class _Implicit(torch.autograd.Function):
         return k.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         f, y, scale = ctx.saved_tensors
-        return ctx.linear(f, y, scale).solve_transposed(v), None, None, None, None
+        with torch.no_grad():
+            found = ctx.linear(f, y, scale).solve_transposed(v)
+        return once(found, f, v), None, None, None, None
 
 
 def implicit(f: Tensor, y: Tensor, scale: Tensor, k: Tensor, linear: type[Linearised]) -> Tensor:

@@ -11,6 +11,8 @@ from genmodels.rng import generator
 from genmodels.solvers.equilibrium import EquilibriumGradient, Implicit, JacobianFree, Phantom, Unrolled, equilibrium
 from genmodels.solvers.fixed_point import Anderson, FixedPoint, Picard, RowMap
 from genmodels.solvers.infinite_time import InfiniteTime
+from genmodels.solvers.newton import gmres
+from genmodels.solvers.outcomes import EquilibriumError
 
 LINEAR = ("gmres", "neumann", "anderson", "broyden")
 TIGHT = Anderson(1e-13, 1e-13, 200)
@@ -209,9 +211,151 @@ def test_modules_and_states_of_images_in_float32():
 def test_bad_settings_are_refused():
     for message, call in (
         ("rtol > 0", lambda: Implicit(rtol=0)),
+        (
+            "implicit: rtol=1e-09 is below the resolution .* torch.float32",
+            lambda: equilibrium(lambda z: 0.5 * z, torch.ones(2, 3), solver=Picard(), gradient=Implicit(rtol=1e-9)),
+        ),
         ("max_iterations >= 1", lambda: Implicit(max_iterations=0)),
         ("steps >= 1", lambda: Phantom(0)),
         ("damping", lambda: Phantom(3, 0.0)),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+@pytest.mark.parametrize("size", [1e-25, 1e30])
+def test_gradients_do_not_depend_on_the_scale_of_the_loss(linear, size):
+    """In float32, where squares of such cotangents are 0 or infinite."""
+    rates = torch.tensor([0.5, 0.2, -0.7])
+    x = torch.ones(2, 3, requires_grad=True)
+    gradient = Implicit(linear, rtol=1e-4)
+    out = equilibrium(RowMap(lambda z, x: rates * z + x, x), torch.zeros(2, 3), solver=Picard(), gradient=gradient).z
+    (grad,) = torch.autograd.grad((size * out).sum(), x)
+    assert gradient.adjoint.converged.all()
+    torch.testing.assert_close(grad / size, (1 / (1 - rates)).expand(2, 3), rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision(linear, dtype):
+    rates = torch.tensor([0.5, 0.25, -0.5], dtype=dtype)
+    x = torch.ones(2, 3, dtype=dtype, requires_grad=True)
+    f, start = RowMap(lambda z, x: rates * z + x, x), torch.zeros(2, 3, dtype=dtype)
+    out = equilibrium(f, start, solver=Picard(0.02, 0.02), gradient=Implicit(linear, rtol=0.02)).z
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(grad, (1 / (1 - rates)).expand(2, 3), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+def test_systems_without_a_solution_are_told_and_leave_the_gradient_bounded(linear):
+    """z_0 is free to move: (I - Jᵀ) λ = g has no solution for most g, and GMRES gives the one of least squares."""
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]], dtype=torch.float64)
+    f, gradient = RowMap(lambda z, x: z @ a.T + x, x), Implicit(linear, rtol=1e-8)
+    with pytest.warns(UserWarning, match="2 of 2 linear systems"):
+        out = equilibrium(f, torch.zeros_like(x), solver=Picard(), gradient=gradient).z
+        (grad,) = torch.autograd.grad(out.sum(), x)
+    assert grad.abs().max() < 1e3
+    if linear == "gmres":
+        g = torch.ones(3, dtype=torch.float64)
+        m = torch.eye(3, dtype=torch.float64) - a.T
+        basis = torch.stack((g, m @ g), 1)  # the third of the Krylov space adds nothing
+        best = basis @ torch.linalg.lstsq(m @ basis, g).solution
+        torch.testing.assert_close((m @ grad[0] - g).norm(), (m @ best - g).norm(), rtol=1e-9, atol=0)
+
+
+def test_gmres_on_singular_matrices_is_that_of_least_squares():
+    g = generator("singular")
+    a = torch.randn(6, 8, 8, generator=g, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(a)
+    s[:, -1] = 0
+    a, r = u @ torch.diag_embed(s) @ v, torch.randn(6, 8, generator=g, dtype=torch.float64)
+    found = gmres(lambda v: torch.einsum("bij,bj->bi", a, v), r, 1e-12)
+    left = (torch.einsum("bij,bj->bi", a, found) - r).norm(dim=1)
+    torch.testing.assert_close(left, (u[:, :, -1] * r).sum(1).abs(), rtol=1e-8, atol=1e-10)
+    assert (found.norm(dim=1) < 1e6).all()
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_what_follows_an_iterate_does_not_reach_its_value(steps):
+    """The best iterate of row 1 leads to an undefined one; further steps meet it, the value does not."""
+    rows = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)[:, None]
+    x = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    f = lambda z: torch.where((rows == 1) & (z > 0.6), torch.nan, 0.5 * z + 0.5 * x)  # noqa: E731
+    found = equilibrium(f, torch.zeros(3, 2, dtype=torch.float64), solver=Picard(), gradient=Phantom(steps, 1.0))
+    assert (found.z[1] == 0.5).all() and found.z.isfinite().all()
+
+
+def test_second_derivatives_are_refused_or_right():
+    """Of z = tanh(w z + 1), with respect to w: an error for implicit ones, also of a loss that is linear in z."""
+    w = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    f, start = (lambda z: torch.tanh(w * z + 1)), torch.zeros(1, 1, dtype=torch.float64)
+
+    def first(gradient, loss):
+        out = equilibrium(f, start, solver=Picard(1e-14, 1e-14, 100), gradient=gradient).z
+        return torch.autograd.grad(loss(out), w, create_graph=True)[0]
+
+    for loss in (torch.sum, lambda z: z.square().sum()):
+        for again in (lambda slope: torch.autograd.grad(slope, w), lambda slope: slope.backward()):
+            slope = first(Implicit(rtol=1e-10), loss)
+            with pytest.raises(RuntimeError, match="can be taken once, not twice"):
+                again(slope)
+    slope = first(Unrolled(), torch.sum)
+    (curve,) = torch.autograd.grad(slope, w)
+    z = start
+    for _ in range(60):
+        z = f(z)
+    one = torch.autograd.grad(z.sum(), w, create_graph=True)[0]
+    torch.testing.assert_close(slope, one, rtol=1e-9, atol=0)
+    torch.testing.assert_close(curve, torch.autograd.grad(one, w)[0], rtol=1e-9, atol=0)
+
+
+def test_adjoints_of_rows_that_are_asked_nothing_and_of_maps_that_ignore_the_state():
+    """A cotangent of 0 is solved by 0; where f does not depend on z the gradient is that of f."""
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    for linear in LINEAR:
+        gradient = Implicit(linear, rtol=1e-8)
+        out = equilibrium(RowMap(lambda z, x: 0.5 * z + x, x), START[:2, :3], solver=TIGHT, gradient=gradient).z
+        (grad,) = torch.autograd.grad(out[0].sum(), x)
+        torch.testing.assert_close(grad, torch.tensor([[2.0], [0.0]], dtype=torch.float64).expand(2, 3))
+        assert gradient.adjoint.converged.all() and gradient.adjoint.residual[1] == 0
+        out = equilibrium(RowMap(lambda z, x: 3 * x, x), START[:2, :3], solver=TIGHT, gradient=gradient).z
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert (grad == 3).all()
+
+
+def test_one_row_that_is_lost_leaves_the_verdicts_of_the_others():
+    """With on_failure="return" an error names the row without any finite iterate, not one that ran out before it."""
+    f = RowMap(lambda z, k: torch.where(k[:, None] > 0, torch.nan, -z), torch.tensor([0.0, 1.0]))
+    with pytest.raises(EquilibriumError, match="row 1 of 2 met an infinite"):
+        equilibrium(f, torch.ones(2, 3), solver=Picard())
+
+
+def test_gmres_keeps_its_basis_orthogonal():
+    """At a condition of a million one pass of Gram-Schmidt leaves a residual of 1e-10."""
+    g = generator("orthogonal")
+    u, v = (torch.linalg.qr(torch.randn(3, 30, 30, generator=g, dtype=torch.float64))[0] for _ in range(2))
+    a = u @ torch.diag_embed(torch.logspace(0, -6, 30, dtype=torch.float64)).expand(3, 30, 30) @ v
+    r = torch.einsum("bij,bj->bi", a, torch.randn(3, 30, generator=g, dtype=torch.float64))
+    found = gmres(lambda v: torch.einsum("bij,bj->bi", a, v), r, 1e-14)
+    assert ((torch.einsum("bij,bj->bi", a, found) - r).norm(dim=1) <= 1e-13 * r.norm(dim=1)).all()
+
+
+def test_gmres_gives_up_rows_that_are_undefined_at_once():
+    calls, r = [], torch.full((2, 9), torch.nan, dtype=torch.float64)
+    found = gmres(lambda v: calls.append(1) or 2 * v, r, 1e-6)
+    assert len(calls) == 1 and found.isnan().all()
+    r[1] = torch.arange(9.0)
+    torch.testing.assert_close(gmres(lambda v: 2 * v, r, 1e-6)[1], torch.arange(9.0, dtype=torch.float64) / 2)
+
+
+def test_gradients_under_autocast_are_those_of_float32():
+    x = torch.ones(2, 3, requires_grad=True)
+    f = RowMap(lambda z, x: torch.tensor([0.9, 0.5, -0.7]) * z + x, x)
+    found = []
+    for lowered in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowered):
+            out = equilibrium(f, torch.zeros(2, 3), solver=Picard(), gradient=Implicit(rtol=1e-6)).z
+            found.append(torch.autograd.grad((WEIGHTS[:2, :3].float() * out).sum(), x)[0])
+    assert torch.equal(*found)

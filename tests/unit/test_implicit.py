@@ -210,7 +210,7 @@ def test_memory_of_the_iteration_is_not_kept_and_second_derivatives_are_refused(
     net, x = Layers(2, 5.0), PLANE.clone().requires_grad_()
     out = integrate(net, x, UNIT, solver=ESDIRK54(), controller=Fixed(2)).x
     (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match="once, not twice"):
         slope.sum().backward()
     plain = integrate(lambda t, x: -x, PLANE, UNIT, solver=ESDIRK54()).x
     assert not plain.requires_grad

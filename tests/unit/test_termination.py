@@ -9,7 +9,7 @@ from torch import Tensor
 from genmodels.registry import ConfigError, build
 from genmodels.solvers.base import Fixed, Termination, integrate
 from genmodels.solvers.fields import RowField
-from genmodels.solvers.runge_kutta import RK4, Dopri5, Tsit5
+from genmodels.solvers.runge_kutta import RK4, Dopri5, Euler, Tsit5
 from genmodels.solvers.solution import Result
 from genmodels.solvers.step_size import PI
 from genmodels.solvers.termination import Event, SteadyState
@@ -106,6 +106,44 @@ def test_rest_is_noticed_row_by_row(controller):
         stop=SteadyState(rtol=0.5, atol=1e-12),
     )
     assert relative.stopped.tolist() == [False, False, True] and relative.steps.tolist() == [4, 4, 1]
+
+
+def test_rest_is_relative_to_the_state_at_the_end_of_a_step():
+    """dx/dt = 0.45 x is 0.45 of x there, and more than half of what x was before the step."""
+    out = integrate(
+        lambda t, x: 0.45 * x,
+        torch.ones(1, 2, dtype=torch.float64),
+        torch.tensor([0.0, 2.0], dtype=torch.float64),
+        solver=RK4(),
+        controller=Fixed(4),
+        stop=SteadyState(rtol=0.5, atol=0.0),
+    )
+    assert out.stopped.all() and out.steps.tolist() == [1]
+    moving = integrate(
+        lambda t, x: torch.ones_like(x),
+        torch.ones(1, 2, dtype=torch.float64),
+        torch.tensor([0.0, 2.0], dtype=torch.float64),
+        solver=Tsit5(),
+        controller=Fixed(4),
+        stop=SteadyState(rtol=0.0, atol=0.5),
+    )
+    assert not moving.stopped.any() and moving.nfe.tolist() == [
+        6 * 4 + 1
+    ]  # the slope at an end is the next one's first
+
+
+def test_a_crossing_that_ends_or_begins_a_step_is_seen_once():
+    """x = t - 1/2 over steps of 1/4 is 0 at the end of the second; one that starts at 0 has not crossed it."""
+    settings = {"solver": Euler(), "controller": Fixed(4)}
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    x = torch.tensor([[-0.5], [0.0], [0.5]], dtype=torch.float64)
+    for sign, direction in ((1.0, "up"), (-1.0, "down"), (1.0, "both")):
+        field = lambda t, x, sign=sign: sign * torch.ones_like(x)  # noqa: E731
+        out = integrate(field, sign * x, times, stop=Event(lambda t, x: x[:, 0], direction), **settings)
+        assert out.stopped.tolist() == [True, False, False]
+        torch.testing.assert_close(out.time, torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64), rtol=1e-12, atol=0)
+        # the root lies on the far side: an integration from there does not meet it again
+        assert sign * out.x[0].item() >= 0
 
 
 def test_configuration_and_refusals():
