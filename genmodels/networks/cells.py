@@ -150,7 +150,7 @@ class Subhomogeneous(_Dense):
     Raises:
         ConfigError: if the shift is not positive.
     Source: Sittoni & Tudisco 2024 (Subhomogeneous deep equilibrium models), section 4; weights that are not negative
-        as in Gabor et al. 2024 (Positive concave deep equilibrium models), section 3.
+        as in Gabor et al. 2024 (Positive concave deep equilibrium models).
     """
 
     def __init__(
