@@ -260,7 +260,8 @@ def test_impossible_models_are_refused():
         ("nothing to learn", {"predictor": {"name": "mlp"}}),
         ("skip >= 0", {"skip": -1.0, "start": "first"}),
         ("depth >= 1", {"depth": 0}),
-        ("go together", {"latent": [4]}),
+        ("no encoder and latent: \\[4\\]. Set both", {"latent": [4]}),
+        ("an encoder and latent: None. Set both", {"encoder": {"name": "mlp"}}),
     ):
         with pytest.raises(ConfigError, match=message):
             deq(**arguments)
