@@ -102,14 +102,22 @@ class EquilibriumLayer(nn.Module):
         first = next(iter(injection.values()))
         if self.start == "zero":
             return first.new_zeros(len(first), *self.cell.in_shape)
-        if self.start == "first":
-            return self.cell.guess(injection)
-        return self.predictor(None, self.lifted(injection))
+        first = self.cell.guess(injection) if self._guesses(injection) else injection["u"]
+        return first if self.start == "first" else self.predictor(None, first)
 
-    def lifted(self, injection: Injection) -> Tensor:
-        """[B, *state] what the predictor reads: the injection where it has the shape of a state, else f(0, u)."""
-        u = injection["u"]
-        return u if tuple(u.shape[1:]) == tuple(self.cell.in_shape) else self.cell.guess(injection)
+    def _guesses(self, injection: Injection) -> bool:
+        """Whether the start takes an evaluation f(0, u); a predictor does where u has another shape than a state."""
+        lifted = tuple(injection["u"].shape[1:]) == tuple(self.cell.in_shape)
+        return self.start == "first" or (self.start == "predictor" and not lifted)
+
+    def _start(self, injection: Injection) -> Tensor:
+        """[B, *state] z₀ in the precision of the parameters."""
+        return self.started(injection).to(next(self.cell.parameters()).dtype)
+
+    def _last(self, injection: Injection) -> Tensor | None:
+        """[B, *state] where the last search ended, if it was of as many rows and is kept."""
+        rows = len(next(iter(injection.values())))
+        return self._warm if self._warm is not None and len(self._warm) == rows else None
 
     def forward(
         self,
@@ -131,9 +139,10 @@ class EquilibriumLayer(nn.Module):
         with self.cell.held():
             # states are kept in the precision of the parameters, whatever a cell computes in
             f = RowMap(lambda z, u: self.cell(None, z, u).to(z.dtype), injection)
-            z0 = self.started(injection).to(next(self.cell.parameters()).dtype)
-            warm = self._warm if self._warm is not None and self._warm.shape == z0.shape else None
-            first = z0 if warm is None else warm.to(z0)
+            warm = self._last(injection)
+            # a start that nothing is compared with would cost an evaluation for nothing
+            z0 = self._start(injection) if warm is None or self.training else None
+            first = z0 if warm is None else warm
             if self.training and progress < self.pretraining:
                 found = tied(f, z0, self.depth)
             elif limit == 0:
@@ -142,7 +151,7 @@ class EquilibriumLayer(nn.Module):
                 search = solver or self.solver
                 search = search if limit is None else search.limited(limit)
                 found = equilibrium(f, first, solver=search, gradient=self.gradient)
-            if self.start == "first":
+            if z0 is not None and self._guesses(injection):
                 found = replace(found, nfe=found.nfe + 1)
             if self._keeps:
                 self._warm = found.z.detach()
@@ -150,7 +159,7 @@ class EquilibriumLayer(nn.Module):
         return Settled(found, penalty, self._books(found) | logs)
 
     def _charges(
-        self, f: RowMap, found: Equilibrium, z0: Tensor, noise: Noise | None
+        self, f: RowMap, found: Equilibrium, z0: Tensor | None, noise: Noise | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         penalty, logs = found.z.new_zeros(len(found.z)), {}
         if not self.training:

@@ -145,6 +145,19 @@ def test_the_dial_of_an_answer(start):
         model.predict(items, iterations=-1)
 
 
+@pytest.mark.parametrize(("start", "own"), [("zero", 0), ("first", 1), ("predictor", 1)])
+def test_every_evaluation_of_scales_is_counted_and_a_warm_search_makes_none_for_a_start(start, own):
+    """A predictor reads f(0, u) where what drives a cell has another shape than its state."""
+    cell = {"name": "multiscale_cell", "channels": [4, 4], "head": [3, 5], "expansion": 2, "dropout": 0.0}
+    model, items = deq((2, 8, 8), cell=cell, start=start, skip=0.1 * own).eval(), batch(3, (2, 8, 8))
+    with torch.no_grad(), warm(model):
+        for limit, moved in ((0, own), (2, 3), (0, 0)):  # the first is cold
+            with count_evaluations(model) as counted:
+                found = model.settle(items, limit=limit).found
+            assert counted.rows[0] == int(found.nfe.sum()) == 3 * moved
+    assert model.train().loss(items).logs["nfe"] > own
+
+
 def test_rows_of_a_prediction_are_alone():
     model, items = deq(), batch()
     whole = model.predict(items)
