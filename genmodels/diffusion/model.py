@@ -60,6 +60,8 @@ class DiffusionModel(Model):
         section 4.3 and appendix D; Karras et al. 2022 (EDM).
     """
 
+    collects = True
+
     def __init__(
         self,
         network: Callable[..., Network],
@@ -149,6 +151,7 @@ class DiffusionModel(Model):
         if self.training and self.regularizers:
             solved = self._regularized(len(batch), condition, generator)
             value, logs = value + solved.penalty.mean().to(value.dtype), logs | solved.logs
+            charges(self.denoiser)  # on the path of the solve nothing is charged
         return Loss(value, logs)
 
     def _regularized(self, rows: int, condition: Tensor | None, generator: Generator | None) -> Evolved:
@@ -207,7 +210,7 @@ class DiffusionModel(Model):
             batch_size: how many are drawn at once.
         Raises:
             ValueError: if the conditions do not fit, guidance meets a model without conditions, or `warm_start` meets
-                step control, under which rows do not stay together.
+                step control, under which rows do not stay together, or no equilibrium network.
         """
         seeds = as_seeds(seeds)
         condition = self._checked(condition, len(seeds), "sample")

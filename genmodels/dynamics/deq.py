@@ -71,7 +71,6 @@ class DEQ(Supervised):
         self.encoder = encoder and encoder(in_shape=model_shape, out_shape=latent, timed=False, **plain)
         made = cell(in_shape=model_shape if latent is None else latent, timed=False, **plain)
         self.layer = EquilibriumLayer(made, solver, gradient, start, predictor, skip, jacobian, pretraining, depth)
-        self.differentiates_twice = jacobian > 0
         images = len(made.out_shape) == 3
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if images else nn.Flatten()
         self.head = nn.Linear(made.out_shape[0] if images else math.prod(made.out_shape), math.prod(target_shape))
