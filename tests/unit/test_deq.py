@@ -302,7 +302,7 @@ def test_losses_that_differentiate_a_cell_are_not_compiled():
 
 def test_what_a_network_charges_is_added_to_the_loss_of_a_diffusion_model():
     node = {"name": "equilibrium", "cell": {"name": "mlp_cell", "hidden": 8, "contraction": 0.8}, "start": "first"}
-    values = []
+    values, slopes = [], []
     for skip in (0.0, 2.0):
         torch.manual_seed(0)
         tree = {"name": "diffusion", "network": node | {"skip": skip}}
@@ -311,8 +311,10 @@ def test_what_a_network_charges_is_added_to_the_loss_of_a_diffusion_model():
         items = Batch(torch.randn(4, 2, generator=generator("points")))
         found = model.train().loss(items, generator=torch.Generator().manual_seed(1))
         values.append(found)
+        slopes.append(torch.autograd.grad(found.value.sum(), model.denoiser.network.layer.cell.weight)[0])
         assert charges(model) == (0.0, {})  # asked once, and gone
     extra: Tensor = values[1].value - values[0].value
+    assert not torch.allclose(*slopes, rtol=0.01)
     assert (extra > 0).all() and extra.mean().item() == pytest.approx(2 * values[1].logs["skip"].item(), rel=1e-4)
 
 
@@ -335,6 +337,9 @@ def test_warm_samples_are_the_cold_ones_for_fewer_evaluations(guidance):
     assert costs[1] < 0.9 * costs[0]
     alone = model.sample([5], condition=label[2:3], warm_start=True, **how)
     torch.testing.assert_close(alone[0], found[1][2], rtol=1e-4, atol=1e-4)
+    how |= {"num_steps": 2, "warm_start": True}
+    parts = model.sample([3, 4, 5, 6], condition=label, batch_size=2, **how)
+    assert torch.equal(parts[2:], model.sample([5, 6], condition=label[2:], **how))  # nothing of the part before
     with pytest.raises(ValueError, match="warm_start needs steps that all rows share"):
         model.sample(2, warm_start=True, controller=PI())
     model.denoiser.network = torch.nn.Identity()
