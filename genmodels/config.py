@@ -19,6 +19,7 @@ from . import registry
 from .data.dataset import Dataset, context
 from .hashing import canonical, digest
 from .model import Model
+from .networks.network import check_charges
 from .registry import ConfigError
 from .schema import convert, near
 from .training.ema import Average, PowerProfile
@@ -177,7 +178,9 @@ class Config:
 
     def model(self, facts: dict[str, Any]) -> Model:
         """A freshly initialised model for a data set's `facts()` (parameters come from torch's global generator)."""
-        return registry.build(Model, self.tree["model"], **context(facts))
+        model = registry.build(Model, self.tree["model"], **context(facts))
+        check_charges(model, model.collects)
+        return model
 
     def options(self, section: Answer, overrides: dict | None = None) -> dict[str, Any]:
         """The keyword arguments of the model's method of that name, components built."""

@@ -23,6 +23,7 @@ class Model(nn.Module, ABC):
         conditional: True if `sample` and `likelihood` take a condition (labels, embeddings).
         differentiates_twice: True if the loss itself differentiates the network (CNFs, implicit score matching); such
             losses cannot be compiled.
+        collects: True if the loss adds what networks charge (see `Network.charges`).
         unused_parameters: True if a loss may leave some parameters without gradient (an expert that no item of the
             batch needs, a part that is not trained yet). Several processes then look for them in every step, which a
             loss whose backward pass itself accumulates into parameters does not allow.
@@ -34,6 +35,7 @@ class Model(nn.Module, ABC):
     conditional: bool = False
     progress: float = 1.0
     differentiates_twice: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
     unused_parameters: ClassVar[bool] = False
 
     @abstractmethod

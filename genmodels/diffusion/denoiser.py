@@ -98,6 +98,13 @@ class Preconditioned(Denoiser):
         return self.network(label, expand_like(scale, x).to(x.dtype) * x, condition)
 
 
+def denoiser_of(network: Network, schedule: Schedule, prediction: Target, sigma_data: float) -> Denoiser:
+    """The denoiser of a network that predicts this."""
+    if prediction == "edm":
+        return Preconditioned(network, schedule, sigma_data)
+    return Denoiser(network, schedule, prediction, sigma_data)
+
+
 class Guided(Denoiser):
     """Classifier-free guidance: p = p_null + w (p_condition - p_null); w = 1 is off and asks the network once.
 

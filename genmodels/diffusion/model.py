@@ -15,14 +15,14 @@ from ..networks.network import Network
 from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..solvers.base import Controller, Fixed, Solver, integrate
-from ..solvers.divergence import transport
+from ..solvers.divergence import mean_over_probes, transport
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5, Heun, Tsit5
 from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, expand_like, sum_items
 from .checks import at_least_one, check_settings, one_each
-from .denoiser import Denoiser, Guided, Preconditioned
+from .denoiser import Guided, denoiser_of
 from .parametrization import Target, target
 from .schedules import Linear, Schedule
 from .times import LogitNormal, TimeLaw
@@ -60,6 +60,8 @@ class DiffusionModel(Model):
         section 4.3 and appendix D; Karras et al. 2022 (EDM).
     """
 
+    collects = True
+
     def __init__(
         self,
         network: Callable[..., Network],
@@ -96,12 +98,7 @@ class DiffusionModel(Model):
         self.model_shape = transform.out_shape(self.shape)
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
         built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
-        scale = 1.0 if sigma_data is None else sigma_data
-        self.denoiser = (
-            Preconditioned(built, schedule, scale)
-            if prediction == "edm"
-            else Denoiser(built, schedule, prediction, scale)
-        )
+        self.denoiser = denoiser_of(built, schedule, prediction, 1.0 if sigma_data is None else sigma_data)
         if num_classes is None and condition_shape is not None:
             # without dropout nothing would ever train it
             self.null = nn.Parameter(torch.zeros(condition_shape), requires_grad=condition_dropout > 0)
@@ -154,6 +151,7 @@ class DiffusionModel(Model):
         if self.training and self.regularizers:
             solved = self._regularized(len(batch), condition, generator)
             value, logs = value + solved.penalty.mean().to(value.dtype), logs | solved.logs
+            charges(self.denoiser)  # on the path of the solve nothing is charged
         return Loss(value, logs)
 
     def _regularized(self, rows: int, condition: Tensor | None, generator: Generator | None) -> Evolved:
@@ -212,7 +210,7 @@ class DiffusionModel(Model):
             batch_size: how many are drawn at once.
         Raises:
             ValueError: if the conditions do not fit, guidance meets a model without conditions, or `warm_start` meets
-                step control, under which rows do not stay together.
+                step control, under which rows do not stay together, or no equilibrium network.
         """
         seeds = as_seeds(seeds)
         condition = self._checked(condition, len(seeds), "sample")
@@ -357,7 +355,7 @@ class DiffusionModel(Model):
                 self._draws(x[rows], None if condition is None else condition[rows], seeds[rows], draws, times, ode)
                 for rows in torch.arange(len(x)).split(batch_size)
             ]
-        return _mean(torch.cat(parts, 2), divergence)
+        return mean_over_probes(torch.cat(parts, 2), divergence)
 
     def log_prob(
         self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
@@ -398,12 +396,3 @@ class DiffusionModel(Model):
         if where not in ("loss", "velocity", "score"):  # asked often, and reading labels waits for the device
             check_labels(condition, self.num_classes, where)
         return condition.to(self.device)
-
-
-def _mean(values: Tensor, divergence: str) -> Likelihood:
-    """The mean of values [draws, P, B], with its standard error over the probes."""
-    draws, probes, _ = values.shape
-    if divergence == "exact":
-        return Likelihood(values.mean((0, 1)), "numerical")
-    stderr = (values.var(1).sum(0) / probes).sqrt() / draws if probes > 1 else None
-    return Likelihood(values.mean((0, 1)), "stochastic", stderr)

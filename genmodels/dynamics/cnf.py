@@ -16,7 +16,7 @@ from ..networks.encoders import ConditionEncoder
 from ..registry import ConfigError, register
 from ..rng import BatchNoise, SeedNoise, as_seeds
 from ..solvers.base import Backprop, Controller, Gradient, Solver
-from ..solvers.divergence import ProbeLaw
+from ..solvers.divergence import ProbeLaw, mean_over_probes
 from ..solvers.runge_kutta import Tsit5
 from ..solvers.step_size import PI
 from ..transforms import Transform
@@ -190,7 +190,7 @@ class ContinuousFlow(NormalizingFlow):
                 )
                 for rows in torch.arange(len(x)).split(batch_size)
             ]
-        return self._summary(torch.cat(parts, 2), divergence)
+        return mean_over_probes(torch.cat(parts, 2), divergence, "numerical" if self.bin_width is None else "bound")
 
     def _values(
         self, x: Tensor, condition: Condition | None, seeds: Tensor, draws: int, solving: Callable[[], Solving]
@@ -205,13 +205,6 @@ class ContinuousFlow(NormalizingFlow):
                 value = self._log_prob(x, condition, noise)
             values.append(value[None] if how.spread is None else value + how.spread)
         return torch.stack(values)
-
-    def _summary(self, values: Tensor, divergence: str) -> Likelihood:
-        draws, probes, _ = values.shape
-        if divergence == "exact":
-            return Likelihood(values.mean((0, 1)), "numerical" if self.bin_width is None else "bound")
-        stderr = (values.var(1).sum(0) / probes).sqrt() / draws if probes > 1 else None
-        return Likelihood(values.mean((0, 1)), "stochastic", stderr)
 
     def log_prob(
         self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any

@@ -1,10 +1,9 @@
 """Deep equilibrium models: predictions read from fixed points."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Generator, Tensor, nn
 
 from ..model import Model
@@ -17,11 +16,11 @@ from ..solvers.equilibrium import EquilibriumGradient, Implicit
 from ..solvers.fixed_point import Anderson, FixedPoint
 from ..transforms import Transform
 from ..types import Batch, Loss, Seeds, Shape
-from .ode import prediction_error
+from .supervised import Supervised
 
 
 @register(Model, "deq")
-class DEQ(Model):
+class DEQ(Supervised):
     """ŷ = head(read(z*)) with z* = f(z*, u), u = inject(encoder(T(x))).
 
     The loss of an item is the cross entropy of its class (integer targets) or the mean squared error (others), and the
@@ -63,36 +62,26 @@ class DEQ(Model):
         if target_shape is None:
             raise ConfigError("deq: the data have no target. Set data.task to one with targets.")
         if (latent is None) != (encoder is None):
-            raise ConfigError(f"deq: an encoder and its latent shape go together, found latent={latent}.")
+            raise ConfigError(
+                f"deq: an encoder and its latent shape go together, found {'an' if encoder else 'no'} encoder and "
+                f"latent: {latent and list(latent)}. Set both, or both to null."
+            )
         self.shape, self.transform, self.target_shape = tuple(shape), transform, tuple(target_shape)
         model_shape, plain = transform.out_shape(self.shape), {"num_classes": None, "condition_shape": None}
         self.encoder = encoder and encoder(in_shape=model_shape, out_shape=latent, timed=False, **plain)
         made = cell(in_shape=model_shape if latent is None else latent, timed=False, **plain)
         self.layer = EquilibriumLayer(made, solver, gradient, start, predictor, skip, jacobian, pretraining, depth)
-        self.differentiates_twice = jacobian > 0
         images = len(made.out_shape) == 3
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if images else nn.Flatten()
         self.head = nn.Linear(made.out_shape[0] if images else math.prod(made.out_shape), math.prod(target_shape))
         if precision == "float64":
             self.double()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters: what the model computes in."""
-        return self.head.weight.dtype
-
-    @torch.no_grad()
-    def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
-        """Fit the transform."""
-        self.transform.fit(batches)
-        return {}
-
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
-        if batch.target is None:
-            raise ValueError("deq: the batch has no target. Use a task of the data set that has one.")
+        self.check_target(batch)
         noise = BatchNoise(len(batch), generator=generator, device=batch.x.device)
         settled = self.settle(batch, noise=noise, progress=self.progress)
-        value, logs = prediction_error("deq", self._read(settled), batch)
+        value, logs = self.prediction_error(self._read(settled), batch)
         return Loss(value + settled.penalty.to(value.dtype), logs | settled.logs)
 
     def predict(
@@ -117,11 +106,7 @@ class DEQ(Model):
 
     def settle(self, batch: Batch, *, noise: Noise | None = None, **how: object) -> Settled:
         """The states of a batch, with what `EquilibriumLayer` takes."""
-        self.check_items(batch.x, "deq")
-        y, _ = self.transform(batch.x.to(torch.promote_types(batch.x.dtype, self.dtype)), noise)
-        y = y.to(self.dtype)
-        y = y if self.encoder is None else self.encoder(None, y)
-        return self.layer(self.layer.cell.inject(None, y), noise=noise, **how)
+        return self.layer(self.layer.cell.inject(None, self.encoded(batch.x, noise)), noise=noise, **how)
 
     def _read(self, settled: Settled) -> Tensor:
         h = self.pool(self.layer.cell.read(settled.found.z))

@@ -1,7 +1,7 @@
 """Neural ODEs: predictions read from where, or along which, a learned vector field takes what it is given."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,12 +17,13 @@ from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Tsit5
 from ..solvers.step_size import PI
 from ..transforms import Transform
-from ..types import Batch, Loss, Seeds, Shape, expand_like
+from ..types import Batch, Loss, Seeds, Shape
 from .regularization import Evolved, Regularizer, evolve
+from .supervised import Supervised
 
 
 @register(Model, "neural_ode")
-class NeuralODE(Model):
+class NeuralODE(Supervised):
     """ŷ = head(z(T)) of dz/dt = f(t, z) from z(0) = [encoder(T(x)), 0].
 
     The loss of an item is the cross entropy of its class (integer targets) or the mean squared error (others), plus the
@@ -105,20 +106,8 @@ class NeuralODE(Model):
         if precision == "float64":
             self.double()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters: what the model computes in."""
-        return next(self.parameters()).dtype
-
-    @torch.no_grad()
-    def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
-        """Fit the transform."""
-        self.transform.fit(batches)
-        return {}
-
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
-        if batch.target is None:
-            raise ValueError("neural_ode: the batch has no target. Use a task of the data set that has one.")
+        self.check_target(batch)
         noise = BatchNoise(len(batch), generator=generator, device=batch.x.device)
         how: dict[str, Any] = {"solver": self.solver, "controller": self.controller}
         if self.training:
@@ -126,7 +115,7 @@ class NeuralODE(Model):
         else:
             how["controller"] = self.controller.by_row()
         out = self._evolve(batch, self._start(batch, noise), **how)
-        value, logs = prediction_error("neural_ode", self._read(out), batch)
+        value, logs = self.prediction_error(self._read(out), batch)
         return Loss(value + out.penalty.to(value.dtype), logs | out.logs)
 
     def predict(
@@ -142,7 +131,6 @@ class NeuralODE(Model):
         Args:
             solver, controller: instead of those of training.
         """
-        self.check_items(batch.x, "predict")
         start = self._start(batch, None)
         how = {"solver": solver or self.solver, "controller": controller or self.controller.by_row()}
         return self._read(self._evolve(batch, start, **how))
@@ -153,10 +141,7 @@ class NeuralODE(Model):
 
     def _start(self, batch: Batch, noise: Noise | None) -> Tensor:
         """[B, *state_shape] z(0)."""
-        self.check_items(batch.x, "neural_ode")
-        y, _ = self.transform(batch.x.to(torch.promote_types(batch.x.dtype, self.dtype)), noise)
-        z = y.to(self.dtype)
-        z = z if self.encoder is None else self.encoder(None, z)
+        z = self.encoded(batch.x, noise)
         if not self.augment:
             return z
         return torch.cat((z, z.new_zeros(len(z), self.augment, *z.shape[2:])), 1)
@@ -190,27 +175,3 @@ class NeuralODE(Model):
             return self.head(z.flatten(1)).reshape(len(z), *self.target_shape)
         z = out.solution.path.transpose(0, 1)
         return self.head(z.flatten(2)).reshape(*z.shape[:2], *self.target_shape)
-
-
-def prediction_error(name: str, prediction: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """[B] cross entropy of the classes, or mean squared error of the observed values, of a batch; and what to log.
-
-    Raises:
-        ValueError: if values are given where the model `name` predicts others.
-    """
-    target = batch.target
-    if not target.is_floating_point():
-        value = nn.functional.cross_entropy(prediction, target, reduction="none")
-        right = (prediction.detach().argmax(1) == target).to(value.dtype).mean()
-        return value, {"cross_entropy": value.detach().mean(), "accuracy": right}
-    if target.shape != prediction.shape:
-        raise ValueError(
-            f"{name}: targets of shape {list(target.shape)} were given where predictions have shape "
-            f"{list(prediction.shape)}."
-        )
-    mask = torch.ones_like(prediction) if batch.target_mask is None else batch.target_mask.to(prediction.dtype)
-    mask = expand_like(mask, prediction).expand_as(prediction)
-    # what stands where the mask is 0 may be anything, nan too
-    error = torch.where(mask > 0, prediction - target.to(prediction.dtype), 0.0).square().flatten(1).sum(1)
-    value = error / mask.flatten(1).sum(1).clamp(min=1)
-    return value, {"squared_error": value.detach().mean()}

@@ -1,5 +1,6 @@
 """A layer whose output is the fixed point of a cell, and the network that it makes between two linear maps."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..registry import ConfigError, register
 from ..rng import Noise
-from ..solvers.equilibrium import EquilibriumGradient, Implicit, equilibrium
+from ..solvers.equilibrium import EquilibriumGradient, Implicit, Unrolled, equilibrium
 from ..solvers.fixed_point import Anderson, FixedPoint, RowMap, evaluated
 from ..solvers.norms import rms
 from ..solvers.outcomes import Equilibrium
@@ -29,8 +30,8 @@ class Settled(NamedTuple):
     Args:
         found: the fixed points; of 0 iterations where the start itself was asked for.
         penalty: [B] what training adds to the loss, in the dtype of the states.
-        logs: means over rows: evaluations forwards, backwards (of the step before), residual, share converged, and the
-            penalties before their coefficients.
+        logs: means over rows: evaluations, residual and share converged, forwards and backwards (of the step before),
+            and the penalties before their coefficients.
     """
 
     found: Equilibrium
@@ -52,7 +53,7 @@ class EquilibriumLayer(nn.Module):
         cell: f.
         solver: finds the fixed points.
         gradient: differentiates them.
-        start: see above.
+        start: see above; a predictor learns from the skip term, from pretraining, or through an unrolled gradient.
         predictor: g, from the flattened injection to states; for start "predictor".
         skip: coefficient, needs another start than "zero".
         jacobian: coefficient.
@@ -88,7 +89,15 @@ class EquilibriumLayer(nn.Module):
                 f"equilibrium: start={start!r} has nothing to learn from a skip coefficient of {skip:g} or a predictor "
                 "of its own. Use start: predictor, or start: first."
             )
-        self.cell, self.solver, self.gradient, self.start = cell, solver, gradient, start
+        taught = skip > 0 or pretraining > 0 or isinstance(gradient, Unrolled)
+        if start == "predictor" and not taught:
+            raise ConfigError(
+                "equilibrium: start='predictor' with a skip coefficient of 0 leaves the predictor as it began, for "
+                "gradients of fixed points do not reach their start. Set skip above 0, or use start: zero or first."
+            )
+        # a gradient keeps books, and may have been given to other layers too
+        self.cell, self.solver, self.gradient, self.start = cell, solver, copy.copy(gradient), start
+        self.differentiates_twice = jacobian > 0
         self.skip, self.jacobian, self.pretraining, self.depth = skip, jacobian, pretraining, depth
         self.predictor = None
         if start == "predictor":
@@ -103,14 +112,22 @@ class EquilibriumLayer(nn.Module):
         first = next(iter(injection.values()))
         if self.start == "zero":
             return first.new_zeros(len(first), *self.cell.in_shape)
-        if self.start == "first":
-            return self.cell.guess(injection)
-        return self.predictor(None, self.lifted(injection))
+        first = self.cell.guess(injection) if self._guesses(injection) else injection["u"]
+        return first if self.start == "first" else self.predictor(None, first)
 
-    def lifted(self, injection: Injection) -> Tensor:
-        """[B, *state] what the predictor reads: the injection where it has the shape of a state, else f(0, u)."""
-        u = injection["u"]
-        return u if tuple(u.shape[1:]) == tuple(self.cell.in_shape) else self.cell.guess(injection)
+    def _guesses(self, injection: Injection) -> bool:
+        """Whether the start takes an evaluation f(0, u); a predictor does where u has another shape than a state."""
+        lifted = tuple(injection["u"].shape[1:]) == tuple(self.cell.in_shape)
+        return self.start == "first" or (self.start == "predictor" and not lifted)
+
+    def _start(self, injection: Injection) -> Tensor:
+        """[B, *state] z₀ in the precision of the parameters."""
+        return self.started(injection).to(next(self.cell.parameters()).dtype)
+
+    def _last(self, injection: Injection) -> Tensor | None:
+        """[B, *state] where the last search ended, if it was of as many rows and is kept."""
+        rows = len(next(iter(injection.values())))
+        return self._warm if self._warm is not None and len(self._warm) == rows else None
 
     def forward(
         self,
@@ -132,9 +149,10 @@ class EquilibriumLayer(nn.Module):
         with self.cell.held():
             # states are kept in the precision of the parameters, whatever a cell computes in
             f = RowMap(lambda z, u: self.cell(None, z, u).to(z.dtype), injection)
-            z0 = self.started(injection).to(next(self.cell.parameters()).dtype)
-            warm = self._warm if self._warm is not None and self._warm.shape == z0.shape else None
-            first = z0 if warm is None else warm.to(z0)
+            warm = self._last(injection)
+            # a start that nothing is compared with would cost an evaluation for nothing
+            z0 = self._start(injection) if warm is None or self.training else None
+            first = z0 if warm is None else warm
             if self.training and progress < self.pretraining:
                 found = tied(f, z0, self.depth)
             elif limit == 0:
@@ -143,7 +161,7 @@ class EquilibriumLayer(nn.Module):
                 search = solver or self.solver
                 search = search if limit is None else search.limited(limit)
                 found = equilibrium(f, first, solver=search, gradient=self.gradient)
-            if self.start == "first":
+            if z0 is not None and self._guesses(injection):
                 found = replace(found, nfe=found.nfe + 1)
             if self._keeps:
                 self._warm = found.z.detach()
@@ -151,7 +169,7 @@ class EquilibriumLayer(nn.Module):
         return Settled(found, penalty, self._books(found) | logs)
 
     def _charges(
-        self, f: RowMap, found: Equilibrium, z0: Tensor, noise: Noise | None
+        self, f: RowMap, found: Equilibrium, z0: Tensor | None, noise: Noise | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         penalty, logs = found.z.new_zeros(len(found.z)), {}
         if not self.training:
@@ -171,7 +189,7 @@ class EquilibriumLayer(nn.Module):
         if self.training and adjoint is not None:
             logs["backward_nfe"] = torch.tensor(float(adjoint.nfe))
             logs["backward_residual"] = adjoint.residual.mean()
-            logs["backward_unconverged"] = torch.tensor(float(self.gradient.unconverged))
+            logs["backward_converged"] = adjoint.converged.double().mean()
         return logs
 
     @contextmanager
@@ -215,7 +233,7 @@ class EquilibriumNetwork(Network):
 
     Args:
         cell, solver, gradient, start, predictor, skip, jacobian: see `EquilibriumLayer`; what training adds to the loss
-            is collected by models that ask for it (`charges`).
+            is collected by models that ask for it (`charges`), and refused in others.
     Source: Bai et al. 2019 (Deep equilibrium models), for the layer.
     """
 
@@ -236,7 +254,7 @@ class EquilibriumNetwork(Network):
         condition_shape: Shape | None,
     ) -> None:
         super().__init__()
-        self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
+        self.in_shape, self.out_shape, self.charges = tuple(in_shape), tuple(out_shape), max(skip, jacobian) > 0
         made = cell(in_shape=in_shape, timed=timed, num_classes=num_classes, condition_shape=condition_shape)
         self.layer = EquilibriumLayer(made, solver, gradient, start, predictor, skip, jacobian)
         read = made.out_shape
@@ -251,8 +269,10 @@ class EquilibriumNetwork(Network):
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
         self.check_items(x)
         cell = self.layer.cell
-        self.settled = self.layer(cell.inject(t, x, condition))
-        found = self.settled.found
+        settled = self.layer(cell.inject(t, x, condition))
+        found = settled.found
+        # the penalty alone needs a graph, for as long as nobody has asked for it
+        self.settled = settled._replace(found=replace(found, z=found.z.detach()))
         self.passed(int(found.nfe.sum()) - len(x))  # the call itself counts as one
         h = cell.read(found.z)
         return self.exit(h if self.images else h.flatten(1)).reshape(len(x), *self.out_shape)
@@ -270,9 +290,15 @@ def charges(module: nn.Module) -> tuple[Tensor | float, dict[str, Tensor]]:
 
 @contextmanager
 def warm(module: nn.Module) -> Iterator[None]:
-    """Inside, the equilibrium layers of a module start each search where the last one of as many items ended."""
+    """Inside, the equilibrium layers of a module start each search where the last one of as many items ended.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    layers = [part for part in module.modules() if isinstance(part, EquilibriumLayer)]
+    if not layers:
+        raise ValueError("warm_start: this model has no equilibrium network whose searches could start warm. Drop it.")
     with ExitStack() as stack:
-        for part in module.modules():
-            if isinstance(part, EquilibriumLayer):
-                stack.enter_context(part.warm())
+        for layer in layers:
+            stack.enter_context(layer.warm())
         yield

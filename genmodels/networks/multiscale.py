@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from .cells import Cell, Injection, check_block, dropped, shifted
 from .mlp import Embeddings
 from .network import check_images
 from .weight_norm import Conv2d
+
+RETURNED = 0.1  # what starts out to come back of a state, beside what comes of the item
 
 
 class _Residual(nn.Module):
@@ -103,6 +105,20 @@ class MultiscaleCell(Cell):
         self.downs = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), norm(b), nn.ReLU()) for a, b in pairwise(head)
         )
+        self._start_as_a_contraction()
+
+    @torch.no_grad()
+    def _start_as_a_contraction(self) -> None:
+        """Make little of what comes back of a state: norms give all that they are given the same size, and so undo it.
+
+        The item enters the first scale, and goes down from there; the rest starts out small beside it.
+        """
+        for block in self.blocks:
+            (block.second.weight if block.second.gain is None else block.second.gain).mul_(RETURNED)
+        quiet = [after[-1] for after in self.after] + [norm for block in self.blocks[1:] for norm in block.norms[1:]]
+        quiet += [self.ways[i][j][1] for i, j in combinations(range(len(self.scales)), 2)]  # on the way up
+        for norm in quiet:
+            norm.weight.mul_(RETURNED)
 
     def inject(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Injection:
         u = self.entrance(x)

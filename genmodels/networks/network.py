@@ -30,12 +30,14 @@ class Network(nn.Module, ABC):
         autocast: dtype for the arithmetic inside, None for the parameters' own. Inputs arrive and outputs leave in the
             caller's dtype, so nothing outside the network ever sees reduced precision.
         checkpointing: whether training keeps only what enters a block, and computes its inside again in backward.
+        charges: whether training has penalties of this network to add to the loss (see `equilibrium.charges`).
         blockwise: whether `forward` passes its blocks through `recompute`; if not, the whole forward is one block.
     """
 
     in_shape: Shape
     autocast: torch.dtype | None = None
     checkpointing: bool = False
+    charges: bool = False
     blockwise: ClassVar[bool] = False
 
     def __call__(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
@@ -170,6 +172,16 @@ def networks(model: nn.Module) -> list[Network]:
     return list({id(n): n for n in found}.values())
 
 
+def check_charges(model: nn.Module, collects: bool) -> None:
+    """Raises ConfigError if networks inside have penalties to add to a loss that does not collect them."""
+    for part in model.modules():
+        if not collects and isinstance(part, Network) and part.charges:
+            raise ConfigError(
+                f"{part.registered_name}: {type(model).__name__} does not add the penalties of its networks to its "
+                "loss. Set the network's skip and jacobian to 0."
+            )
+
+
 def set_autocast(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Make every network of a model compute in `dtype` (None: as its parameters are)."""
     for network in networks(model):
@@ -193,7 +205,7 @@ def set_compile(model: nn.Module, backend: str = "inductor") -> None:
     Raises:
         ConfigError: if the model's loss differentiates its network twice, which compiled code cannot.
     """
-    if getattr(model, "differentiates_twice", False):
+    if any(getattr(part, "differentiates_twice", False) for part in model.modules()):
         raise ConfigError(
             f"train.compile: the loss of {type(model).__name__} differentiates its network, and compiled code has no "
             "second derivative. Set train.compile=false."

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..rng import Noise
-from ..types import Shape
+from ..types import Likelihood, LikelihoodKind, Shape
 from .base import Controller, Fixed, Solver, integrate
 from .fields import Selectable, VectorField, tensors_of
 from .solution import Solution
@@ -336,6 +336,15 @@ def _draw(noise: Noise | None, count: int, x: Tensor, law: ProbeLaw) -> Tensor:
             'themselves, or divergence="exact".'
         )
     return draw_probes(noise, count, tuple(x.shape[1:]), law=law, dtype=x.dtype).to(x.device)
+
+
+def mean_over_probes(values: Tensor, divergence: str, exact: LikelihoodKind = "numerical") -> Likelihood:
+    """The mean of log-likelihoods [draws, P, B]: of the kind `exact`, or with a standard error over the P probes."""
+    draws, probes, _ = values.shape
+    if divergence == "exact":
+        return Likelihood(values.mean((0, 1)), exact)
+    stderr = (values.var(1).sum(0) / probes).sqrt() / draws if probes > 1 else None
+    return Likelihood(values.mean((0, 1)), "stochastic", stderr)
 
 
 @contextmanager
