@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from genmodels.config import Config, load
 from genmodels.data.dataset import Dataset, centred
 from genmodels.data.uci import TABLES as PUBLISHED
+from genmodels.evaluation import answers
 from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.protocol import FOLDER, Protocol
 from genmodels.model import Model
@@ -163,9 +164,11 @@ def scored(data: Dataset, model: Model) -> tuple[str, ...]:
 @pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_configuration_travels_the_whole_way(path, tmp_path, monkeypatch):
-    """Pictures are of every eighth of their samples, which is one of each class; one of each kind is painted."""
+    """Pictures are of every eighth of their samples, which is one of each class; one of each kind is painted. Answers
+    are timed once."""
     name = f"{path.parent.name}/{path.stem}"
     monkeypatch.setattr(watch, "default_seeds", lambda *given: default_seeds(*given)[::8])
+    monkeypatch.setattr(answers, "TIMED", 1)
     if name not in PAINTED:
         monkeypatch.setattr(Figure, "draw", lambda self, renderer: None)
     node = yaml.safe_load(path.read_text()).get("data", {})
@@ -192,9 +195,8 @@ def test_configuration_travels_the_whole_way(path, tmp_path, monkeypatch):
     metrics = [m for m in full.tree["metrics"] if m["name"] in scored(data, model)]
     questions = {"sample": {"num_items": 4}, "likelihood": {"num_items": 2}, "predict": {"num_items": 4}}
     small = {**questions, "metrics": metrics}
-    options = (
-        {"likelihood": {"controller": "fixed", "num_steps": 2}} if config.tree["model"]["name"] == "diffusion" else {}
-    )
+    brief = {"likelihood": {"solver": "euler", "controller": "fixed", "num_steps": 2}}
+    options = brief if config.tree["model"]["name"] == "diffusion" else {}
     result = evaluate(run, Protocol({**full.tree, **small}), overrides=options)
     values = {row["name"]: row["value"] for row in result["metrics"]}
     assert values and all(row["nfe"] >= 1 or not networks(model) for row in result["cost"].values())
