@@ -1,5 +1,6 @@
 """One thread per process: the tensors of tests are small, and threads that wait for one another cost more."""
 
+import gc
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -9,6 +10,14 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the subprocesses that tests start
 torch.set_num_threads(1)
+
+# What is imported and collected stays until the end: the collector need not walk through it again and again.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

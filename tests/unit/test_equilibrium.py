@@ -19,11 +19,11 @@ TIGHT = Anderson(1e-13, 1e-13, 200)
 START = torch.zeros(4, 5, dtype=torch.float64)
 
 
-def problem(norm: float = 0.8) -> tuple[Tensor, Tensor]:
-    """W [5, 5] with the given norm, and x [4, 5], of z = tanh(W z + x)."""
-    w = torch.randn(5, 5, generator=generator("w"), dtype=torch.float64)
+def problem(norm: float = 0.8, size: int = 5) -> tuple[Tensor, Tensor]:
+    """W [D, D] with the given norm, and x [4, D], of z = tanh(W z + x)."""
+    w = torch.randn(size, size, generator=generator("w"), dtype=torch.float64)
     w = norm * w / torch.linalg.matrix_norm(w, 2)
-    x = torch.randn(4, 5, generator=generator("x"), dtype=torch.float64)
+    x = torch.randn(4, size, generator=generator("x"), dtype=torch.float64)
     return w.requires_grad_(), x.requires_grad_()
 
 
@@ -64,11 +64,11 @@ def test_implicit_gradients_are_those_of_a_dense_solve(linear, norm):
 def test_gradcheck_through_every_solver(name):
     limit = {"max_steps": 3000} if name == "infinite_time" else {"max_iterations": 500}
     solver = build(FixedPoint, {"name": name, "rtol": 1e-11, "atol": 1e-12, **limit})
-    w, x = problem()
+    w, x = problem(size=3)  # finite differences solve twice for every entry of W and x
 
     def solved(w, x):
         gradient = Implicit(rtol=1e-12)
-        return equilibrium(mapped(w, x), START[:1], solver=solver, gradient=gradient, on_failure="raise").z
+        return equilibrium(mapped(w, x), START[:1, :3], solver=solver, gradient=gradient, on_failure="raise").z
 
     assert torch.autograd.gradcheck(solved, (w, x[:1].detach().requires_grad_()), eps=1e-5, atol=1e-6)
 
@@ -132,10 +132,10 @@ def test_the_fixed_point_does_not_depend_on_the_gradient(name):
 
 def test_equilibria_in_and_after_each_other():
     """z = tanh(W z + x), y = tanh(W y + z): the same weights twice, differentiated by one backward pass."""
-    w, x = problem(0.5)
+    w, x = problem(0.5, size=3)
 
     def twice(w, x):
-        z = equilibrium(mapped(w, x), START[:1], solver=TIGHT, gradient=Implicit(rtol=1e-12)).z
+        z = equilibrium(mapped(w, x), START[:1, :3], solver=TIGHT, gradient=Implicit(rtol=1e-12)).z
         return equilibrium(mapped(w, z), z.detach(), solver=TIGHT, gradient=Implicit(rtol=1e-12)).z
 
     def inside(w, x):
@@ -145,7 +145,7 @@ def test_equilibria_in_and_after_each_other():
             y = equilibrium(mapped(w, z), torch.zeros_like(z), solver=TIGHT, gradient=Implicit(rtol=1e-12)).z
             return torch.tanh(z @ w.T + x + y / 4)
 
-        return equilibrium(RowMap(f, x), START[:1], solver=TIGHT, gradient=Implicit(rtol=1e-12)).z
+        return equilibrium(RowMap(f, x), START[:1, :3], solver=TIGHT, gradient=Implicit(rtol=1e-12)).z
 
     for f in (twice, inside):
         assert torch.autograd.gradcheck(f, (w, x[:1].detach().requires_grad_()), eps=1e-5, atol=1e-6)

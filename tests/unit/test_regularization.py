@@ -1,5 +1,6 @@
 """What regularizers have in common: schedules, ways of differentiating, combinations and refusals."""
 
+import functools
 import math
 
 import pytest
@@ -82,11 +83,15 @@ def test_local_gradient_does_not_depend_on_how_the_solve_is_differentiated(gradi
     torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("gradient", names(Gradient))
+@functools.cache
+def integrals_by(gradient):
+    return gradient_of((KineticJacobian(1.0), Taylor(1.0)), build(Gradient, gradient), 1, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("gradient", [name for name in names(Gradient) if name != "backprop"])
 def test_integrals_can_be_differentiated_in_every_way(gradient):
     """Those of the equation and of its steps agree in the limit of small steps."""
-    regularizers = (KineticJacobian(1.0), Taylor(1.0))
-    one, two = (gradient_of(regularizers, build(Gradient, g), 1, tolerance=1e-8) for g in ("backprop", gradient))
+    one, two = integrals_by("backprop"), integrals_by(gradient)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
