@@ -188,15 +188,21 @@ def draw(found: list[Row], path: Path) -> None:
     """Accuracy against evaluations: a curve for models with a dial, with its full search at the end; else a point."""
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
     for k, r in enumerate(found):
         points = sorted([*r["curve"], r], key=lambda point: point["nfe"])
         x, y, e = ([point[key] for point in points] for key in ("nfe", "accuracy", "accuracy_error"))
         e = None if None in e else e
-        panel.errorbar(x, y, e, marker="osdD^v<>PX"[k], capsize=2, lw=1, label=TITLES[r["model"]])
-    panel.set(xscale="symlog", xlabel="evaluations of an answer", ylabel="test accuracy")
-    panel.grid(alpha=0.3, lw=0.5)
-    panel.legend(fontsize=7, frameon=False)
+        for panel in panels:
+            panel.errorbar(x, y, e, marker="osdD^v<>PX"[k], ms=5, mfc="none", capsize=2, lw=1, label=TITLES[r["model"]])
+    for panel in panels:
+        panel.set(xscale="log", xlabel="evaluations of an answer", ylabel="test accuracy")
+        panel.grid(alpha=0.3, lw=0.5)
+    best = max((r["accuracy"] for r in found), default=1.0)
+    panels[1].set(ylim=(best - 0.04, best + 0.01), title="the same, enlarged", ylabel="")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False
+    )
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
