@@ -4,7 +4,7 @@
 
 It trains configs/digits/flow_matching_equilibrium.yaml, if it is not there, and draws the first 1,000 seeds by Heun's
 method with more and more steps, once with every search starting anew and once where the evaluation before ended. With
-`--publish` it writes evals/results/warm_start.md and the results of both ways under the protocol digits_demo.
+`--publish` it writes evals/results/warm_start.md. An evaluation is one of the cell; FD-digits is that of `digits_demo`.
 """
 
 import argparse
@@ -14,32 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genmodels.evaluation.evaluate import evaluate, publish, result_path
-from genmodels.evaluation.protocol import Protocol
+from genmodels.config import load
+from genmodels.evaluation.evaluate import evaluate
+from genmodels.evaluation.protocol import Protocol, tree_of
 from genmodels.files import write_text
 from genmodels.model import Model
+from genmodels.training.loop import train
 from genmodels.training.run import Run
 
-from . import plans
-from .plans import ROOT, Plan
+from .plans import ROOT
 
 RESULTS = ROOT / "evals" / "results"
-PLAN = Plan("digits-flow_matching_equilibrium", "digits/flow_matching_equilibrium", "digits_demo")
+CONFIG = ROOT / "configs" / "digits" / "flow_matching_equilibrium.yaml"
 STEPS = (5, 10, 25, 50)
 COMPARED = 100  # samples whose difference is measured
 Row = dict[str, Any]
 
 
-def rows(folder: Path, published: bool) -> list[Row]:
+def rows(run: Run) -> list[Row]:
     """What both ways cost and are worth, by the number of steps."""
-    run, protocol, found = Run.open(folder), Protocol.load(PLAN.protocol), []
-    model = run.load()
+    samples = {"name": "warm_start", "metrics": [{"name": "frechet", "features": "digits"}]}
+    protocol, model, found = Protocol(tree_of("digits_demo") | samples), run.load(), []
     for steps in STEPS:
         row: Row = {"steps": steps, "difference": difference(model, run.config.options("sample"), steps)}
         for way, warm in (("cold", False), ("warm", True)):
             result = evaluate(run, protocol, overrides={"sample": {"num_steps": steps, "warm_start": warm}})
-            if published:
-                publish(result_path(folder, result), result)
             cost, fd = result["cost"]["sample"], result["metrics"][0]["value"]
             row[way] = {"nfe": cost["nfe"], "ms": 1e3 * cost["seconds_per_item"], "fd": fd}
         found.append(row)
@@ -59,7 +58,7 @@ def difference(model: Model, options: dict[str, Any], steps: int) -> float:
 
 
 def table(found: list[Row]) -> str:
-    """The rows in Markdown; an evaluation of the network is one of its cell."""
+    """The rows in Markdown."""
     lines = [
         "| steps | velocities | evaluations each, cold | warm | warm/cold | ms a sample, cold | warm | FD-digits, cold "
         "| warm | difference |",
@@ -80,8 +79,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/warm_start"))
     parser.add_argument("--publish", action="store_true", help="copy the results to evals/results")
     given = parser.parse_args()
-    plans.carry_out_all([PLAN], given.root, 1, False)
-    text = table(rows(given.root / PLAN.name, given.publish))
+    text = table(rows(train(load([CONFIG]), root=given.root)))
     print(text)
     if given.publish:
         write_text(RESULTS / "warm_start.md", text)
