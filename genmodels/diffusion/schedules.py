@@ -34,7 +34,7 @@ def as_times(t: Tensor) -> Tensor:
     """
     if not t.is_floating_point():
         raise ValueError(
-            f"times are real numbers from 0 (data) to 1 (noise), found {t.dtype}. Step k of a chain of T steps, k from 0, "
+            f"times are real numbers from 0 (data) to 1 (noise), found {t.dtype}. Step k of T, counted from 0, "
             "is the time (k + 1)/T."
         )
     hidden = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
