@@ -85,6 +85,18 @@ def test_estimates_are_unbiased_with_the_stated_error(prediction, schedule):
     assert model.likelihood(x[:2], method="elbo").stderr is None
 
 
+def test_the_prior_is_charged_for_what_it_neglects():
+    """A path that ends at α² = .58: log p(2) less KL(q(x_T | x) ‖ N(0, σ²)) - KL(q(x_T | x) ‖ q(x_T))."""
+    model = oracle(LINE, "velocity", {"name": "vp", "beta_max": 1.0})
+    alpha, sigma = (c.item() for c in model.schedule.scales(torch.tensor(1.0, dtype=torch.float64)))
+    x = torch.full((32, 1), 2.0, dtype=torch.float64)
+    kl, given = torch.distributions.kl_divergence, torch.distributions.Normal(2 * alpha, sigma)
+    whole = torch.distributions.Normal(1.5 * alpha, math.sqrt(alpha**2 / 4 + sigma**2))
+    mismatch = kl(given, torch.distributions.Normal(0.0, sigma)) - kl(given, whole)
+    found = model.log_prob(x, method="elbo", probes=24, draws=4)
+    assert mismatch > 2 and abs(found.mean() + 0.72579135 + mismatch) < 4.5 * found.std() / 32**0.5 < 1
+
+
 class Shifted(Network):
     """Another network's ε̂ with a constant added."""
 
