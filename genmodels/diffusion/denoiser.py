@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..networks.network import Network
 from ..types import Condition, expand_like
 from .parametrization import Prediction, Target, domain, to_clean_and_noise
-from .schedules import Schedule
+from .schedules import Schedule, as_times
 
 
 class Denoiser(nn.Module):
@@ -39,8 +39,10 @@ class Denoiser(nn.Module):
         """x̂ = E[x | x_t] and ε̂ = E[ε | x_t].
 
         Raises:
-            ValueError: where p does not determine both, outside t_min to t_max.
+            ValueError: where p does not determine both, outside t_min to t_max; for times that are integers or not in
+                [0, 1].
         """
+        as_times(t)  # before a network is asked
         p = self.answer(t, x, condition)
         return to_clean_and_noise(self.prediction, p, x, self.schedule(t), self.sigma_data)
 
@@ -51,6 +53,7 @@ class Denoiser(nn.Module):
             ValueError: as `predict`, unless the network predicts the velocity itself.
         """
         if self.prediction == "velocity":
+            as_times(t)
             return self.answer(t, x, condition)
         clean, eps = self.predict(t, x, condition)
         scales = self.schedule(t)
@@ -64,6 +67,7 @@ class Denoiser(nn.Module):
             ValueError: as `predict`, unless the network predicts the score itself; and at σ = 0, where it is not known.
         """
         if self.prediction == "score":
+            as_times(t)
             return self.answer(t, x, condition)
         sigma = self.schedule(t).sigma
         if not (sigma > 0).all():

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,22 +14,23 @@ from ..networks.network import Network
 from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..solvers.base import Controller, Fixed, Solver, integrate
-from ..solvers.divergence import mean_over_probes, transport
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5, Heun, Tsit5
 from ..solvers.step_size import PI
 from ..transforms import Transform
-from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, expand_like, sum_items
-from .checks import at_least_one, check_settings, one_each
+from ..types import Batch, Condition, Loss, Seeds, Shape, expand_like
+from .checks import at_least_one, check_settings
+from .couplings import Coupling, Independent
 from .denoiser import Guided, denoiser_of
 from .parametrization import Target, target
 from .schedules import Linear, Schedule
+from .scoring import Scored
 from .times import LogitNormal, TimeLaw
 from .weightings import Uniform, Weighting
 
 
 @register(Model, "diffusion")
-class DiffusionModel(Model):
+class DiffusionModel(Scored, Model):
     """A denoiser of x_t = α(t) T(x) + σ(t) ε, and the ODE between noise (t = 1) and data (t = 0) that it defines.
 
     loss = w(t) |p̂(t, x_t) - p|²/D with ε ~ N(0, I), t from the law of times, and p what the network predicts. The
@@ -47,6 +47,7 @@ class DiffusionModel(Model):
         prediction: what the network predicts; "edm" also scales its input and its time.
         times: law of the times in training.
         weighting: on the squared error.
+        coupling: which noise of a batch meets which item; all but "independent" give up scores and what needs them.
         conditional: whether the network sees the conditions of the data (labels, embeddings), if there are any.
         condition_dropout: share of items whose condition is hidden in training, item by item; 0 gives up guidance and
             unconditional answers.
@@ -69,6 +70,7 @@ class DiffusionModel(Model):
         prediction: Target = "velocity",
         times: TimeLaw = LogitNormal(),
         weighting: Weighting = Uniform(),
+        coupling: Coupling = Independent(),
         conditional: bool = True,
         condition_dropout: float = 0.1,
         sigma_data: float | None = None,
@@ -94,7 +96,7 @@ class DiffusionModel(Model):
             num_classes, condition_shape = None, None
         self.num_classes = num_classes
         self.times, self.weighting, self.condition_dropout = times, weighting, condition_dropout
-        self.measures = sigma_data is None
+        self.coupling, self.measures = coupling, sigma_data is None
         self.model_shape = transform.out_shape(self.shape)
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
         built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
@@ -140,14 +142,15 @@ class DiffusionModel(Model):
         t = self.times.sample(noise, self.schedule, span)
         scales, eps = self.schedule(t), noise.normal(*self.model_shape, dtype=x.dtype)
         condition = self._drop(batch.condition, noise) if self.conditional else None
+        eps = self.coupling(x, eps, batch.condition if self.conditional else None, noise)
         alpha, sigma = (expand_like(c, x).to(x.dtype) for c in (scales.alpha, scales.sigma))
         wanted = target(denoiser.prediction, x, eps, scales, denoiser.sigma_data)
         error = (denoiser.answer(t, alpha * x + sigma * eps, condition) - wanted).square()
         density = self.times.density(t, self.schedule, span)
-        weight = self.weighting(denoiser.prediction, scales, density, denoiser.sigma_data)
         error = error.reshape(len(batch), math.prod(self.model_shape)).mean(1)
+        value = self.weighting.loss(error, denoiser.prediction, scales, density, denoiser.sigma_data)
         charged, logs = charges(self.denoiser)
-        value, logs = weight.to(error.dtype) * error + charged, {"squared_error": error.detach().mean()} | logs
+        value, logs = value + charged, {"squared_error": error.detach().mean()} | logs
         if self.training and self.regularizers:
             solved = self._regularized(len(batch), condition, generator)
             value, logs = value + solved.penalty.mean().to(value.dtype), logs | solved.logs
@@ -299,87 +302,9 @@ class DiffusionModel(Model):
         return self.denoiser.velocity(t, x, self._checked(condition, len(x), "velocity"))
 
     def score(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """[B, *shape] ∇ log p_t(x), in model space."""
+        """[B, *shape] ∇ log p_t(x), in model space; NotApplicable if noise and items were coupled in training."""
+        self.check_independent("score")
         return self.denoiser.score(t, x, self._checked(condition, len(x), "score"))
-
-    # ---- likelihood --------------------------------------------------------------------------------------------------
-
-    def likelihood(
-        self,
-        x: Tensor,
-        *,
-        condition: Condition | None = None,
-        seeds: Seeds | None = None,
-        divergence: Literal["exact", "hutchinson"] = "exact",
-        probes: int = 1,
-        draws: int = 1,
-        num_steps: int = 50,
-        solver: Solver = Dopri5(),
-        controller: Controller = PI(),
-        batch_size: int = 256,
-    ) -> Likelihood:
-        """log p(x) = log N(z; 0, σ(t_max)²) + ∫ div v dt + log|det ∂T/∂x| in nats, along the ODE from T(x) to z.
-
-        The path starts at t_min instead of 0. For discrete data the value is E_u[log p(x + u)], a bound. Gradients flow
-        if they are enabled, and need the memory of every step: score data under `torch.no_grad`.
-
-        Args:
-            x: [B, *shape] in data units.
-            condition: [B, *]; None scores unconditionally.
-            seeds: [B] for dequantisation noise and probes; 0 … B-1 if not given.
-            divergence: exact costs a backward pass for each component, hutchinson one for each probe.
-            probes: how many, for hutchinson; two or more give a standard error.
-            draws: how many values of the dequantisation noise are averaged over, each with probes of its own.
-            num_steps: of the controller "fixed"; without meaning under step control, whose tolerances are its own.
-            solver, controller: of the ODE.
-            batch_size: how many are scored at once.
-        Returns:
-            kind numerical for the exact divergence, stochastic for hutchinson.
-        Raises:
-            NotApplicable: if the transform to model space has no volume.
-            ValueError: if conditions, seeds or counts do not fit.
-        Source: Song et al. 2021 (Score-based generative modeling through SDEs), section 4.3; Grathwohl et al. 2019
-            (FFJORD), section 3.1.
-        """
-        self.check_items(x, "likelihood")
-        if not self.transform.volume:
-            raise NotApplicable("the transform to model space has no log-determinant, so data have no density.")
-        condition = self._checked(condition, len(x), "likelihood")
-        at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
-        seeds = one_each(seeds, len(x))
-        times = self._grid(num_steps, controller)
-        ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
-        wanted = x.requires_grad or any(p.requires_grad for p in self.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):  # else a graph of every step for nothing
-            parts = [
-                self._draws(x[rows], None if condition is None else condition[rows], seeds[rows], draws, times, ode)
-                for rows in torch.arange(len(x)).split(batch_size)
-            ]
-        return mean_over_probes(torch.cat(parts, 2), divergence)
-
-    def log_prob(
-        self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
-    ) -> Tensor:
-        """[B] nats: the value of `likelihood`, with its options."""
-        return self.likelihood(x, condition=condition, seeds=seeds, **options).value
-
-    def _draws(
-        self, x: Tensor, condition: Tensor | None, seeds: Tensor, count: int, times: Tensor, ode: dict[str, Any]
-    ) -> Tensor:
-        """[count, P, B] values for as many draws of the dequantisation noise."""
-        noise = [SeedNoise(seeds, purpose=p, device=x.device) for p in ("dequantise", "probe")]
-        return torch.stack([self._log_prob(x, condition, *noise, times, ode) for _ in range(count)])
-
-    def _log_prob(
-        self, x: Tensor, condition: Tensor | None, noise: Noise, probe_noise: Noise, times: Tensor, ode: dict[str, Any]
-    ) -> Tensor:
-        """[P, B] one value for each probe; P = 1 for the exact divergence."""
-        y, log_volume = self._to_model_space(x, None if self.bin_width is None else noise)
-        moved = transport(RowField(self.denoiser.velocity, condition), y, times, noise=probe_noise, **ode)
-        scale = self.prior_scale()
-        normalizer = math.prod(self.model_shape) * (math.log(scale) + 0.5 * math.log(2 * math.pi))
-        log_prior = -0.5 * sum_items((moved.z.double() / scale).square()) - normalizer
-        return (log_prior + log_volume + moved.log_det).reshape(-1, len(x))
 
     def _checked(self, condition: Condition | None, n: int, where: str, required: bool = False) -> Tensor | None:
         """One condition for each of n items: "no condition" if None, and None for an unconditional model."""

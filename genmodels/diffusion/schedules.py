@@ -13,6 +13,7 @@ from torch import Tensor
 from ..registry import ConfigError, kind, register
 
 BISECTIONS = 80  # halvings of an interval of length 1: below the spacing of float64 numbers wherever t > 1e-8
+SLACK = 1e-6  # by which rounding to float32 may take a time over the ends
 
 
 class Scales(NamedTuple):
@@ -24,9 +25,35 @@ class Scales(NamedTuple):
     dsigma: Tensor
 
 
+def as_times(t: Tensor) -> Tensor:
+    """Times in float64.
+
+    Raises:
+        ValueError: if they are integers (steps of a discrete chain are not times), or outside 0 to 1. Numbers on an
+            accelerator are not looked at, because reading them would wait for it, nor are those of a traced program.
+    """
+    if not t.is_floating_point():
+        raise ValueError(
+            f"times are real numbers from 0 (data) to 1 (noise), found {t.dtype}. Step k of T, counted from 0, "
+            "is the time (k + 1)/T."
+        )
+    hidden = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    if t.device.type == "cpu" and t.numel() and not hidden:
+        low, high = (end.item() for end in t.detach().aminmax())
+        if not (low >= -SLACK and high <= 1 + SLACK):
+            raise ValueError(
+                f"times run from 0 (data) to 1 (noise), found {low:g} to {high:g}. Divide steps by their number; "
+                "`Schedule.time` is the time of a log-SNR."
+            )
+    return t.double()
+
+
 @kind
 class Schedule(ABC):
     """A Gaussian path from data to noise; its log-SNR = 2 log(α/σ) falls strictly with t.
+
+    It is the law of dx = f x dt + g dW with f = `drift` and g² = `squared_diffusion`, started at the item. A schedule
+    states these only if it has closed forms that its scales agree with (see `checks.check_schedule`).
 
     Attributes:
         t_min, t_max: ends of the times at which scales and derivatives are finite; models live between them.
@@ -41,9 +68,19 @@ class Schedule(ABC):
 
     def __call__(self, t: Tensor) -> Scales:
         """Scales with derivatives: by forward-mode differentiation, unless a schedule states them."""
-        t = t.double()
+        t = as_times(t)
         values, slopes = torch.func.jvp(self.scales, (t,), (torch.ones_like(t),))
         return Scales(*values, *slopes)
+
+    def drift(self, t: Tensor) -> Tensor:
+        """f = α'/α float64, per unit time; -infinite where α = 0."""
+        s = self(t)
+        return s.dalpha / s.alpha
+
+    def squared_diffusion(self, t: Tensor) -> Tensor:
+        """g² = dσ²/dt - 2 f σ² = -σ² dλ/dt float64, per unit time, λ the log-SNR; infinite where α = 0."""
+        s = self(t)
+        return 2 * s.sigma * (s.dsigma - s.sigma * s.dalpha / s.alpha)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """2 log(α/σ) float64; infinite where one of them is 0."""
@@ -73,7 +110,7 @@ class Linear(Schedule):
     """
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.double()
+        t = as_times(t)
         return 1 - t, t
 
     def __call__(self, t: Tensor) -> Scales:
@@ -109,7 +146,7 @@ class VariancePreserving(Schedule):
         return t * (self.beta_min + 0.5 * self.slope * t)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        b = self._integral(t.double())
+        b = self._integral(as_times(t))
         return torch.exp(-0.5 * b), torch.sqrt(-torch.expm1(-b))
 
     def __call__(self, t: Tensor) -> Scales:
@@ -117,13 +154,61 @@ class VariancePreserving(Schedule):
         beta = self.beta_min + self.slope * t.double()
         return Scales(alpha, sigma, -0.5 * beta * alpha, 0.5 * beta * alpha.square() / sigma)
 
+    def drift(self, t: Tensor) -> Tensor:
+        return -0.5 * self.squared_diffusion(t)
+
+    def squared_diffusion(self, t: Tensor) -> Tensor:
+        return self.beta_min + self.slope * as_times(t)
+
     def log_snr(self, t: Tensor) -> Tensor:
-        return -torch.expm1(self._integral(t.double())).log()
+        return -torch.expm1(self._integral(as_times(t))).log()
 
     def _time(self, log_snr: Tensor) -> Tensor:
-        b = torch.nn.functional.softplus(-log_snr)
-        # the root of slope/2 t² + β_min t = B, written so that nothing cancels
+        return self._inverse(torch.nn.functional.softplus(-log_snr))
+
+    def _inverse(self, b: Tensor) -> Tensor:
+        """The t at which B(t) = b: the root of slope/2 t² + β_min t = b, written so that nothing cancels."""
         return 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self.slope * b))
+
+
+@register(Schedule, "sub_vp")
+class SubVariancePreserving(VariancePreserving):
+    """α = e^{-B/2}, σ = 1 - e^{-B} with B(t) = β_min t + (β_max - β_min) t²/2: less noise than "vp" at every time.
+
+    Begins at 0, where its σ' is β_min.
+
+    Args:
+        beta_min, beta_max: noise rate at t = 0 and t = 1, per unit time.
+    Raises:
+        ConfigError: unless 0 < beta_min <= beta_max.
+    Source: Song et al. 2021 (Score-based generative modeling through SDEs), section 3.4 and appendix C.
+    """
+
+    t_min = 0.0
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        b = self._integral(as_times(t))
+        return torch.exp(-0.5 * b), -torch.expm1(-b)
+
+    def __call__(self, t: Tensor) -> Scales:
+        alpha, sigma = self.scales(t)
+        beta = self.beta_min + self.slope * t.double()
+        return Scales(alpha, sigma, -0.5 * beta * alpha, beta * alpha.square())
+
+    def drift(self, t: Tensor) -> Tensor:
+        return -0.5 * (self.beta_min + self.slope * as_times(t))
+
+    def squared_diffusion(self, t: Tensor) -> Tensor:
+        t = as_times(t)
+        return -(self.beta_min + self.slope * t) * torch.expm1(-2 * self._integral(t))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        b = self._integral(as_times(t))
+        return -b - 2 * (-torch.expm1(-b)).log()
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        # σ/α = 2 sinh(B/2)
+        return self._inverse(2 * torch.asinh(0.5 * torch.exp(-log_snr / 2)))
 
 
 @register(Schedule, "trigonometric")
@@ -134,7 +219,7 @@ class Trigonometric(Schedule):
     """
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.double()
+        t = as_times(t)
         return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)  # cos(π/2) would round to 6e-17
 
     def __call__(self, t: Tensor) -> Scales:
@@ -168,7 +253,7 @@ class Cosine(Schedule):
         self.start, self.speed = math.pi / 2 * offset / (1 + offset), math.pi / 2 / (1 + offset)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.double()
+        t = as_times(t)
         square = torch.sin(self.speed * t) * torch.sin(self.speed * t + 2 * self.start)
         return torch.sin(self.speed * (1 - t)) / math.cos(self.start), square.sqrt() / math.cos(self.start)
 
@@ -207,7 +292,7 @@ class EDM(Schedule):
         self.width = sigma_max ** (1 / rho) - self.low
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.double()
+        t = as_times(t)
         return torch.ones_like(t), (self.low + self.width * t) ** self.rho
 
     def __call__(self, t: Tensor) -> Scales:
@@ -217,6 +302,40 @@ class EDM(Schedule):
 
     def _time(self, log_snr: Tensor) -> Tensor:
         return (torch.exp(-log_snr / (2 * self.rho)) - self.low) / self.width
+
+
+@register(Schedule, "ve")
+class VarianceExploding(Schedule):
+    """α = 1, σ(t) = σ_min (σ_max/σ_min)^t: noise is added at an even rate of its logarithm.
+
+    t = 0 is σ_min, not 0. The noise N(0, σ_max²) that models start from neglects what is left of the data at t = 1, so
+    σ_max must be large beside them.
+
+    Args:
+        sigma_min, sigma_max: σ at t = 0 and t = 1, in units of model space.
+    Raises:
+        ConfigError: unless 0 < sigma_min < sigma_max.
+    Source: Song et al. 2021 (Score-based generative modeling through SDEs), section 3.4 and appendix C.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ConfigError(f"ve: 0 < sigma_min < sigma_max is needed, found {sigma_min} and {sigma_max}.")
+        self.start, self.growth = math.log(sigma_min), math.log(sigma_max / sigma_min)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = as_times(t)
+        return torch.ones_like(t), torch.exp(self.start + self.growth * t)
+
+    def __call__(self, t: Tensor) -> Scales:
+        alpha, sigma = self.scales(t)
+        return Scales(alpha, sigma, torch.zeros_like(alpha), self.growth * sigma)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (self.start + self.growth * as_times(t))
+
+    def _time(self, log_snr: Tensor) -> Tensor:
+        return (-log_snr / 2 - self.start) / self.growth
 
 
 def from_flow_matching_time(tau: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

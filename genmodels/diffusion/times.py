@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..registry import ConfigError, kind, register
 from ..rng import Noise
-from .schedules import Schedule
+from .schedules import Schedule, as_times
 
 Span = tuple[float, float]
 HALF_STEP = 2.0**-25  # uniform draws are multiples of 2^-24: their midpoints never reach 0 or 1
@@ -18,8 +18,9 @@ HALF_STEP = 2.0**-25  # uniform draws are multiples of 2^-24: their midpoints ne
 class TimeLaw(ABC):
     """A law on the times of a schedule: that of a distribution function F, restricted to a span.
 
-    Times are F⁻¹ of uniform draws, so that every law can be stratified: then item i of n takes the draw (i + u)/n with
-    one u for the batch, which is uniform for each item and spreads the batch evenly over the law.
+    F may lack a constant factor and summand, which drop out where it is restricted. Times are F⁻¹ of uniform draws, so
+    that every law can be stratified: then item i of n takes the draw (i + u)/n with one u for the batch, which is
+    uniform for each item and spreads the batch evenly over the law.
 
     Args:
         stratified: whether the draws of a batch are spread evenly.
@@ -39,7 +40,7 @@ class TimeLaw(ABC):
 
     @abstractmethod
     def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
-        """F⁻¹(u), for float64 u strictly between 0 and 1."""
+        """F⁻¹(u), for float64 u strictly between the values of F at the ends."""
 
     def sample(self, noise: Noise, schedule: Schedule, span: Span | None = None) -> Tensor:
         """[n] float64 times, one per item of the noise, within the span (t_min to t_max of the schedule if None)."""
@@ -52,7 +53,7 @@ class TimeLaw(ABC):
 
     def density(self, t: Tensor, schedule: Schedule, span: Span | None = None) -> Tensor:
         """F'(t)/(F(last) - F(first)) float64 at times within the span, per unit time."""
-        t = t.double()
+        t = as_times(t)
         low, high = self._mass(schedule, *(span or (schedule.t_min, schedule.t_max)), t.device)
         return self.slope(t, schedule) / (high - low)
 
@@ -131,6 +132,54 @@ class LogNormal(TimeLaw):
 
     def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
         return schedule.time(-2 * (self.loc + self.scale * torch.special.ndtri(u)))
+
+
+@register(TimeLaw, "importance")
+class Importance(TimeLaw):
+    """Density in proportion to g²/σ² = -dλ/dt, λ the log-SNR: the times that the evidence bound weights alike.
+
+    Even in λ, so that F is -λ, and F⁻¹ the schedule's own inverse: closed where the schedule has one (for "vp" B =
+    log(1 + e^F), and t from B), by bisection elsewhere. Under it the weighting "elbo" is the same at every time.
+
+    Args:
+        max_log_snr, min_log_snr: between these, because the whole of a path that reaches α = 0 or σ = 0 has no such
+            law; the default ends are σ/α = 1e-3 and α/σ = 1e-3.
+        stratified: spread the draws of a batch evenly.
+    Raises:
+        ConfigError: unless min_log_snr < max_log_snr.
+    Source: Song et al. 2021 (Maximum likelihood training of score-based diffusion models).
+    """
+
+    def __init__(
+        self, max_log_snr: float = 13.815511, min_log_snr: float = -13.815511, stratified: bool = False
+    ) -> None:
+        super().__init__(stratified)
+        if not -math.inf < min_log_snr < max_log_snr < math.inf:
+            raise ConfigError(
+                f"importance: min_log_snr < max_log_snr is needed, found {min_log_snr} and {max_log_snr}."
+            )
+        self.high, self.low = max_log_snr, min_log_snr
+
+    def cdf(self, t: Tensor, schedule: Schedule) -> Tensor:
+        return -schedule.log_snr(t).clamp(self.low, self.high)
+
+    def slope(self, t: Tensor, schedule: Schedule) -> Tensor:
+        s, log_snr = schedule(t), schedule.log_snr(t)
+        # a time that was drawn at an end may lie beyond it by rounding
+        inside = (log_snr > self.low - 1e-6) & (log_snr < self.high + 1e-6)
+        return torch.where(inside, 2 * (s.dsigma / s.sigma - s.dalpha / s.alpha), 0.0)
+
+    def quantile(self, u: Tensor, schedule: Schedule) -> Tensor:
+        return schedule.time(-u)
+
+    def _mass(self, schedule: Schedule, first: float, last: float, device: torch.device) -> Tensor:
+        ends = super()._mass(schedule, first, last, device)
+        if device.type == "cpu" and not ends[0] < ends[1]:
+            raise ValueError(
+                f"importance: no time from {first:g} to {last:g} has a log-SNR between {self.low:g} and {self.high:g}. "
+                "Widen min_log_snr and max_log_snr."
+            )
+        return ends
 
 
 def _normal_density(z: Tensor) -> Tensor:

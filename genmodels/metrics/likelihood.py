@@ -78,7 +78,9 @@ _WHY_NOT = {
 
 
 def how_made(draws: int, how: str, options: Mapping[str, Any]) -> str:
-    """How an evaluation made its likelihoods, in a few words: "iw-5", "5 draws, 2 probes"; empty for a single draw.
+    """How an evaluation made its likelihoods, in a few words: "iw-5", "5 draws, 2 probes", "elbo at 8 times".
+
+    Empty for a single draw.
 
     Args:
         draws: passes of the protocol, combined as `how` says ("mean", "importance").
@@ -86,9 +88,11 @@ def how_made(draws: int, how: str, options: Mapping[str, Any]) -> str:
     """
     own = int(options.get("draws", 1))
     mean = own * (1 if how == "importance" else draws)
-    probes = int(options.get("probes", 1)) if options.get("divergence") == "hutchinson" else 0
+    bound, count = options.get("method") == "elbo", int(options.get("probes", 1))
+    probes = count if options.get("divergence") == "hutchinson" and not bound else 0
     words = [f"iw-{draws}" if how == "importance" and draws > 1 else ""]
     words += [f"{mean} draws" if mean > 1 else "", f"{probes} probe{'s' * (probes > 1)}" if probes else ""]
+    words += [f"elbo at {count} time{'s' * (count > 1)}" if bound else ""]
     return ", ".join(word for word in words if word)
 
 

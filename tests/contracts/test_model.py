@@ -43,7 +43,13 @@ EXAMPLES = {
         ("contract_plane", {"network": {"name": "mlp", "hidden": [24, 24]}}),
         (
             "contract_plane",
-            {"network": RESIDUAL, "schedule": "trigonometric", "prediction": "v"},
+            {
+                "network": RESIDUAL,
+                "schedule": "trigonometric",
+                "prediction": "v",
+                "coupling": "minibatch_ot",
+                "weighting": "uncertainty",
+            },
         ),
         ("contract_images", {"network": DIT, "prediction": "edm", "schedule": "edm", "times": "log_normal"}),
     ],

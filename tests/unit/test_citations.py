@@ -121,7 +121,7 @@ def test_papers_of_a_source(source, expected):
         ("Kingma et al. 2015", "has no entry"),  # of two authors both are named
         ("Durkan et al. 2019 (Cubic-Spline Flows)", "has no entry"),
         ("Karras et al. 2022 (ED)", "has no entry"),  # no word of the title
-        ("Song et al. 2021", "can be song2021denoising and song2021score. Name the title in brackets"),
+        ("Song et al. 2021", "song2021denoising and song2021maximum and song2021score. Name the title in brackets"),
         ("Bishop 2006 and section 4 of 1999", "1999 is no part of a paper"),
         ("the zuko library", "names no paper as Surname"),
     ],

@@ -163,6 +163,9 @@ def test_words_for_how_a_likelihood_was_made():
     )
     assert how_made(5, "mean", {"divergence": "hutchinson", "probes": 2}) == "5 draws, 2 probes"
     assert how_made(1, "mean", {"divergence": "hutchinson"}) == "1 probe"
+    assert how_made(1, "mean", {"method": "elbo"}) == "elbo at 1 time"
+    elbo = {"method": "elbo", "divergence": "hutchinson", "probes": 8, "draws": 2}
+    assert how_made(1, "mean", elbo) == "2 draws, elbo at 8 times"
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------------
