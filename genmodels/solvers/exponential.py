@@ -44,7 +44,7 @@ class DenoisingSolver(Solver):
         return "a denoiser (`predict`, which estimates clean item and noise, and the `schedule` of its path)"
 
     def velocity(self, field: DenoisingField, t: Tensor, x: Tensor) -> Tensor:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         scales = field.schedule(t)
         return wide(scales.dalpha, x) * clean + wide(scales.dsigma, x) * eps
 
@@ -52,6 +52,21 @@ class DenoisingSolver(Solver):
 def wide(c: Tensor, x: Tensor) -> Tensor:
     """A float64 coefficient ([] or [B]) in the dtype of the state x, to be multiplied with it."""
     return expand_like(c, x).to(x.dtype)
+
+
+def estimates(field: DenoisingField, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x̂ and ε̂ in the dtype of the state x.
+
+    Raises:
+        ValueError: if they do not have its shape.
+    """
+    clean, eps = field.predict(t, x)
+    if clean.shape != x.shape or eps.shape != x.shape:
+        raise ValueError(
+            f"integrate: the denoiser turned a state of shape {list(x.shape)} into a clean item of shape "
+            f"{list(clean.shape)} and noise of shape {list(eps.shape)}; all must have one shape."
+        )
+    return clean.to(x.dtype), eps.to(x.dtype)
 
 
 def mixed(level: Level, clean: Tensor, eps: Tensor) -> Tensor:
@@ -115,7 +130,7 @@ class DDIM(DenoisingSolver):
         self.eta = eta
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         if self.eta == 0:
             return Step(mixed(then, clean, eps), None, ())
@@ -144,7 +159,7 @@ class DDPM(DenoisingSolver):
         self.variance = variance
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
         check_direction(h, "ddpm")
@@ -233,7 +248,7 @@ class Multistep(DenoisingSolver):
         return polynomial(c, m)
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
         less = then if self.eta == 0 else then._replace(sigma=then.sigma * torch.exp(-self.eta * h))
@@ -348,13 +363,13 @@ class DPMpp2S(DenoisingSolver):
         self.ratio = ratio
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
         inner = h.isfinite()
         inside = field.schedule.time(2 * torch.where(inner, now.half + self.ratio * h, 0.0))
         between = torch.where(inner, inside, 0.5 * (t + s))
-        ahead, noise_ahead = field.predict(between, mixed(Level.of(field, between), clean, eps))
+        ahead, noise_ahead = estimates(field, between, mixed(Level.of(field, between), clean, eps))
         plain = mixed(then, clean, eps)
         gain = torch.where(inner, then.alpha * -torch.expm1(-torch.where(inner, h, 0.0)) / (2 * self.ratio), 0.0)
         halves = mixed(then, ahead, noise_ahead) - plain
