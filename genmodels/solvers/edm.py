@@ -54,7 +54,7 @@ class Churned(DenoisingSolver):
                 "along(steps) first, as controller 'fixed' and `sample` do."
             )
         now = Level.of(field, t)
-        check_direction(Level.of(field, s).half - now.half, self.registered_name)
+        check_direction(Level.of(field, s).half - now.half, noise, self.registered_name)
         ratio = now.sigma / now.alpha
         inside = (ratio >= self.s_min) & (ratio <= (math.inf if self.s_max is None else self.s_max))
         factor = 1 + min(self.s_churn / self.steps, MOST_CHURN) * (inside & ratio.isfinite() & (s != t)).double()
@@ -143,7 +143,7 @@ class PredictorCorrector(DenoisingSolver):
         clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
-        check_direction(h, "predictor_corrector")
+        check_direction(h, noise, "predictor_corrector")
         mean = mixed(then._replace(sigma=then.sigma * torch.exp(-h)), clean, eps)
         x = mean + wide(then.sigma * (-torch.expm1(-2 * h)).sqrt(), x) * white(noise, t, s, x)
         noisy = (then.sigma > 0) & (s != t)

@@ -99,8 +99,9 @@ def path(noise: Any) -> Brownian:
     return noise
 
 
-def check_direction(h: Tensor, name: str) -> None:
-    """Raises ValueError where a step with noise would run from data to noise."""
+def check_direction(h: Tensor, noise: Any, name: str) -> None:
+    """Raises ValueError where a step with noise would run from data to noise, or without a path."""
+    path(noise)
     if h.device.type == "cpu" and bool((h < 0).any()):
         raise ValueError(
             f"integrate: '{name}' with noise runs from noise to data only, and these times increase. Give them in "
@@ -135,7 +136,7 @@ class DDIM(DenoisingSolver):
         if self.eta == 0:
             return Step(mixed(then, clean, eps), None, ())
         h = then.half - now.half
-        check_direction(h, "ddim")
+        check_direction(h, noise, "ddim")
         share = self.eta**2 * -torch.expm1(-2 * h)
         less = then._replace(sigma=then.sigma * (1 - share).sqrt())
         return Step(mixed(less, clean, eps) + wide(then.sigma * share.sqrt(), x) * white(noise, t, s, x), None, ())
@@ -162,7 +163,7 @@ class DDPM(DenoisingSolver):
         clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
-        check_direction(h, "ddpm")
+        check_direction(h, noise, "ddpm")
         share, spread = -torch.expm1(-2 * h), then.sigma
         if self.variance == "large":
             spread = torch.where(then.sigma > 0, now.sigma, 0.0)
@@ -270,7 +271,7 @@ class Multistep(DenoisingSolver):
                 )
             )
         if self.eta:
-            check_direction(h, self.registered_name)
+            check_direction(h, noise, self.registered_name)
             spread = then.sigma * (-torch.expm1(-2 * self.eta * h)).sqrt()
             new = new + wide(spread, x) * white(noise, t, s, x)
         return Step(new, None, state)

@@ -96,7 +96,11 @@ def test_ancestral(variance):
         x = scheduler.step(eps(scheduler.alphas_cumprod[index], x), index, x, generator=made).prev_sample
     # a chain of 20 indices has its last step from index 49, with noise, to index -1 without: no σ there
     found = ours(DDPM(variance), table(scheduler), falling("trailing", 20), given)
-    last = given.w[19] * table(scheduler).scales(torch.tensor(0.05))[1] if variance == "large" else 0.0
+    last = (
+        given.w[19] * table(scheduler).scales(torch.tensor(0.05, dtype=torch.float64))[1]
+        if variance == "large"
+        else 0.0
+    )
     # σ is 0 at the end: their "small" variance is clamped at 1e-20 there, and their "large" one still adds noise
     torch.testing.assert_close(found + last, x, rtol=0, atol=1e-9)
 
@@ -145,9 +149,7 @@ def test_dpm_solver_singlestep():
     """2S on levels even in λ, where their node inside a step lies in its middle as ours does."""
     from diffusers import DPMSolverSinglestepScheduler
 
-    scheduler = DPMSolverSinglestepScheduler(
-        solver_order=2, lower_order_final=False, final_sigmas_type="sigma_min", timestep_spacing="trailing"
-    )
+    scheduler = DPMSolverSinglestepScheduler(solver_order=2, lower_order_final=False, final_sigmas_type="sigma_min")
     scheduler.set_timesteps(20)
     levels = torch.linspace(math.log(50.0), math.log(0.05), 21, dtype=torch.float64).exp()
     scheduler.sigmas, x = levels, START.clone()
