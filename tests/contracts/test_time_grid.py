@@ -21,7 +21,7 @@ def test_grids_rise_from_end_to_end(name):
         schedule = build(Schedule, each)
         for prediction in ("velocity", "x", "eps", "score"):
             span = domain(prediction, schedule)
-            for n in (1, 2, 7, 100):
+            for n in (1, 2, 30):
                 times = grid.times(n, schedule, span)
                 assert times.dtype == torch.float64 and (times.diff() > 0).all()
                 assert times[0] == span[0]
@@ -76,7 +76,7 @@ def test_shifts_follow_the_published_formula():
 def test_indices_are_those_of_diffusers(spacing):
     from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
-    for n in (7, 10, 18, 50, 300):
+    for n in (7, 18, 300):
         grid = Discrete(spacing)
         scheduler = HeunDiscreteScheduler(timestep_spacing=spacing)
         scheduler.set_timesteps(n)

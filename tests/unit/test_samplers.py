@@ -133,7 +133,7 @@ def test_orders_on_a_mixture(name):
     wanted = flow(TWO, x, level(VP, 1.0), level(VP, span[0]))
     errors = [
         (integrate(rows(TWO), x, there(VP, LogSNR(), n, span), solver=solver).x - wanted).abs().max()
-        for n in (40, 80, 160)
+        for n in (60, 120)
     ]
     found = [math.log2(a / b) for a, b in pairwise(errors)]
     assert found[-1] > solver.order - 0.2, found
@@ -214,7 +214,7 @@ def test_steps_are_exact_where_signal_or_noise_is_zero(name):
         torch.testing.assert_close(whole, torch.full_like(z, 1.5), rtol=0, atol=1e-15)
 
 
-@every
+@pytest.mark.parametrize("name", ["ddim", "2m", "3m", "2s", "heun"])
 def test_a_flipped_grid_inverts(name):
     solver, x, errors = DETERMINISTIC[name], torch.tensor([[-0.7], [1.2]], dtype=torch.float64), []
     for n in (80, 160):
@@ -341,7 +341,7 @@ def test_the_law_of_samples_converges_to_that_of_the_path(solver, order):
     span, errors = (0.02, 1.0), []
     (alpha, sigma), (last, least) = level(VP, 1.0), level(VP, 0.02)
     field = PathSDE(exact(LINE, VP, "eps"), OfPath()) if isinstance(solver, EulerMaruyama) else rows()
-    for n in (100, 200):
+    for n in (60, 120):
         mean, variance = law_of(solver, field, there(VP, LogSNR(), n, span), (1.5 * alpha, 0.25 * alpha**2 + sigma**2))
         errors.append((abs(mean - 1.5 * last), abs(variance - 0.25 * last**2 - least**2)))
     assert errors[1][1] < 0.03 and max(errors[1]) > 1e-9
@@ -421,11 +421,11 @@ def test_parts_of_a_path_give_independent_normals():
 
 def test_finer_grids_see_the_same_path():
     """Ancestral samples of one seed converge pathwise: doubling the steps halves their distance."""
-    path = BrownianTree(24, (1,), start=0.02, end=1.0, dtype=torch.float64, tolerance=2.0**-20)
-    x = randn(24, 1)
+    path = BrownianTree(32, (1,), start=0.02, end=1.0, dtype=torch.float64, tolerance=2.0**-20)
+    x = randn(32, 1)
     found = [
         integrate(rows(), x, there(VP, Even(), n, (0.02, 1.0)), solver=DDIM(1.0), noise=path).x
-        for n in (32, 64, 128, 256)
+        for n in (24, 48, 96)
     ]
     gaps = [(a - b).square().mean().sqrt().item() for a, b in pairwise(found)]
     assert gaps[0] < 0.2 and all(b < 0.7 * a for a, b in pairwise(gaps)), gaps
