@@ -22,15 +22,16 @@ from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, expand_like, sum_items
 from .checks import at_least_one, check_settings, one_each
-from .denoiser import Guided, denoiser_of
+from .denoiser import Denoising, Guided, denoiser_of
 from .parametrization import Target, target
 from .schedules import Linear, Schedule
+from .time_condition import TimeCondition
 from .times import LogitNormal, TimeLaw
 from .weightings import Uniform, Weighting
 
 
 @register(Model, "diffusion")
-class DiffusionModel(Model):
+class DiffusionModel(Denoising, Model):
     """A denoiser of x_t = α(t) T(x) + σ(t) ε, and the ODE between noise (t = 1) and data (t = 0) that it defines.
 
     loss = w(t) |p̂(t, x_t) - p|²/D with ε ~ N(0, I), t from the law of times, and p what the network predicts. The
@@ -45,7 +46,7 @@ class DiffusionModel(Model):
         network: the network to train, built for items of the data's shape.
         schedule: the path.
         prediction: what the network predicts; "edm" also scales its input and its time.
-        times: law of the times in training.
+        times, time_condition: law of times in training; what the network sees of them (null: t, or log_snr for edm).
         weighting: on the squared error.
         conditional: whether the network sees the conditions of the data (labels, embeddings), if there are any.
         condition_dropout: share of items whose condition is hidden in training, item by item; 0 gives up guidance and
@@ -76,6 +77,7 @@ class DiffusionModel(Model):
         regularized_items: int = 16,
         solver: Solver = Tsit5(),
         controller: Controller | None = None,
+        time_condition: TimeCondition | None = None,
         *,
         shape: Shape,
         num_classes: int | None,
@@ -98,7 +100,7 @@ class DiffusionModel(Model):
         self.model_shape = transform.out_shape(self.shape)
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
         built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
-        self.denoiser = denoiser_of(built, schedule, prediction, 1.0 if sigma_data is None else sigma_data)
+        self.denoiser = denoiser_of(built, schedule, prediction, sigma_data or 1.0, time_condition)
         if num_classes is None and condition_shape is not None:
             # without dropout nothing would ever train it
             self.null = nn.Parameter(torch.zeros(condition_shape), requires_grad=condition_dropout > 0)
