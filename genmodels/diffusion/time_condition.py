@@ -51,7 +51,7 @@ class Shared(TimeCondition):
     in t.
 
     Edges are decimal fractions, rounded once to the precision of the times that they are compared with: t = 0.06 begins
-    an interval of t̃ = 0.1 and n = 5 in every precision, which 3 x 0.02 or ⌊50 t⌋ would miss.
+    an interval of t̃ = 0.1 and n = 5 in every precision, which 3 t̃/n or, in float32, ⌊50 t⌋ would miss.
 
     Args:
         intervals: n, of equal length.

@@ -92,7 +92,7 @@ def _timestep_shared() -> type:
             known = unet.config.get("num_train_timesteps")
             if known is not None and t_tilde > known:
                 raise ValueError(f"TimestepShared: t_tilde={t_tilde} is beyond the network's {known} timesteps.")
-            self.unet = unet
+            self.network = unet  # not `unet`: their attribute lookup would answer with the configuration's entry
             plain = {key: value for key, value in unet.config.items() if not key.startswith("_")}
             self.register_to_config(unet={"_class_name": type(unet).__name__, **plain}, n=int(n), t_tilde=int(t_tilde))
 
@@ -102,7 +102,7 @@ def _timestep_shared() -> type:
             return FrozenDict({**self._internal_dict["unet"], **self._internal_dict})
 
         def forward(self, sample: Tensor, timestep: Timestep, *args: Any, **kwargs: Any) -> Any:
-            return self.unet(sample, share(timestep, self.edges), *args, **kwargs)
+            return self.network(sample, share(timestep, self.edges), *args, **kwargs)
 
     TimestepShared.__module__, TimestepShared.__qualname__ = __name__, "TimestepShared"
     return TimestepShared
