@@ -64,7 +64,7 @@ def _timestep_shared() -> type:
         The network sees max{eᵢ : eᵢ <= t} of the edges ⌊i t̃/n⌋ for t < t̃, and t otherwise; the scheduler keeps t.
         Everything else is passed through: stock pipelines and schedulers work unchanged. `config` has the entries of
         the network's own, which pipelines read; a saved folder loads by `TimestepShared.from_pretrained`, or with the
-        pipeline that holds it.
+        pipeline that holds it once genmodels is imported (diffusers imports no module that a folder names).
 
         Args:
             unet: a model of diffusers, called as unet(sample, timestep, …); or its configuration, to make a new one.

@@ -77,7 +77,9 @@ def test_edges_are_rounded_once():
         assert len(edges) == n + 1 and edges[0] == 0 and edges[-1] == until
         torch.testing.assert_close(torch.tensor(edges).diff(), torch.full((n,), until / n), rtol=1e-5, atol=1e-7)
     t = torch.tensor([0.0, 1e-5, 0.0099, 0.01, 0.2, 0.7], dtype=torch.float64)
-    assert torch.equal(Shared(edges=(0.0, 0.01, 0.5))(t, VP), torch.tensor([0, 0, 0, 0.01, 0.01, 0.7], dtype=torch.float64))
+    assert torch.equal(
+        Shared(edges=(0.0, 0.01, 0.5))(t, VP), torch.tensor([0, 0, 0, 0.01, 0.01, 0.7], dtype=torch.float64)
+    )
 
 
 def test_shared_labels_are_a_projection():
