@@ -1,4 +1,4 @@
-"""`TimestepShared` around networks of diffusers: its map of timesteps, stock schedulers and pipelines, saved folders."""
+"""`TimestepShared` around networks of diffusers: its map of timesteps, stock schedulers and pipelines, its folders."""
 
 import json
 
