@@ -214,6 +214,21 @@ class SupportsScore(Protocol):
 
 
 @runtime_checkable
+class SupportsDenoise(Protocol):
+    def span(self) -> tuple[float, float]:
+        """First and last time at which its denoiser can be asked."""
+
+    def label(self, t: Tensor) -> Tensor:
+        """What its network is told of times t, in their shape."""
+
+    def noised(self, t: Tensor, x: Tensor, noise: Any) -> Tensor:
+        """[B, *] states at time t of items x in data units, in model space; `noise` is a `genmodels.rng.Noise`."""
+
+    def answer(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
+        """[B, *] what its network predicts at states x in model space."""
+
+
+@runtime_checkable
 class Editor(SupportsEncode, SupportsVelocity, Protocol):
     """What editing needs; our own models provide it, and so does a wrapped pipeline, which is no `Model`."""
 

@@ -110,7 +110,19 @@ class _Base(Model):
 
 
 class UniformLevels(_Base):
-    """Every level equally likely: log2(levels) bits/dim exactly."""
+    """Every level equally likely: log2(levels) bits/dim exactly; and a denoiser whose answer changes most at t = 0."""
+
+    def span(self):
+        return 0.0, 1.0
+
+    def label(self, t):
+        return t
+
+    def noised(self, t, x, noise):
+        return (1 - t) * x.double() + t * noise.normal(*self.shape, dtype=torch.float64)
+
+    def answer(self, t, x, *, condition=None):
+        return t.sqrt() * x
 
     def sample(self, seeds, *, condition=None, passes: int = 3):
         x = SeedNoise(seeds).uniform(*self.shape)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: its name, its configuration file, the protocol that scores it, and overrides."""
+    """A run: its name, its configuration file, the protocol that scores it ("" for none), and overrides."""
 
     name: str
     config: str
@@ -33,7 +33,7 @@ def carry_out(plan: Plan, root: Path, threads: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     train = ["train.py", f"configs/{plan.config}.yaml", f"name={plan.name}", *plan.overrides, "--root", str(root)]
     score = ["-m", "evals.evaluate", str(root / plan.name), "--protocol", plan.protocol]
-    for command in (train, score):
+    for command in (train, score) if plan.protocol else (train,):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{plan.name}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")

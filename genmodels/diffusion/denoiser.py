@@ -4,9 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.network import Network
+from ..rng import Noise
 from ..types import Condition, expand_like
 from .parametrization import Prediction, Target, domain, to_clean_and_noise
 from .schedules import Schedule, as_times
+from .time_condition import Identity, LogSNR, TimeCondition
 
 
 class Denoiser(nn.Module):
@@ -18,22 +20,34 @@ class Denoiser(nn.Module):
         network: gives p from (t, x_t, condition).
         prediction: what p estimates.
         sigma_data: root mean square of the data in model space, which the prediction "edm" refers to.
+        time_condition: what the network sees in place of t; the time itself if None. Nothing else depends on it.
     Attributes:
         t_min, t_max: first and last time at which it can be asked.
     Source: Song et al. 2021 (Score-based generative modeling through SDEs), equation 13.
     """
 
     def __init__(
-        self, network: Network, schedule: Schedule, prediction: Target = "velocity", sigma_data: float = 1.0
+        self,
+        network: Network,
+        schedule: Schedule,
+        prediction: Target = "velocity",
+        sigma_data: float = 1.0,
+        time_condition: TimeCondition | None = None,
     ) -> None:
         super().__init__()
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.t_min, self.t_max = domain(prediction, schedule)
+        self.time_condition = time_condition or Identity()
+        (low, high), (first, last) = domain(prediction, schedule), self.time_condition.domain(schedule)
+        self.t_min, self.t_max = max(low, first), min(high, last)
         self.register_buffer("sigma_data", torch.tensor(sigma_data, dtype=torch.float64))
+
+    def label(self, t: Tensor) -> Tensor:
+        """What the network is told of the time, in the shape of t."""
+        return self.time_condition(t, self.schedule)
 
     def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         """[B, *shape] the network's own p."""
-        return self.network(t, x, condition)
+        return self.network(self.label(t), x, condition)
 
     def predict(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Prediction:
         """x̂ = E[x | x_t] and ε̂ = E[ε | x_t].
@@ -89,24 +103,58 @@ class Preconditioned(Denoiser):
 
     Args:
         sigma_data: s, in units of model space.
+        time_condition: what the network sees in place of t; c_noise, which is "log_snr", if None.
     Source: Karras et al. 2022 (EDM), equation 7 and table 1.
     """
 
-    def __init__(self, network: Network, schedule: Schedule, sigma_data: float = 1.0) -> None:
-        super().__init__(network, schedule, "edm", sigma_data)
+    def __init__(
+        self,
+        network: Network,
+        schedule: Schedule,
+        sigma_data: float = 1.0,
+        time_condition: TimeCondition | None = None,
+    ) -> None:
+        super().__init__(network, schedule, "edm", sigma_data, time_condition or LogSNR())
 
     def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         alpha, sigma = self.schedule.scales(t)
         scale = (sigma.square() + (alpha * self.sigma_data).square()).rsqrt()
-        label = -self.schedule.log_snr(t) / 8
-        return self.network(label, expand_like(scale, x).to(x.dtype) * x, condition)
+        return super().answer(t, expand_like(scale, x).to(x.dtype) * x, condition)
 
 
-def denoiser_of(network: Network, schedule: Schedule, prediction: Target, sigma_data: float) -> Denoiser:
+def denoiser_of(
+    network: Network,
+    schedule: Schedule,
+    prediction: Target,
+    sigma_data: float,
+    time_condition: TimeCondition | None = None,
+) -> Denoiser:
     """The denoiser of a network that predicts this."""
     if prediction == "edm":
-        return Preconditioned(network, schedule, sigma_data)
-    return Denoiser(network, schedule, prediction, sigma_data)
+        return Preconditioned(network, schedule, sigma_data, time_condition)
+    return Denoiser(network, schedule, prediction, sigma_data, time_condition)
+
+
+class Denoising:
+    """The capability `SupportsDenoise` of a model that owns a denoiser; nothing but methods."""
+
+    def span(self) -> tuple[float, float]:
+        """First and last time at which the denoiser can be asked."""
+        return self.denoiser.t_min, self.denoiser.t_max
+
+    def label(self, t: Tensor) -> Tensor:
+        """What the network is told of times, in their shape."""
+        return self.denoiser.label(t)
+
+    def noised(self, t: Tensor, x: Tensor, noise: Noise) -> Tensor:
+        """[B, *model_shape] α(t) T(x) + σ(t) ε of items x [B, *shape] in data units, for t of shape [] or [B]."""
+        y, _ = self._to_model_space(x, noise)
+        alpha, sigma = (expand_like(c, y).to(y.dtype) for c in self.schedule.scales(t))
+        return alpha * y + sigma * noise.normal(*self.model_shape, dtype=y.dtype)
+
+    def answer(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
+        """[B, *model_shape] what the network predicts at states x in model space, in its own units."""
+        return self.denoiser.answer(t, x, self._checked(condition, len(x), "answer"))
 
 
 class Guided(Denoiser):
@@ -125,7 +173,9 @@ class Guided(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, scale: float, null: Tensor) -> None:
-        super().__init__(denoiser.network, denoiser.schedule, denoiser.prediction)
+        super().__init__(
+            denoiser.network, denoiser.schedule, denoiser.prediction, time_condition=denoiser.time_condition
+        )
         self.t_min, self.t_max, self.sigma_data = denoiser.t_min, denoiser.t_max, denoiser.sigma_data
         self.denoiser, self.scale, self.null = denoiser, scale, null
 
@@ -158,6 +208,9 @@ class OnSchedule(Denoiser):
         self.t_min, self.t_max = schedule.time(denoiser.schedule.log_snr(ends)).tolist()
         self.denoiser, self.sigma_data = denoiser, denoiser.sigma_data
 
+    def label(self, t: Tensor) -> Tensor:
+        return self.denoiser.label(self._twin(t))
+
     def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         clean, eps = self.predict(t, x, condition)
         scales = self.schedule(t)
@@ -165,6 +218,10 @@ class OnSchedule(Denoiser):
         return dalpha * clean + dsigma * eps
 
     def predict(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Prediction:
-        twin = self.denoiser.schedule.time(self.schedule.log_snr(t))
+        twin = self._twin(t)
         ratio = torch.hypot(*self.denoiser.schedule.scales(twin)) / torch.hypot(*self.schedule.scales(t))
         return self.denoiser.predict(twin, expand_like(ratio, x).to(x.dtype) * x, condition)
+
+    def _twin(self, t: Tensor) -> Tensor:
+        """The time of equal log-SNR on the denoiser's own path."""
+        return self.denoiser.schedule.time(self.schedule.log_snr(t))

@@ -21,19 +21,20 @@ from ..transforms import Transform
 from ..types import Batch, Condition, Loss, Seeds, Shape, expand_like
 from .checks import at_least_one, check_settings
 from .couplings import Coupling, Independent
-from .denoiser import denoiser_of
+from .denoiser import Denoising, denoiser_of
 from .grids import Even, TimeGrid
 from .parametrization import Target, target
 from .reverse import Diffusivity, OfPath
 from .samplers import Guidance, Sampler
 from .schedules import Linear, Schedule
 from .scoring import Scored
+from .time_condition import TimeCondition
 from .times import LogitNormal, TimeLaw
 from .weightings import Uniform, Weighting
 
 
 @register(Model, "diffusion")
-class DiffusionModel(Scored, Model):
+class DiffusionModel(Denoising, Scored, Model):
     """A denoiser of x_t = α(t) T(x) + σ(t) ε, and the ODE between noise (t = 1) and data (t = 0) that it defines.
 
     loss = w(t) |p̂(t, x_t) - p|²/D with ε ~ N(0, I), t from the law of times, and p what the network predicts. The
@@ -48,7 +49,7 @@ class DiffusionModel(Scored, Model):
         network: the network to train, built for items of the data's shape.
         schedule: the path.
         prediction: what the network predicts; "edm" also scales its input and its time.
-        times: law of the times in training.
+        times, time_condition: law of times in training; what the network sees of them (null: t, or log_snr for edm).
         weighting: on the squared error.
         coupling: which noise of a batch meets which item; all but "independent" give up scores and what needs them.
         conditional: whether the network sees the conditions of the data (labels, embeddings), if there are any.
@@ -81,6 +82,7 @@ class DiffusionModel(Scored, Model):
         regularized_items: int = 16,
         solver: Solver = Tsit5(),
         controller: Controller | None = None,
+        time_condition: TimeCondition | None = None,
         *,
         shape: Shape,
         num_classes: int | None,
@@ -103,7 +105,7 @@ class DiffusionModel(Scored, Model):
         self.model_shape = transform.out_shape(self.shape)
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
         built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
-        self.denoiser = denoiser_of(built, schedule, prediction, 1.0 if sigma_data is None else sigma_data)
+        self.denoiser = denoiser_of(built, schedule, prediction, sigma_data or 1.0, time_condition)
         if num_classes is None and condition_shape is not None:
             # without dropout nothing would ever train it
             self.null = nn.Parameter(torch.zeros(condition_shape), requires_grad=condition_dropout > 0)

@@ -1,0 +1,206 @@
+"""Networks that share early times (E-TSDM) beside ones that do not, on digits: Lipschitz constants in t, and quality.
+
+    python -m evals.studies.etsdm digits [--jobs 2] [--root runs/etsdm] [--publish]
+
+Five models are trained alike: told in what interval an early time lies, the time itself, the log-SNR or √t, and one
+of the linear path; then E-TSDM with other numbers of intervals n and other t̃. It writes etsdm.md (Lipschitz constants,
+errors at early times, Fréchet distances by evaluations) and etsdm.png (K over t) into the folder of the runs, or with
+`--publish` into evals/results.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genmodels.diffusion.parametrization import target
+from genmodels.evaluation.evaluate import evaluate
+from genmodels.evaluation.protocol import Protocol
+from genmodels.files import write_text
+from genmodels.metrics.lipschitz import Grid, grid, perturbed_error, quotients
+from genmodels.registry import build, names
+from genmodels.rng import SeedNoise
+from genmodels.solvers.base import Solver
+from genmodels.training.run import Run
+from genmodels.types import Batch
+
+from . import plans
+from .plans import ROOT, Plan
+
+RESULTS = ROOT / "evals" / "results"
+T = 1000
+CURVE = (*range(1, 121), *range(130, 300, 10), *range(300, 1000, 50), T)
+ITEMS = 250  # noised test items behind each K
+OFF = 0.05  # standard deviation of the perturbation of early states, in model space
+BUDGETS = (5, 10, 20, 50)
+FEW = (10, 50)  # of the ablations
+DRAWN = 2000
+MAIN = {
+    "shared": ("digits/etsdm", "E-TSDM, n = 5, t̃ = 0.1"),
+    "unshared": ("digits/etsdm_unshared", "t itself"),
+    "log_snr": ("digits/etsdm_log_snr", "log-SNR"),
+    "linear": ("digits/etsdm_linear", "linear path, velocity"),
+}
+OTHERS = [(n, 0.1) for n in (1, 2, 10, 20)] + [(5, until) for until in (0.05, 0.2, 0.4)]
+OTHER_LABELS = {"remap": ("model.time_condition={name: remap, power: 0.5}", "√t")}
+Row = dict[str, Any]
+
+
+class Constants(NamedTuple):
+    """K per step of T, by time; with standard errors."""
+
+    at: Grid
+    value: Tensor
+    stderr: Tensor
+
+
+def digits() -> Iterator[Plan]:
+    """The models of the comparison, then those of the ablation."""
+    for name, (config, _) in MAIN.items():
+        yield Plan(f"etsdm-{name}", config, "")
+    for name, (override, _) in OTHER_LABELS.items():
+        yield Plan(f"etsdm-{name}", "digits/etsdm", "", (override,))
+    for n, until in OTHERS:
+        yield Plan(f"etsdm-{n}-{until}", "digits/etsdm", "", (shared(n, until),))
+
+
+STUDIES = {"digits": digits}
+
+
+def shared(n: int, until: float) -> str:
+    """The override that shares the times below `until` in n intervals."""
+    return f"model.time_condition={{name: shared, intervals: {n}, until: {until}}}"
+
+
+def solvers() -> list[str]:
+    """Samplers for few steps, or the midpoint rule: Heun's asks at t_min, where dσ/dt is 50 in front of all errors."""
+    return [name for name in ("ddim", "dpmpp") if name in names(Solver)] or ["midpoint"]
+
+
+def protocol() -> Protocol:
+    """Fréchet distance of drawn digits alone; small enough for every sampler and budget."""
+    sample = {"num_items": DRAWN, "labels": "train-marginal", "batch_size": DRAWN // 5}  # none is timed a second time
+    metrics = [{"name": "frechet", "features": "digits"}]
+    return Protocol(
+        {"name": "etsdm", "version": 1, "dataset": {"name": "digits"}, "sample": sample, "metrics": metrics}
+    )
+
+
+def distance(run: Run, solver: str, budget: int) -> tuple[float, float]:
+    """Fréchet distance at no more than so many evaluations, and its standard error."""
+    steps = max(1, budget // build(Solver, solver).stages)
+    options = {"solver": solver, "num_steps": steps}
+    (estimate,) = evaluate(run, protocol(), overrides={"sample": options})["metrics"]
+    return estimate["value"], estimate["stderr"]
+
+
+def held_out(run: Run) -> tuple[Batch, Tensor]:
+    """Test items, and seeds for their noise."""
+    data, seeds = run.config.dataset(), torch.arange(ITEMS)
+    return data.take("test", seeds % data.size("test")), seeds
+
+
+@torch.no_grad()
+def constants(run: Run) -> Constants:
+    """K over t on noised test items."""
+    model, (batch, seeds) = run.load(), held_out(run)
+    found = grid(model, T, CURVE)
+    values = quotients(model, found, batch, seeds) / T
+    return Constants(found, values.mean(1), values.std(1) / ITEMS**0.5)
+
+
+@torch.no_grad()
+def early_errors(run: Run) -> tuple[float, float]:
+    """Mean squared error of the network's answer for t < 0.1, and the same with states off by noise of size `OFF`."""
+    model, (batch, seeds) = run.load(), held_out(run)
+    condition = batch.condition if model.conditional else None
+    noise, errors = SeedNoise(seeds, purpose="early"), []
+    y, _ = model.transform(batch.x, noise)
+    eps, off = (noise.normal(*y.shape[1:], dtype=y.dtype) for _ in range(2))
+    for t in torch.linspace(0.005, 0.095, 10, dtype=torch.float64):
+        scales = model.schedule(t)
+        x = scales.alpha * y + scales.sigma * eps
+        wanted = target(model.denoiser.prediction, y, eps, scales, model.denoiser.sigma_data)
+        answer = partial(model.answer, condition=condition)
+        errors.append([perturbed_error(answer, t, x, wanted, size * off).mean() for size in (0.0, OFF)])
+    plain, perturbed = torch.tensor(errors).mean(0).tolist()
+    return plain, perturbed
+
+
+def summary(found: Constants) -> Row:
+    """The largest K inside intervals, over edges, and at any time but those."""
+    kinds = {"inside": found.at.inside, "edge": found.at.edge, "other": ~(found.at.inside | found.at.edge)}
+    return {name: float(found.value[where].max()) if where.any() else None for name, where in kinds.items()}
+
+
+def label_of(name: str) -> str:
+    """How a run is called in tables."""
+    if name in MAIN:
+        return MAIN[name][1]
+    if name in OTHER_LABELS:
+        return OTHER_LABELS[name][1]
+    n, until = name.split("-")
+    return f"E-TSDM, n = {n}, t̃ = {until}"
+
+
+def rows(root: Path) -> Iterator[Row]:
+    """One row a run that is there: constants, errors, and distances by (solver, budget)."""
+    for plan in digits():
+        name = plan.name.removeprefix("etsdm-")
+        if not (root / plan.name).is_dir():
+            continue
+        run = Run.open(root / plan.name)
+        budgets = BUDGETS if name in MAIN else FEW
+        distances = {(solver, b): distance(run, solver, b) for solver in solvers() for b in budgets}
+        plain, perturbed = early_errors(run)
+        found = constants(run)
+        row = {"name": name, "label": label_of(name), "constants": found, "distances": distances}
+        yield {**row, **summary(found), "error": plain, "perturbed": perturbed}
+        print(plan.name, flush=True)
+
+
+def table(found: list[Row]) -> str:
+    """The rows in Markdown; K per 1/1000 of time."""
+    columns = [(solver, budget) for solver in solvers() for budget in BUDGETS]
+    head = ["network is told", "K inside ↓", "K over an edge ↓", "largest K elsewhere ↓"]
+    head += ["error, t < 0.1 ↓", f"states off by {OFF:g} ↓", *(f"FD {s}, {b} evaluations ↓" for s, b in columns)]
+    lines = [f"| {' | '.join(head)} |", "|:---|" + "---:|" * (len(head) - 1)]
+    for r in found:
+        cells = ["" if r[key] is None else f"{r[key]:.3g}" for key in ("inside", "edge", "other", "error", "perturbed")]
+        given = [r["distances"].get(column) for column in columns]
+        cells += ["" if pair is None else f"{pair[0]:.2f} ± {pair[1]:.2f}" for pair in given]
+        lines.append(f"| {r['label']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: list[Row], path: Path) -> None:
+    """K over t for the models of the comparison; jumps at edges are drawn as points, and K = 0 inside not at all."""
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for k, r in enumerate(r for r in found if r["name"] in (*MAIN, *OTHER_LABELS)):
+        at, value = r["constants"].at, r["constants"].value
+        line, edge = ~(at.inside | at.edge), at.edge
+        panel.plot(at.t[line], value[line], color=f"C{k}", lw=1.2, label=r["label"])
+        panel.plot(at.t[edge], value[edge], "o", color=f"C{k}", mfc="none")
+    panel.set(xscale="log", yscale="log", xlabel="t", ylabel="K(t), per 1/1000 of time")
+    panel.grid(alpha=0.3, lw=0.5)
+    panel.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    given = plans.parser(__doc__, STUDIES, "runs/etsdm").parse_args()
+    plans.carry_out_all(list(digits()), given.root, given.jobs, published=False)
+    found, folder = list(rows(given.root)), RESULTS if given.publish else given.root
+    write_text(folder / "etsdm.md", table(found))
+    draw(found, folder / "etsdm.png")
+    print(folder / "etsdm.md", folder / "etsdm.png", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
