@@ -1,10 +1,12 @@
 """Local denoising score matching: objectives, bounds, samplers and mixing against closed forms for Gaussian data."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
 from genmodels.diffusion.clocks import Constant, Linear
@@ -95,12 +97,12 @@ def test_implicit_matching_stops_there_too_and_weighs_alike():
     """Against the mean of |s - s*|² that both objectives are up to a constant, at many states and times."""
     process = Langevin(Gaussian(), Constant(4.0), shape=(1,))
     score, times = Exact(process), TimesOfClock("clock", process.clock, 0.01)
-    x = 1.5 + 0.5 * randn(4000, 1)
+    x = 1.5 + 0.5 * randn(100_000, 1)
     values = {}
     for factor in (1.0, 1.3):
         score.factor.data.fill_(factor)
         for weight in ("whitened", "likelihood"):
-            noise = BatchNoise(4000, generator=torch.Generator().manual_seed(0))
+            noise = BatchNoise(100_000, generator=torch.Generator().manual_seed(0))
             objective = Objective(score, times, 1, "ito", True, "plain", weight, "exact")
             u = times.sample(noise)
             values[weight, factor] = objective.implicit(x, u, None, noise).mean().item()
@@ -187,16 +189,19 @@ def test_the_bound_is_tight_at_the_exact_score(method):
 
 
 def test_likelihood_is_that_of_the_law():
-    """The flow of the exact score ends in q_U; from N(0, 1) it is off by .0099 at 2 (P3), and bounds lie at most there."""
+    """The flow from N(0, 1), which is not q_U, is off by .0099 at 2; bounds agree within their errors."""
     model, x = exact_model(t_min=1e-5), torch.tensor([[2.0], [1.0]], dtype=torch.float64)
-    value = model.log_prob(x, solver=RK4(), num_steps=400, controller=Fixed())
+    value = model.log_prob(x, solver=RK4(), num_steps=200, controller=Fixed())
     assert value[0].item() == pytest.approx(-0.73569866, abs=1e-5)
     z = model.encode(x)
     torch.testing.assert_close(model.decode(z), x, rtol=0, atol=1e-3)
+    items = x.repeat_interleave(4000, 0)
     for method in ("local", "implicit"):
-        found = exact_model().likelihood(x, method=method, draws=400)
-        assert found.kind == "bound"
-        assert ((found.value + 0.72579135).abs() < 4 * found.stderr + 2e-3).all() and (found.stderr < 0.2).all()
+        found = exact_model().likelihood(items, method=method, batch_size=8000)
+        assert found.kind == "bound" and found.stderr is None
+        for value in found.value.detach().split(4000):
+            assert abs(value.mean() + 0.72579135) < 4 * value.std() / 4000**0.5 and value.std() < 20
+    assert (exact_model().likelihood(x, method="local", draws=3).stderr > 0).all()
 
 
 @pytest.mark.parametrize("solver", [None, EulerMaruyama(), RK4()])
@@ -240,7 +245,7 @@ def test_spectral_gaps():
 
 
 def test_a_prior_that_is_not_reached_is_told():
-    """From a point at 2, modes at ±2: P(y < 0) is .2224 and the mean 1.2404 at U = 10.05, where both should be ½ and 0."""
+    """From a point at 2 with modes at ±2, P(y < 0) is .2224 at U = 10.05, where it should be ½."""
     process, g = Langevin(Mixture((-2.0, 2.0)), shape=(1,)), torch.Generator().manual_seed(0)
     x = torch.full((4000, 1), 2.0, dtype=torch.float64)
     found = measure(process, x, generator=g)
@@ -249,13 +254,9 @@ def test_a_prior_that_is_not_reached_is_told():
     with pytest.warns(UserWarning, match=r"does not reach its prior 'mixture'.*0\.0595.*beta_max: 155"):
         warn_unmixed(process, found)
     settled = Langevin(Logistic(), shape=(1,))
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_unmixed(settled, measure(settled, randn(2000, 1), generator=g))
-    from scipy.stats import ks_2samp
-
     a, b = randn(300, 1).round(decimals=1), randn(200, 1, seed=1).round(decimals=1) + 0.2  # with ties
     assert largest_distance(a, b) == pytest.approx(ks_2samp(a[:, 0], b[:, 0]).statistic)
 
