@@ -1,7 +1,9 @@
 """A network as an estimate of clean item, noise, velocity and score at every time of a path, and its wrappers."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..networks.network import Network
 from ..types import Condition, expand_like
@@ -28,8 +30,20 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.t_min, self.t_max = domain(prediction, schedule)
+        self.place()
+        self.register_load_state_dict_post_hook(_place)
         self.register_buffer("sigma_data", torch.tensor(sigma_data, dtype=torch.float64))
+
+    def place(self) -> None:
+        """Set t_min and t_max for the schedule as it is now: one with state may have learnt of its path."""
+        s = self.schedule
+        self.t_min, self.t_max = domain(self.prediction, s) if s.ready else (s.t_min, s.t_max)
+
+    def fit_path(self, batches: Iterable[Tensor], *, generator: Generator) -> dict[str, Tensor]:
+        """Find the path if the schedule depends on the data (see `Schedule.fit`); scalars to log."""
+        logs = self.schedule.fit(batches, generator=generator)
+        self.place()
+        return logs
 
     def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         """[B, *shape] the network's own p."""
@@ -74,6 +88,10 @@ class Denoiser(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         return self.velocity(t, x, condition)
+
+
+def _place(denoiser: Denoiser, keys: object) -> None:
+    denoiser.place()
 
 
 class Preconditioned(Denoiser):
