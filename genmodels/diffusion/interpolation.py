@@ -13,7 +13,7 @@ def pchip_slopes(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x: [K] strictly increasing.
         y: [K].
-    Source: Fritsch & Butland 1984 (Local monotone piecewise cubic interpolants), equation 5.
+    Source: Fritsch & Butland 1984 (A method for constructing local monotone piecewise cubic interpolants).
     """
     h, secant = x.diff(), y.diff() / x.diff()
     if len(x) == 2:
@@ -39,7 +39,7 @@ def limit_slopes(x: Tensor, y: Tensor, slopes: Tensor) -> Tensor:
 
     With a and b the slopes at the ends of an interval over its secant, a, b >= 0 and a² + b² <= 9 are enough.
 
-    Source: Fritsch & Carlson 1980 (Monotone piecewise cubic interpolation), section 4.
+    Source: Fritsch & Carlson 1980 (Monotone piecewise cubic interpolation).
     """
     secant = y.diff() / x.diff()
     size = torch.hypot(slopes[:-1] / secant, slopes[1:] / secant)
@@ -73,7 +73,7 @@ def cubic(x: Tensor, y: Tensor, slopes: Tensor, at: Tensor) -> tuple[Tensor, Ten
 def isotonic(y: Tensor, weights: Tensor) -> Tensor:
     """[K] the nondecreasing sequence nearest to y in weighted squares, by pooling neighbours that are out of order.
 
-    Source: Barlow et al. 1972 (Statistical inference under order restrictions), section 1.2.
+    Source: Barlow et al. 1972 (Statistical inference under order restrictions), chapter 1.
     """
     pools: list[tuple[float, float, int]] = []
     for value, weight in zip(y.tolist(), weights.tolist(), strict=True):

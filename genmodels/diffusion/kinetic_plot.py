@@ -54,7 +54,9 @@ def _figure(data: Curve, path: Schedule, energies: Mapping[str, Energy]) -> Any:
         alpha, sigma = schedule.scales(t)
         scales.plot(t, alpha, color=BLUE, linestyle=style, label=f"α, {label}")
         scales.plot(t, sigma, color=ORANGE, linestyle=style, label=f"σ, {label}")
-        ratio.plot(t[1:-1], schedule.log_snr(t)[1:-1], color=BLUE if style == "-" else GREY, linestyle=style, label=label)
+        ratio.plot(
+            t[1:-1], schedule.log_snr(t)[1:-1], color=BLUE if style == "-" else GREY, linestyle=style, label=label
+        )
     scales.set(xlabel="t (0 = data, 1 = noise)", title="the path")
     ratio.set(xlabel="t (0 = data, 1 = noise)", title="log-SNR")
     names = list(energies)

@@ -16,7 +16,11 @@ from .tabulated import Table, knots_of
 
 Estimator = Literal["in_sample", "leave_one_out", "gaussian"]
 DATA_END = 1e-3  # the first time of the energies that are compared: that of vp grows without end below it
-STANDARD: dict[str, Callable[[], Schedule]] = {"linear": Linear, "trigonometric": Trigonometric, "vp": VariancePreserving}
+STANDARD: dict[str, Callable[[], Schedule]] = {
+    "linear": Linear,
+    "trigonometric": Trigonometric,
+    "vp": VariancePreserving,
+}
 
 
 @register(Schedule, "kinetic_optimal")
@@ -24,8 +28,8 @@ class KineticOptimal(Table):
     """The path between N(0, I) and the training data whose marginal velocity has the least kinetic energy.
 
     The straight chord in the plane that `kinetic.kinetic_path` describes, for the separation λ(s) of the items in model
-    space, found before training. λ, its standard errors and the knots are buffers: checkpoints hold them, and everything
-    after uses the same path. It is the linear path until it is found.
+    space, found before training. λ, its standard errors and the knots are buffers: checkpoints hold them, and all that
+    comes after uses the same path. It is the linear path until it is found.
 
     Args:
         estimator: of λ. in_sample takes the items for the whole law, so that λ = 1 where they are remembered;
@@ -129,5 +133,3 @@ class _Apart(Separation):
 
     def residual(self, s: Tensor) -> Tensor:
         return torch.zeros_like(s, dtype=torch.float64)
-
-

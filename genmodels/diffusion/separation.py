@@ -4,9 +4,9 @@ For data x with E x = 0 and E|x|²/D = 1, seen as y = x + z/s with z ~ N(0, I),
 
     λ(s) = E|E[x | y]|²/D = E<x, E[x | y]>/D = 1 - mmse(s)/D,    mmse(s) = E|x - E[x | y]|²
 
-grows from λ(0) = 0 to λ(∞) = 1. The best linear denoiser shows that λ(s) >= s²/(1 + s²), with equality for N(0, I) alone,
-so the share of that denoiser's error which is left, 1 - γ = (1 - λ)(1 + s²), lies in [0, 1]. It is what is interpolated:
-then λ keeps to its bounds between nodes, and γ keeps its digits where λ is near 1.
+grows from λ(0) = 0 to λ(∞) = 1. The best linear denoiser shows that λ(s) >= s²/(1 + s²), with equality for N(0, I)
+alone, so that 1 - γ = (1 - λ)(1 + s²) lies in [0, 1]. It is what is interpolated: then λ keeps to its bounds between
+nodes, and γ keeps its digits where λ is near 1.
 
 Data of another mean or scale are described by two numbers more. With v = E|x - E x|²/D, their mean squared error at
 x_t = α x + σ ε is v (1 - λ(√v α/σ)) for each component.
@@ -17,7 +17,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -60,8 +59,8 @@ class Separation(ABC):
 class Spectrum(Separation):
     """λ of a Gaussian with these variances along its axes, whose mean is v.
 
-    With μ_i = λ_i/v: λ(s) = mean of μ² s²/(1 + μ s²), and 1 - γ = mean of μ (1 + s²)/(1 + μ s²). For any other data with
-    this covariance it is a lower bound, the answer of the best linear denoiser.
+    With μ_i = λ_i/v: λ(s) = mean of μ² s²/(1 + μ s²), and 1 - γ = mean of μ (1 + s²)/(1 + μ s²). For any other data
+    with this covariance it is a lower bound, that of the best linear denoiser.
 
     Args:
         variances: [D] eigenvalues of the covariance, >= 0.
@@ -87,7 +86,8 @@ class Spectrum(Separation):
 
         (E|x|² - tr C)/D + mean of (√λ_i - 1)².
 
-        Source: Gelbrich 1990 (On a formula for the L2 Wasserstein metric between measures), theorem 2.1.
+        Source: Gelbrich 1990 (On a formula for the L2 Wasserstein metric between measures on
+            Euclidean and Hilbert spaces).
         """
         return self.mean_square - self.variance + float((self.variances.sqrt() - 1).square().mean())
 
@@ -102,7 +102,7 @@ class Curve(Separation):
         ratios: [K] float64, increasing: s.
         values: [K] λ, as estimated.
         stderr: [K] standard errors.
-        inner: [K] the form E<x, E[x | y]>/D on the same draws, which must agree within noise; NaN where it is not known.
+        inner: [K] the form E<x, E[x | y]>/D on the same draws, which must agree within noise; NaN if it is not known.
         mean_square, variance: of the data.
     """
 
@@ -177,7 +177,7 @@ def of_items(
 ) -> Curve:
     """λ of the law that gives each of finitely many items the same weight.
 
-    E[x | y] = Σ_j w_j x_j with w = softmax of -s²|y - x_j|²/2 is exact; the mean over y is taken over items x_i and noise
+    E[x | y] = Σ_j w_j x_j with w = softmax of -s²|y - x_j|²/2 is exact; the mean over y is one over items x_i and noise
     z drawn once for all s. Leaving item i out of the sum at its own y gives 1 - E|x_i - x̂_i|²/D instead, that of a
     denoiser that has not seen it: a lower bound of the λ of the law that the items were drawn from, where the λ of the
     items themselves says how far memory tells them apart.

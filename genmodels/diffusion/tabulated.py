@@ -115,7 +115,7 @@ def knots_of(
 def _check(t: Tensor, alpha: Tensor, sigma: Tensor) -> None:
     if not len(t) == len(alpha) == len(sigma) or len(t) < 2:
         raise ConfigError(
-            f"tabulated: as many values as times, and at least 2, are needed; found {len(t)} times, {len(alpha)} and "
+            f"tabulated: as many values as times, and at least 2, are needed, found {len(t)} times, {len(alpha)} and "
             f"{len(sigma)} values."
         )
     whole = torch.stack((t, alpha, sigma))
@@ -153,14 +153,14 @@ class Tabulated(Table):
 
     Args:
         times: increasing, in [0, 1]; 0 is data and 1 is noise.
-        log_snr: 2 log(α/σ) at the times, falling.
+        log_snr: 2 log(α/σ) at the times, falling; infinite ends can be written in a file, or as alpha and sigma.
         alpha, sigma: instead of log_snr.
         form: what log_snr leaves open: α² + σ² = 1 (variance_preserving), or α + σ = 1 (straight).
-        file: instead of them a .csv with a header, or a .npz, of the columns t with log_snr, or with alpha and sigma. It
-            is read once: checkpoints hold the knots, so that a run is at home without its file.
+        file: instead of them a .csv with a header, or a .npz, of the columns t with log_snr, or with alpha and sigma.
+            Checkpoints hold its knots, so that a run does without the file.
     Raises:
         ConfigError: if knots are missing, given twice, or out of order.
-    Source: Fritsch & Carlson 1980 (Monotone piecewise cubic interpolation), section 4.
+    Source: Fritsch & Carlson 1980 (Monotone piecewise cubic interpolation).
     """
 
     local = ("file",)
@@ -183,7 +183,7 @@ class Tabulated(Table):
         super().__init__(_knots(columns, form) if columns else None)
 
     def missing(self) -> str:
-        return f"tabulated: there is no file {self.file}, and no checkpoint with its knots was loaded. Correct the path."
+        return f"tabulated: there is no file {self.file}, and no checkpoint with its knots was loaded."
 
 
 def _knots(columns: Mapping[str, Any], form: str) -> Tensor:
@@ -194,7 +194,7 @@ def _knots(columns: Mapping[str, Any], form: str) -> Tensor:
         alpha, sigma = given["alpha"], given["sigma"]
     else:
         raise ConfigError(
-            f"tabulated: times with log_snr, or with alpha and sigma, are needed; found {', '.join(given) or 'nothing'}."
+            f"tabulated: t with log_snr, or with alpha and sigma, is needed, found {', '.join(given) or 'nothing'}."
         )
     return knots_of(given["t"], alpha, sigma)
 
