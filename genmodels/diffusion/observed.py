@@ -73,7 +73,7 @@ def _blocks(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """The items [B, *] as [BLOCK, D] and a rest."""
     held, rows = [], 0
     for x in batches:
-        held.append(x.reshape(len(x), -1))
+        held.append(x.reshape(len(x), math.prod(x.shape[1:])))
         rows += len(x)
         while rows >= BLOCK:
             whole = torch.cat(held)
