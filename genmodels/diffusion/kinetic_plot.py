@@ -1,6 +1,7 @@
 """What was found of a kinetic-optimal path, as a picture and as numbers."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def _figure(data: Curve, path: Schedule, energies: Mapping[str, Energy]) -> Any:
         ratio.plot(
             t[1:-1], schedule.log_snr(t)[1:-1], color=BLUE if style == "-" else GREY, linestyle=style, label=label
         )
+    alpha, sigma = path.scales(t)
+    scales.plot(t, data(math.sqrt(data.variance) * alpha / sigma), color=GREEN, label="λ along it")
     scales.set(xlabel="t (0 = data, 1 = noise)", title="the path")
     ratio.set(xlabel="t (0 = data, 1 = noise)", title="log-SNR")
     names = list(energies)

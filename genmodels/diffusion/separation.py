@@ -273,15 +273,14 @@ def of_mixture(law: GaussianMixture, *, ratios: Tensor, seeds: int = 4000) -> Cu
     noise = SeedNoise(seeds, purpose="separation")
     x = law.sample(noise, dtype=torch.float64).reshape(seeds, dims)
     z, root = noise.normal(dims, dtype=torch.float64), math.sqrt(variance)
-    squares, inners = [], []
+    cleans = []
     for s in ratios.double().tolist():
         y = (x + root / s * z).reshape(-1, *law.shape)
-        clean = law.denoiser(y, 1.0, root / s).reshape(seeds, dims) - law.mean()
-        squares.append(clean.square().mean(1) / variance)
-        inners.append(((x - law.mean()) * clean).mean(1) / variance)
-    values, inner = torch.stack(squares, 1), torch.stack(inners, 1).mean(0)
-    stderr = values.std(0) / math.sqrt(seeds)
-    return Curve(ratios.double(), values.mean(0), stderr, inner, mean_square, variance)
+        cleans.append((law.denoiser(y, 1.0, root / s).reshape(seeds, dims) - law.mean()) / root)
+    clean, x = torch.stack(cleans, 1), ((x - law.mean()) / root)[:, None]
+    square, inner, error = (part.mean(2) for part in (clean.square(), x * clean, (x - clean).square()))
+    mean, stderr = _least_noisy([1 - error, 2 * inner - square, square])
+    return Curve(ratios.double(), mean, stderr, inner.mean(0), mean_square, variance)
 
 
 class NotMonotone(UserWarning):

@@ -16,6 +16,7 @@ from genmodels.transforms import Identity
 from genmodels.types import Likelihood, NotApplicable, Samples
 from tests.evaluation_fakes import Classes, Levels, Points, Series, SharedStart, UniformLevels, answers
 
+
 def straight(shape):
     """Flow matching of items of any shape, untrained, in float64."""
     with torch.random.fork_rng():
