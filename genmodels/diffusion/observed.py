@@ -104,14 +104,16 @@ def finite_set(
         raise ValueError(f"separation: at least 2 queries are needed for a standard error, found {queries}.")
     n, device = moments.count, moments.mean.device
     times_over = torch.arange(queries) // n
-    rows = torch.cat([torch.randperm(n, generator=generator) for _ in range(int(times_over[-1]) + 1)])[:queries]
+    rows = torch.cat(
+        [torch.randperm(n, generator=generator, device=generator.device).cpu() for _ in range(int(times_over[-1]) + 1)]
+    )[:queries]
     group = max(1, BUDGET // (len(ratios) * moments.dims * torch.finfo(dtype).bits // 8))
     scale, mean = math.sqrt(moments.variance), moments.mean
     parts = []
     for chosen in rows.split(group):
         x = _items(batches, chosen, moments.dims, device)
         x = ((x - mean) / scale).to(dtype)
-        z = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        z = torch.randn(x.shape, generator=generator, dtype=torch.float64, device=generator.device).to(x)
         own = chosen.to(device) if leave_one_out else None
         centred = (((block.double() - mean) / scale).to(dtype) for block in _blocks(batches))
         parts.append(_posterior(x, z, centred, ratios.to(x), own))

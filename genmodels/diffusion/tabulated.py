@@ -45,18 +45,18 @@ class Table(Schedule, nn.Module):
     def t_max(self) -> float:
         return float(self.knots[0, -1]) if self.ready else 1.0
 
-    def _read(self) -> Tensor:
-        """The knots, float64 whatever precision the model was cast to."""
+    def _read(self, device: torch.device) -> Tensor:
+        """The knots where times are (single times and ends are asked for on the CPU), float64."""
         if not self.ready:
             raise ConfigError(self.missing())
-        return self.knots.double()
+        return self.knots.to(device, torch.float64)
 
     def missing(self) -> str:
         """What to do about a path without knots."""
         return f"{getattr(self, 'registered_name', 'schedule')}: the path has no knots. Load a checkpoint."
 
     def fit(self, batches: Iterable[Tensor], *, generator: Generator) -> dict[str, Tensor]:
-        self._read()  # training does not begin without a path
+        self._read(self.knots.device)  # training does not begin without a path
         return {}
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,20 +64,20 @@ class Table(Schedule, nn.Module):
 
     def __call__(self, t: Tensor) -> Scales:
         t = t.double()
-        times, angles, turns, radii, rates = self._read()
+        times, angles, turns, radii, rates = self._read(t.device)
         angle, turn = cubic(times, angles, turns, t)
         radius, rate = cubic(times, radii, rates, t)
         cos, sin = torch.sin(math.pi / 2 - angle), torch.sin(angle)  # cos(π/2) would round to 6e-17
         return Scales(radius * cos, radius * sin, rate * cos - radius * sin * turn, rate * sin + radius * cos * turn)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        times, angles, turns, _, _ = self._read()
+        times, angles, turns, _, _ = self._read(t.device)
         angle = cubic(times, angles, turns, t.double())[0]
         return 2 * (torch.sin(math.pi / 2 - angle).log() - torch.sin(angle).log())
 
     def _time(self, log_snr: Tensor) -> Tensor:
         """The cubic of φ is bisected between the two knots that enclose it."""
-        times, angles, turns, _, _ = self._read()
+        times, angles, turns, _, _ = self._read(log_snr.device)
         angle = torch.atan(torch.exp(-log_snr / 2))
         k = torch.searchsorted(angles, angle.contiguous(), right=True).clamp(1, len(angles) - 1)
         low, high = times[k - 1], times[k]
