@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -56,6 +57,15 @@ class Model(nn.Module, ABC):
             batches: one pass over the training data in a fixed order; iterating again starts a new pass.
         """
         return {}
+
+    def portray(self, folder: Path) -> list[Path]:
+        """Let parts that can (a schedule found from the data) write pictures of what `prepare` found; their paths.
+
+        Args:
+            folder: of the run, made if there are any.
+        """
+        able = [part for part in self.modules() if part is not self and hasattr(part, "portray")]
+        return [path for part in able for path in part.portray(folder)]
 
     @property
     def device(self) -> torch.device:

@@ -33,6 +33,17 @@ MIXTURE_3D = GaussianMixture.from_tensors(
 )
 
 
+# schedules that cannot be built without being told their path
+SCHEDULES = {
+    "tabulated": {
+        "name": "tabulated",
+        "times": (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0),
+        "alpha": (1.0, 0.98, 0.85, 0.6, 0.3, 0.1, 0.0),
+        "sigma": (0.0, 0.1, 0.35, 0.7, 0.9, 1.0, 1.0),
+    }
+}
+
+
 def gaussian(mean: Tensor, covariance: Tensor) -> GaussianMixture:
     """N(mean [D], covariance [D] or [D, D]) with the diffusion oracles of a mixture of one component."""
     mean, covariance = mean.double(), covariance.double()

@@ -30,6 +30,8 @@ def check_settings(
         raise ConfigError(f"model.condition_dropout: 0 <= condition_dropout < 1 is needed, found {dropout}.")
     if sigma_data is not None and not sigma_data > 0:
         raise ConfigError(f"model.sigma_data: a number > 0, or null to measure it, is needed, found {sigma_data}.")
+    if not schedule.ready:
+        return
     largest = float(schedule.scales(torch.tensor(schedule.t_max))[1])
     if prediction != "edm" and largest > LARGEST_INPUT:
         raise ConfigError(

@@ -1,7 +1,9 @@
 """A network as an estimate of clean item, noise, velocity and score at every time of a path, and its wrappers."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..networks.network import Network
 from ..rng import Noise
@@ -37,13 +39,26 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network, self.schedule, self.prediction = network, schedule, prediction
         self.time_condition = time_condition or Identity()
-        (low, high), (first, last) = domain(prediction, schedule), self.time_condition.domain(schedule)
-        self.t_min, self.t_max = max(low, first), min(high, last)
+        self.place()
+        self.register_load_state_dict_post_hook(_place)
         self.register_buffer("sigma_data", torch.tensor(sigma_data, dtype=torch.float64))
+
+    def place(self) -> None:
+        """Set t_min and t_max for the schedule as it is now: one with state may have learnt of its path."""
+        s = self.schedule
+        low, high = domain(self.prediction, s) if s.ready else (s.t_min, s.t_max)
+        first, last = self.time_condition.domain(s) if s.ready else (low, high)
+        self.t_min, self.t_max = max(low, first), min(high, last)
 
     def label(self, t: Tensor) -> Tensor:
         """What the network is told of the time, in the shape of t."""
         return self.time_condition(t, self.schedule)
+
+    def fit_path(self, batches: Iterable[Tensor], *, generator: Generator) -> dict[str, Tensor]:
+        """Find the path if the schedule depends on the data (see `Schedule.fit`); scalars to log."""
+        logs = self.schedule.fit(batches, generator=generator)
+        self.place()
+        return logs
 
     def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         """[B, *shape] the network's own p."""
@@ -92,6 +107,10 @@ class Denoiser(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         return self.velocity(t, x, condition)
+
+
+def _place(denoiser: Denoiser, keys: object) -> None:
+    denoiser.place()
 
 
 class Preconditioned(Denoiser):

@@ -23,6 +23,7 @@ from .checks import at_least_one, check_settings
 from .couplings import Coupling, Independent
 from .denoiser import Denoising, denoiser_of
 from .grids import Even, TimeGrid
+from .model_space import InModelSpace
 from .parametrization import Target, target
 from .reverse import Diffusivity, OfPath
 from .samplers import Guidance, Sampler
@@ -126,7 +127,7 @@ class DiffusionModel(Denoising, Scored, Model):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
-        """Fit the transform, then measure the root mean square of the data in model space if it was not given."""
+        """Fit the transform, measure the data's root mean square in model space if it was not given, find the path."""
         self.transform.fit(batches)
         if self.measures:
             total, count = 0.0, 0
@@ -137,7 +138,8 @@ class DiffusionModel(Denoising, Scored, Model):
             if not total > 0:
                 raise ValueError("diffusion: the training data are empty, or 0 everywhere in model space.")
             self.denoiser.sigma_data.fill_(math.sqrt(total / count))
-        return {"sigma_data": self.denoiser.sigma_data.clone()}
+        found = self.denoiser.fit_path(InModelSpace(self.transform, batches, generator), generator=generator)
+        return {"sigma_data": self.denoiser.sigma_data.clone(), **found}
 
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
         self.check_items(batch.x, "loss")

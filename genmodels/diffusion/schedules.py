@@ -5,10 +5,12 @@ Time runs from 0 (data) to 1 (noise) and is float64, as is all that follows from
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..registry import ConfigError, kind, register
 
@@ -54,13 +56,16 @@ class Schedule(ABC):
 
     It is the law of dx = f x dt + g dW with f = `drift` and g² = `squared_diffusion`, started at the item. A schedule
     states these only if it has closed forms that its scales agree with (see `checks.check_schedule`).
+    A schedule that is an `nn.Module` as well may keep what it knows of its path in buffers: they are part of its model.
 
     Attributes:
         t_min, t_max: ends of the times at which scales and derivatives are finite; models live between them.
+        ready: False while the path is not known, because a checkpoint will bring it.
     """
 
     t_min: float = 0.0
     t_max: float = 1.0
+    ready: bool = True
 
     @abstractmethod
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +86,20 @@ class Schedule(ABC):
         """g² = dσ²/dt - 2 f σ² = -σ² dλ/dt float64, per unit time, λ the log-SNR; infinite where α = 0."""
         s = self(t)
         return 2 * s.sigma * (s.dsigma - s.sigma * s.dalpha / s.alpha)
+
+    def fit(self, batches: Iterable[Tensor], *, generator: Generator) -> dict[str, Tensor]:
+        """Find from the training data what the path depends on, before training; returns scalars to log.
+
+        Args:
+            batches: [B, *] items in model space; each iteration is a pass over the same ones.
+        Raises:
+            ConfigError: if no path can be made of them.
+        """
+        return {}
+
+    def portray(self, folder: Path) -> list[Path]:
+        """Write pictures of what `fit` found into a folder, made if there are any; their paths."""
+        return []
 
     def log_snr(self, t: Tensor) -> Tensor:
         """2 log(α/σ) float64; infinite where one of them is 0."""

@@ -71,7 +71,8 @@ class TrainingState:
         self.run.record(**facts, **size(self.model))
         passes = Passes(self.dataset, self.settings.batch_size, self.model.device)
         logs = self.model.prepare(passes, generator=generator(config.seed, "prepare"))
-        told = [] if origin is None else [self._start_from(origin)]
+        told = [f"prepared: {path}" for path in self.model.portray(self.run.path / "prepare")]
+        told += [] if origin is None else [self._start_from(origin)]
         self.run.rewind(-1)
         if logs:
             values = {f"prepare/{name}": float(value) for name, value in logs.items()}

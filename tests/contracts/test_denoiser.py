@@ -26,6 +26,7 @@ from genmodels.solvers.base import integrate
 from genmodels.solvers.runge_kutta import RK4, Euler, Heun
 from genmodels.types import expand_like
 from tests.oracles import MIXTURE, MIXTURE_3D, gaussian
+from tests.oracles import SCHEDULES as PATHS
 
 PREDICTIONS: tuple[Target, ...] = ("x", "eps", "velocity", "v", "score", "edm")
 SCHEDULES = names(Schedule)
@@ -34,6 +35,10 @@ every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 LINE = gaussian(torch.tensor([1.5]), torch.tensor([0.25]))
 # .3 N(-1, .3²) + .7 N(1, .5²)
 TWO = GaussianMixture(((-1.0,), (1.0,)), ((0.09,), (0.25,)), (0.3, 0.7), shape=(1,))
+
+
+def path(name: str) -> Schedule:
+    return build(Schedule, PATHS.get(name, name))
 
 
 def number(value: float) -> Tensor:
@@ -103,7 +108,7 @@ def test_conversions_by_hand():
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(PREDICTIONS, PREDICTIONS)))
 def test_all_predictions_say_the_same(name, first, second):
     """Any prediction -> x̂, ε̂ -> any other -> x̂, ε̂, on items of shape (3, 2, 4) with a time for each."""
-    schedule = build(Schedule, name)
+    schedule = path(name)
     t = torch.tensor([0.02, 0.3, 0.6, 0.98], dtype=torch.float64)
     s, x, eps = schedule(t), randn(4, 3, 2, 4, seed=1), randn(4, 3, 2, 4, seed=2)
     x_t = expand_like(s.alpha, x) * x + expand_like(s.sigma, x) * eps
@@ -133,7 +138,7 @@ def test_what_was_predicted_comes_back_bit_for_bit(prediction):
 @every_schedule
 def test_edm_row_is_the_published_one(name):
     """x̂ = c_skip x_t/α + c_out F with r = σ/α and s the scale of the data, wherever that is not 0/0."""
-    s, scale = build(Schedule, name)(torch.tensor([0.05, 0.4, 0.9])), 0.5
+    s, scale = path(name)(torch.tensor([0.05, 0.4, 0.9])), 0.5
     r = s.sigma / s.alpha
     skip, out = scale**2 / (r**2 + scale**2), r * scale / (r**2 + scale**2).sqrt()
     x, eps = randn(3, seed=1), randn(3, seed=2)
@@ -145,7 +150,7 @@ def test_edm_row_is_the_published_one(name):
 
 @pytest.mark.parametrize("name", ["vp", "trigonometric", "cosine"])
 def test_edm_is_minus_v_at_unit_variance(name):
-    s = build(Schedule, name)(torch.linspace(1e-5, 1, 9, dtype=torch.float64))
+    s = path(name)(torch.linspace(1e-5, 1, 9, dtype=torch.float64))
     for f, v in zip(coefficients("edm", s, 1.0), coefficients("v", s), strict=True):
         torch.testing.assert_close(f, -v, rtol=0, atol=1e-15)
 
@@ -169,7 +174,7 @@ def test_predictions_know_where_they_end():
 @every_schedule
 @every_prediction
 def test_domains_keep_a_digit_of_every_scale(name, prediction):
-    schedule = build(Schedule, name)
+    schedule = path(name)
     first, last = domain(prediction, schedule)
     assert schedule.t_min <= first < 0.01 and 0.99 < last <= schedule.t_max
     s = schedule(torch.tensor([first, last], dtype=torch.float64))
@@ -193,7 +198,7 @@ def weight(node: str | dict, prediction: Target, s: Scales, sigma_data: float = 
 @pytest.mark.parametrize("weighting", names(Weighting))
 def test_a_weighted_loss_does_not_depend_on_what_is_predicted(name, weighting):
     """w |p̂ - p|² is the same number for every prediction of one and the same denoiser."""
-    s = build(Schedule, name)(torch.tensor([0.1, 0.5, 0.9]))
+    s = path(name)(torch.tensor([0.1, 0.5, 0.9]))
     x, eps, wrong = randn(3, 4, seed=1), randn(3, 4, seed=2), randn(3, 4, seed=3)
     x_t = expand_like(s.alpha, x) * x + expand_like(s.sigma, x) * eps
     # another denoiser: x̂ = wrong, ε̂ what is left of x_t
@@ -211,7 +216,7 @@ def test_a_weighted_loss_does_not_depend_on_what_is_predicted(name, weighting):
 
 @every_schedule
 def test_known_weights(name):
-    s = build(Schedule, name)(torch.tensor([0.1, 0.5, 0.9]))
+    s = path(name)(torch.tensor([0.1, 0.5, 0.9]))
     snr, one, scale = (s.alpha / s.sigma) ** 2, torch.ones(3, dtype=torch.float64), 0.7
     close = {"rtol": 1e-10, "atol": 0.0}
     torch.testing.assert_close(weight("snr", "x", s), snr, **close)
@@ -251,7 +256,7 @@ def test_integral_weightings_do_not_depend_on_path_or_times(weighting):
     factor = torch.sigmoid(2 - lam) if weighting == "sigmoid" else torch.ones_like(lam)
     expected = float((factor * torch.cos(lam) ** 2).mean()) * 7 / 2
     for name, law_name in itertools.product(("linear", "vp", "trigonometric", "cosine"), names(TimeLaw)):
-        schedule, law = build(Schedule, name), build(TimeLaw, law_name)
+        schedule, law = path(name), build(TimeLaw, law_name)
         span = tuple(schedule.time(ends).tolist())
         low, high = law.cdf(torch.tensor(span).double(), schedule)
         t = law.quantile(low + (high - low) * u, schedule)  # the midpoint rule in place of luck
@@ -293,7 +298,7 @@ def test_weightings_on_the_item_are_positive():
 @every_prediction
 def test_exact_networks_give_exact_denoisers(name, prediction):
     """Mixture data: item, noise, velocity and score whatever the network predicts, with a time for each row."""
-    denoiser = exact(MIXTURE_3D, build(Schedule, name), prediction)
+    denoiser = exact(MIXTURE_3D, path(name), prediction)
     t, x = times(denoiser, 7), randn(7, 3)
     s = denoiser.schedule(t)
     x = x * expand_like(torch.hypot(s.alpha, s.sigma), x)
@@ -426,8 +431,8 @@ def test_guidance_is_linear_and_acts_on_every_prediction_alike(prediction):
 @pytest.mark.parametrize("name", ["linear", "vp", "trigonometric", "cosine"])
 @pytest.mark.parametrize("own", ["linear", "vp", "edm"])
 def test_a_denoiser_of_one_path_serves_another(own, name):
-    inner = exact(MIXTURE, build(Schedule, own), "edm" if own == "edm" else "velocity")
-    denoiser = OnSchedule(inner, build(Schedule, name))
+    inner = exact(MIXTURE, path(own), "edm" if own == "edm" else "velocity")
+    denoiser = OnSchedule(inner, path(name))
     t, x = times(denoiser, 8), randn(8, 2)
     s = denoiser.schedule(t)
     found = denoiser.predict(t, x)

@@ -1,26 +1,41 @@
 """What every metric must do, whatever it measures."""
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from genmodels.diffusion.model import DiffusionModel
 from genmodels.evaluation.answers import QUESTIONS
 from genmodels.metrics.metric import Metric, Subject
+from genmodels.networks.mlp import MLP
 from genmodels.registry import build, names, resolve
+from genmodels.transforms import Identity
 from genmodels.types import Likelihood, NotApplicable, Samples
 from tests.evaluation_fakes import Classes, Levels, Points, Series, SharedStart, UniformLevels, answers
+
+
+def straight(shape):
+    """Flow matching of items of any shape, untrained, in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = partial(MLP, hidden=(8,))
+        facts = {"num_classes": None, "condition_shape": None, "bin_width": None}
+        return DiffusionModel(network, shape=shape, transform=Identity(), **facts).double()
+
 
 DATA = [Levels(), Points(), Classes(), Series(), SharedStart()]
 
 
 def started(name):
     """The metric with default arguments on the first data set that it applies to, and the question that feeds it."""
-    for dataset in DATA:
+    for dataset, make in itertools.product(DATA, (UniformLevels, straight)):
         metric = build(Metric, resolve(Metric, name, "metric"))
         question = next(q for q, capability in QUESTIONS.items() if capability is metric.requires[0])
         try:
-            metric.start(Subject(UniformLevels(dataset.shape), dataset, torch.device("cpu"), 64))
+            metric.start(Subject(make(dataset.shape), dataset, torch.device("cpu"), 64))
         except NotApplicable:
             continue
         return metric, dataset, question

@@ -11,13 +11,14 @@ from genmodels.diffusion.schedules import Schedule, from_flow_matching_time
 from genmodels.diffusion.times import LogitNormal, LogNormal, TimeLaw, Uniform
 from genmodels.registry import ConfigError, build, names
 from genmodels.rng import BatchNoise, Noise, SeedNoise
+from tests.oracles import SCHEDULES as PATHS
 
 SCHEDULES, LAWS = names(Schedule), names(TimeLaw)
 every = pytest.mark.parametrize("name", SCHEDULES)
 
 
 def schedule(name: str) -> Schedule:
-    return build(Schedule, name)
+    return build(Schedule, PATHS.get(name, name))
 
 
 def inside(s: Schedule, n: int = 2001) -> torch.Tensor:

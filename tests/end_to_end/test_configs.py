@@ -98,6 +98,11 @@ SMALL = {
         "model.simulation_steps=2",
         "sample.num_steps=2",
     ],
+    "cifar10/kinetic_optimal": [
+        *("model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"),
+        "model.schedule.queries=20",
+    ],
+    **{f"{name}/kinetic_optimal": ["model.schedule.queries=20"] for name in ("toy2d", "digits")},
     "cifar10/edm": ["model.network.channels=8", "model.network.blocks=1", "sample.num_steps=2"],
     "cifar10/glow": [
         f"model.layers[0].levels[{k}][1].{change}"

@@ -33,7 +33,14 @@ from genmodels.types import (
     expand_like,
 )
 from tests.contracts.test_denoiser import LINE, PREDICTIONS, TWO, Oracle, randn
-from tests.oracles import GAUSSIAN, MIXTURE, jacobian_log_det, probability_flow, probability_flow_log_det
+from tests.oracles import (
+    GAUSSIAN,
+    MIXTURE,
+    SCHEDULES,
+    jacobian_log_det,
+    probability_flow,
+    probability_flow_log_det,
+)
 
 NETWORK = {"name": "residual_mlp", "hidden": 16, "blocks": 1}
 TIGHT = PI(rtol=1e-9, atol=1e-9)
@@ -114,7 +121,8 @@ def test_the_exact_denoiser_is_where_training_stops(prediction, schedule, monkey
     """
     if schedule in ("edm", "ve") and prediction != "edm":
         pytest.skip("refused: the network would see inputs of a large standard deviation")
-    model = make((1,), schedule=schedule, prediction=prediction, sigma_data=0.7, moved=0.0, weighting="snr")
+    path = SCHEDULES.get(schedule, schedule)
+    model = make((1,), schedule=path, prediction=prediction, sigma_data=0.7, moved=0.0, weighting="snr")
     times = torch.linspace(model.denoiser.t_min, model.denoiser.t_max, 7, dtype=torch.float64)[1:-1]
     network = Affine1D(LINE, model, times)
     model.denoiser.network = network
