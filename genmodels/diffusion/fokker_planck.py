@@ -1,4 +1,4 @@
-"""Densities of a diffusion of one or two components on a grid: the reference that learnt scores are measured against."""
+"""Densities of diffusions of one or two components on a grid: the reference for learnt scores."""
 
 import itertools
 import math

@@ -22,7 +22,7 @@ class Moments(NamedTuple):
 
 
 @kind
-class LinearDiffusion(ABC):
+class LinearDiffusion(ABC):  # noqa: B024 - members are constructors of matrices
     """du = β(t) A u dt + √β(t) G dW for u = (x, v_1, …, v_k): each component of an item with auxiliary variables.
 
     β(t) = β_min + (β_max - β_min) t, so that everything depends on the clock B(t) = ∫ β alone, and every component of
@@ -152,7 +152,7 @@ def moments(matrix: Tensor, rate: Tensor, clock: Tensor) -> Moments:
 
 @register(LinearDiffusion, "mdm")
 class Multivariate(LinearDiffusion):
-    """A = -(S + D) M⁻¹ and G Gᵀ = 2 D, S skew and D positive semidefinite: at rest u is N(0, diag(M)), whatever S and D.
+    """A = -(S + D) M⁻¹ and G Gᵀ = 2 D, S skew and D semidefinite: at rest u is N(0, diag(M)), whatever S and D.
 
     Every linear diffusion that comes to rest at N(0, diag(M)) is of this form, with H(u) = ½ uᵀ M⁻¹ u. S = [[0]],
     D = [[1/2]] is the variance-preserving one, without auxiliary variables.
