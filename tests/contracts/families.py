@@ -145,7 +145,7 @@ class AudioFlow(Model):
 
 
 @kind
-class Process(ABC):
+class Relaxation(ABC):
     """dy = f(y) dt + dW with a stationary law: a kind that arrives with a family."""
 
     @abstractmethod
@@ -155,8 +155,8 @@ class Process(ABC):
     def prior(self, noise: Noise, shape: Shape) -> Tensor: ...
 
 
-@register(Process, "fake_logistic")
-class Logistic(Process):
+@register(Relaxation, "fake_logistic")
+class Logistic(Relaxation):
     """Langevin process of the logistic law of scale a: f = -tanh(y/2a)/(2a)."""
 
     def __init__(self, scale: float = 0.5) -> None:
@@ -174,7 +174,7 @@ class Logistic(Process):
 class LocalDSM(Model):
     """Denoising over the last increment δ of a nonlinear process; samples by its reverse SDE from its own prior."""
 
-    def __init__(self, process: Process, delta: float = 0.05, horizon: float = 2.0, *, shape: Shape) -> None:
+    def __init__(self, process: Relaxation, delta: float = 0.05, horizon: float = 2.0, *, shape: Shape) -> None:
         super().__init__()
         self.shape, self.process, self.delta, self.horizon = shape, process, delta, horizon
         self.net = nn.Sequential(nn.Linear(shape[0] + 1, 16), nn.Tanh(), nn.Linear(16, shape[0]))
