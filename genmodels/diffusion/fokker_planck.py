@@ -101,7 +101,7 @@ class FokkerPlanck:
         walls: whether they are meant; if not, a density that reaches them is an error.
     Raises:
         ValueError: if the box is none, has not 1 or 2 components, or too few cells.
-    Source: Scharfetter & Gummel 1969, equation 15; Chang & Cooper 1970, section II.
+    Source: Scharfetter & Gummel 1969; Chang & Cooper 1970.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class FokkerPlanck:
             autonomous: whether f and q do not depend on time, and one factorisation serves for all steps of a length.
         Raises:
             ValueError: if times do not increase, a density is negative, or the box is too small.
-        Source: Alexander 1977 (Diagonally implicit Runge-Kutta methods for stiff ODEs), section 3.
+        Source: Alexander 1977 (Diagonally implicit Runge-Kutta methods for stiff O.D.E.'s).
         """
         times = [float(v) for v in times]
         if len(times) < 2 or not all(a < b for a, b in itertools.pairwise(times)) or steps < 1 or order not in (1, 2):

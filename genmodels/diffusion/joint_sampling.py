@@ -29,8 +29,8 @@ def reverse(
         noise: of each item.
     Raises:
         ValueError: if "splitting" meets a diffusion that does not come to rest.
-    Source: Anderson 1982 (Reverse-time diffusion equation models), equation 5.1; Dockhorn et al. 2022
-        (Critically-damped Langevin diffusion), section 3.3 and appendix D (SSCS).
+    Source: Anderson 1982 (Reverse-time diffusion equation models); Dockhorn et al. 2022
+        (Critically-damped Langevin diffusion), section 3 (SSCS).
     """
     clocks = score.diffusion.clock(times)
     if rule == "euler_maruyama":
@@ -69,5 +69,5 @@ def _split(
         return apply(step.mean, v) + apply(root, noise.normal(d.size, *v.shape[2:], dtype=v.dtype))
 
     u = half(u)
-    force = score.pull(d.time((start + end) / 2), u, condition) + apply(rate @ precision, u)
+    force = score.pull(d.clock.inverse((start + end) / 2), u, condition) + apply(rate @ precision, u)
     return half(u + h.to(u.dtype) * force)

@@ -41,7 +41,7 @@ class JointScore(nn.Module):
     Args:
         network: from [B, n c, …] to [B, r c, …] for items [c, …]: variables lie along the first axis of items.
         sigma_data: s, root mean square of the data in model space.
-    Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), section 3.2 and appendix B.3 (mixed score);
+    Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), section 3 (mixed score);
         Karras et al. 2022 (EDM), equation 7.
     """
 
@@ -90,7 +90,7 @@ class JointScore(nn.Module):
 
     def velocity(self, t: Tensor, u: Tensor, condition: Condition | None = None) -> Tensor:
         """[B, n, *shape] du/dt = β (A u - ½ G Gᵀ ∇ log p_t) of the probability-flow ODE, per unit time."""
-        rate = self.diffusion.beta(t)[..., None, None]
+        rate = self.diffusion.clock.rate(t)[..., None, None]
         change = apply(self.diffusion.matrix.to(rate) * rate, u)
         return change - 0.5 * apply(rate, self.pull(t, u, condition))
 
@@ -123,7 +123,7 @@ class JointScore(nn.Module):
         clock = self.diffusion.clock(t)[..., None, None]
         turning = self._turning().to(clock)
         u = apply(torch.matrix_exp(turning * clock), w)
-        rate = self.diffusion.beta(t)[..., None, None]
+        rate = self.diffusion.clock.rate(t)[..., None, None]
         still = self.velocity(t, u, condition) - apply(rate * turning, u)
         return apply(torch.matrix_exp(-turning * clock), still)
 

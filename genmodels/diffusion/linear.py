@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..registry import ConfigError, kind, register
+from .clocks import Clock, Constant
 
 Matrix = tuple[tuple[float, ...], ...]
 ASYMMETRY = 1e-9  # of the largest entry: what rounding of a matrix in a file may leave
+EIGHT = Constant(8.0)  # unless one is given: critically damped dynamics forget their start by (1 + 8) e⁻⁸ = 3e-3
 RANK = 1e-10  # eigenvalues below this share of the largest count as 0
 
 
@@ -25,33 +27,32 @@ class Moments(NamedTuple):
 class LinearDiffusion(ABC):  # noqa: B024 - members are constructors of matrices
     """du = β(t) A u dt + √β(t) G dW for u = (x, v_1, …, v_k): each component of an item with auxiliary variables.
 
-    β(t) = β_min + (β_max - β_min) t, so that everything depends on the clock B(t) = ∫ β alone, and every component of
-    an item has the same moments, of matrices of the size n = k + 1.
+    Everything depends on the clock B(t) = ∫ β alone, and every component of an item has the same moments, of n = k + 1
+    by n matrices. A clock of constant rate suits auxiliary variables: given the item the noise of x is of the order B³
+    or higher, which a clock that begins slowly loses to rounding.
 
     Args:
         matrix: [n, n] A.
         rate: [n, n] G Gᵀ.
-        beta_min, beta_max: the rate of the clock at t = 0 and t = 1, per unit time.
+        clock: B(t); constant of the total 8 if None.
         spread: variance of the auxiliary variables at t = 0, where they are N(0, spread) beside the data.
     Attributes:
         factor: [n, r] G of full column rank; r is the number of noises.
         stationary: [n, n] the covariance at which A Σ + Σ Aᵀ + G Gᵀ = 0; None if A lets something grow or stay.
     Raises:
         ConfigError: if the matrices are not square and of one size, the rate is not symmetric and positive
-            semidefinite, β is not positive, the spread is not, or the noise does not reach every variable.
+            semidefinite, the spread is not positive, or the noise does not reach every variable.
     """
 
-    def __init__(self, matrix: Tensor, rate: Tensor, beta_min: float, beta_max: float, spread: float) -> None:
+    def __init__(self, matrix: Tensor, rate: Tensor, clock: Clock | None, spread: float) -> None:
         where = self.registered_name
-        if not (0 < beta_min and 0 < beta_max):
-            raise ConfigError(f"{where}: beta_min > 0 and beta_max > 0 are needed, found {beta_min} and {beta_max}.")
         if not spread > 0:
             raise ConfigError(
                 f"{where}: spread must be > 0, found {spread}: auxiliary variables that are 0 have no density."
             )
         check_semidefinite(rate, f"{where}: the rate of noise")
         self.matrix, self.rate, self.factor = matrix, rate, _factor(rate)
-        self.beta_min, self.slope, self.spread = beta_min, beta_max - beta_min, spread
+        self.clock, self.spread = clock or EIGHT, spread
         self._check_reached()
         self.stationary = _lyapunov(matrix, rate)
 
@@ -78,31 +79,6 @@ class LinearDiffusion(ABC):  # noqa: B024 - members are constructors of matrices
                 "directly or through others, to one with noise."
             )
 
-    # ---- the clock ---------------------------------------------------------------------------------------------------
-
-    def beta(self, t: Tensor) -> Tensor:
-        """β(t) float64."""
-        return self.beta_min + self.slope * t.double()
-
-    def clock(self, t: Tensor) -> Tensor:
-        """B(t) float64.
-
-        Raises:
-            ValueError: if a time is outside [0, 1].
-        """
-        t = t.double()
-        if t.numel() and t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
-            raise ValueError(
-                f"{self.registered_name}: times run from 0 (data) to 1 (noise), found {float(t.min()):g} to "
-                f"{float(t.max()):g}."
-            )
-        return t * (self.beta_min + 0.5 * self.slope * t)
-
-    def time(self, clock: Tensor) -> Tensor:
-        """The time at which the clock shows B, float64: the inverse of `clock`."""
-        b = clock.double()
-        return 2 * b / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self.slope * b))
-
     # ---- moments -----------------------------------------------------------------------------------------------------
 
     def transition(self, s: Tensor, t: Tensor) -> Moments:
@@ -121,7 +97,7 @@ class LinearDiffusion(ABC):  # noqa: B024 - members are constructors of matrices
 
         The auxiliary variables at 0, of variance `spread`, are integrated out.
 
-        Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), section 3.2 (hybrid score matching).
+        Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), section 3 (hybrid score matching).
         """
         mean, covariance = self.transition(torch.zeros_like(t), t)
         start = torch.full((self.size,), self.spread, dtype=mean.dtype, device=mean.device)
@@ -135,8 +111,7 @@ def moments(matrix: Tensor, rate: Tensor, clock: Tensor) -> Moments:
     Van Loan's block exponential on a step of |A| B/2ᵐ < 1/2, then m doublings P(2B) = P(B) + e^{AB} P(B) e^{AᵀB}: sums
     of positive matrices, in which nothing cancels. A long block exponential would lose e^{2|A|B} of its precision.
 
-    Source: Van Loan 1978 (Computing integrals involving the matrix exponential), theorem 1; Särkkä & Solin 2019
-        (Applied stochastic differential equations), section 6.2.
+    Source: Van Loan 1978 (Computing integrals involving the matrix exponential).
     """
     n, longest = len(matrix), float(torch.linalg.matrix_norm(matrix, 1)) * float(clock.max()) if clock.numel() else 0.0
     doublings = max(0, math.ceil(math.log2(2 * longest))) if longest > 0 else 0
@@ -161,11 +136,11 @@ class Multivariate(LinearDiffusion):
         skew: [n, n] S.
         diffusion: [n, n] D.
         mass: [n] the variances at rest, of x first; null for 1.
-        beta_min, beta_max, spread: as of every linear diffusion.
+        clock, spread: as of every linear diffusion.
     Raises:
         ConfigError: if S is not skew, a mass is not positive, sizes differ, or as for every linear diffusion.
-    Source: Singhal et al. 2023 (Where to diffuse, how to diffuse, and how to get back), section 4; Ma et al. 2015 (A
-        complete recipe for stochastic gradient MCMC), theorem 1.
+    Source: Singhal et al. 2023 (Where to diffuse, how to diffuse, and how to get back); Ma et al. 2015 (A complete
+        recipe for stochastic gradient MCMC).
     """
 
     def __init__(
@@ -173,8 +148,7 @@ class Multivariate(LinearDiffusion):
         skew: Matrix = ((0.0, -1.0), (1.0, 0.0)),
         diffusion: Matrix = ((0.0, 0.0), (0.0, 2.0)),
         mass: tuple[float, ...] | None = None,
-        beta_min: float = 8.0,
-        beta_max: float = 8.0,
+        clock: Clock | None = None,
         spread: float = 0.01,
     ) -> None:
         s, d = as_matrix(skew, "mdm.skew"), as_matrix(diffusion, "mdm.diffusion")
@@ -191,7 +165,7 @@ class Multivariate(LinearDiffusion):
                 "`diffusion`, where noise balances it."
             )
         check_semidefinite(d, "mdm.diffusion")
-        super().__init__(-(s + d) / masses, 2 * d, beta_min, beta_max, spread)
+        super().__init__(-(s + d) / masses, 2 * d, clock, spread)
 
 
 @register(LinearDiffusion, "cld")
@@ -203,28 +177,24 @@ class CriticallyDamped(Multivariate):
     Args:
         mass: M.
         friction: Γ; null for critical damping.
-        beta_min, beta_max: rate of the clock at t = 0 and t = 1; constant by default, because given the item the noise
-            of x is of the order B³ and would be lost to rounding if the clock began slowly.
+        clock: B(t); constant of the total 8 if null.
         spread: variance of v at t = 0.
     Raises:
         ConfigError: if the mass or the friction is not positive, or as for every linear diffusion.
-    Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), equation 5 and section 3.1.
+    Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), section 3.
     """
 
     def __init__(
         self,
         mass: float = 1.0,
         friction: float | None = None,
-        beta_min: float = 8.0,
-        beta_max: float = 8.0,
+        clock: Clock | None = None,
         spread: float = 0.01,
     ) -> None:
         if not mass > 0 or not (friction is None or friction > 0):
             raise ConfigError(f"cld: mass > 0 and friction > 0 (or null) are needed, found {mass} and {friction}.")
         damping = 2 * math.sqrt(mass) if friction is None else friction
-        super().__init__(
-            ((0.0, -1.0), (1.0, 0.0)), ((0.0, 0.0), (0.0, damping)), (1.0, mass), beta_min, beta_max, spread
-        )
+        super().__init__(((0.0, -1.0), (1.0, 0.0)), ((0.0, 0.0), (0.0, damping)), (1.0, mass), clock, spread)
 
 
 @register(LinearDiffusion, "linear_sde")
@@ -234,24 +204,23 @@ class LinearSDE(LinearDiffusion):
     Args:
         matrix: [n, n] A.
         rate: [n, n] G Gᵀ.
-        beta_min, beta_max, spread: as of every linear diffusion.
+        clock, spread: as of every linear diffusion.
     Raises:
         ConfigError: as for every linear diffusion.
-    Source: Särkkä & Solin 2019 (Applied stochastic differential equations), section 6.2.
+    Source: Singhal et al. 2023 (Where to diffuse, how to diffuse, and how to get back).
     """
 
     def __init__(
         self,
         matrix: Matrix = ((-0.5,),),
         rate: Matrix = ((1.0,),),
-        beta_min: float = 8.0,
-        beta_max: float = 8.0,
+        clock: Clock | None = None,
         spread: float = 0.01,
     ) -> None:
         a, q = as_matrix(matrix, "linear_sde.matrix"), as_matrix(rate, "linear_sde.rate")
         if len(a) != len(q):
             raise ConfigError(f"linear_sde: matrix and rate must be of one size, found {len(a)} and {len(q)}.")
-        super().__init__(a, q, beta_min, beta_max, spread)
+        super().__init__(a, q, clock, spread)
 
 
 def as_matrix(rows: Matrix, where: str) -> Tensor:

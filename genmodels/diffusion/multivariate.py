@@ -47,8 +47,8 @@ class MultivariateDiffusion(Model):
         sigma_data: root mean square of T(x); null to measure it.
     Raises:
         ConfigError: if t_min or sigma_data is out of its range, or noise at t_min is below what float64 resolves.
-    Source: Singhal et al. 2023 (Where to diffuse, how to diffuse, and how to get back), section 4; Dockhorn et al. 2022
-        (Critically-damped Langevin diffusion), sections 3.1-3.3.
+    Source: Singhal et al. 2023 (Where to diffuse, how to diffuse, and how to get back); Dockhorn et al. 2022
+        (Critically-damped Langevin diffusion), section 3.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MultivariateDiffusion(Model):
         edges = torch.logspace(math.log10(self.t_min), 0, LAW_CELLS + 1, dtype=torch.float64)
         middle = (edges[1:] + edges[:-1]) / 2
         scale = self.joint.coefficients(middle).scale
-        mass = self.diffusion.beta(middle) * scale.square().sum((-2, -1)) * edges.diff()
+        mass = self.diffusion.clock.rate(middle) * scale.square().sum((-2, -1)) * edges.diff()
         return edges, mass / mass.sum()
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class MultivariateDiffusion(Model):
         value = squared
         if self.weighting == "likelihood":
             nats = 0.5 * apply(c.scale, error).square().reshape(len(x), -1).sum(1) / math.prod(self.model_shape)
-            value = (self.diffusion.beta(t) / density).to(error.dtype) * nats
+            value = (self.diffusion.clock.rate(t) / density).to(error.dtype) * nats
         return Loss(value, {"squared_error": squared.detach().mean()})
 
     def _draw_times(self, noise: Noise) -> tuple[Tensor, Tensor]:
@@ -298,7 +298,7 @@ class MultivariateDiffusion(Model):
         Raises:
             NotApplicable: if the transform to model space has no volume.
             ValueError: if conditions, seeds or counts do not fit.
-        Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), appendix B.6 (the bound, for q without x).
+        Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), for q without x.
         """
         self.check_items(x, "likelihood")
         if not self.transform.volume:
@@ -387,5 +387,5 @@ def _check_settings(diffusion: LinearDiffusion, t_min: float, sigma_data: float 
     if int(torch.linalg.cholesky_ex(covariance).info) or not bool(covariance.isfinite().all()):
         raise ConfigError(
             f"model.t_min: at {t_min:g} the noise of {diffusion.registered_name} is below what float64 resolves: its "
-            "covariance given the item is singular. Raise t_min, beta_min or the coupling of the variables."
+            "covariance given the item is singular. Raise t_min, the total of the clock or the coupling."
         )
