@@ -156,9 +156,7 @@ class MultivariateDiffusion(Model):
         root = torch.linalg.cholesky(covariance)
         towards = torch.linalg.solve_triangular(root, d.factor.to(root).expand(len(x), -1, -1), upper=False).mT
         whiten = -torch.linalg.solve_triangular(c.scale, towards, upper=False)
-        mean = mean.expand(len(x), -1, -1).to(x.dtype)
-        moved = (mean @ start.flatten(2)).reshape(eps.shape)
-        return moved + apply(root, eps), apply(whiten, eps)
+        return apply(mean, start) + apply(root, eps), apply(whiten, eps)
 
     def _to_model_space(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
         y, log_det = self.transform(x.to(torch.promote_types(x.dtype, self.dtype)), noise)
@@ -243,7 +241,7 @@ class MultivariateDiffusion(Model):
         times = times.flip(0) if to_data else times
         first, last = torch.linalg.inv(self.joint.frame(times[0])), self.joint.frame(times[-1])
         field = RowField(self.joint.turned_velocity, condition)
-        return apply(last, integrate(field, apply(first, u), times, solver=solver, controller=controller).x)
+        return apply(last, integrate(field, apply(first, u), times.log(), solver=solver, controller=controller).x)
 
     def _grid(self, num_steps: int, controller: Controller) -> Tensor:
         """Times from t_min to 1, as the squares of even steps; step control is given the ends alone."""
@@ -340,7 +338,7 @@ class MultivariateDiffusion(Model):
         y, log_volume = self._to_model_space(x, None if self.bin_width is None else cell)
         u, log_q = self._beside(y, auxiliary)
         start = apply(torch.linalg.inv(self.joint.frame(times[0])), u)
-        moved = transport(RowField(self.joint.turned_velocity, condition), start, times, noise=probe, **ode)
+        moved = transport(RowField(self.joint.turned_velocity, condition), start, times.log(), noise=probe, **ode)
         end = apply(self.joint.frame(times[-1]), moved.z.double()).flatten(2)
         log_prior = normal_log_prob(end, torch.linalg.cholesky(self.prior_covariance()))
         return (log_prior - log_q + log_volume + moved.log_det).reshape(-1, len(x))
@@ -353,9 +351,9 @@ class MultivariateDiffusion(Model):
         slope = joint[1:, :1] / joint[0, 0]
         root = torch.linalg.cholesky(joint[1:, 1:] - slope @ joint[:1, 1:])
         z = noise.normal(len(root), *self.model_shape, dtype=self.dtype)
-        v = (slope.to(y.dtype) @ y[:, None].flatten(2)).reshape(z.shape) + apply(root, z)
-        log_q = normal_log_prob((apply(root, z)).double().flatten(2), root)
-        return torch.cat((y[:, None], v), 1), log_q
+        apart = apply(root, z)
+        v = slope.to(y.dtype).reshape(-1, *(1,) * (y.ndim - 1)) * y[:, None] + apart
+        return torch.cat((y[:, None], v), 1), normal_log_prob(apart.double().flatten(2), root)
 
     def _checked(self, condition: Condition | None, n: int, where: str) -> Tensor | None:
         """One condition for each of n items; None for an unconditional model, which may be trained on labelled data."""
