@@ -68,7 +68,7 @@ def dense_kernel(
 
     Args:
         span: [B] D.
-    Source: Van Loan 1978 (Computing integrals involving the matrix exponential).
+    Source: van Loan 1978 (Computing integrals involving the matrix exponential).
     """
     rows, n = len(y), y[0].numel()
     f, d = force.reshape(rows, n).double(), span.double().reshape(-1, 1, 1)

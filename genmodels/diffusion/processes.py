@@ -65,6 +65,16 @@ class Process(nn.Module, ABC):
         g = self.amplitude(u)
         return g @ g.mT if g.ndim == 2 else g.square()
 
+    def spread(self, u: Tensor, v: Tensor) -> Tensor:
+        """[B, *shape] Q v."""
+        q = self.covariance_rate(u).to(v.dtype)
+        return (v.flatten(1) @ q).reshape(v.shape) if q.ndim == 2 else expand_like(q, v) * v
+
+    def noised(self, u: Tensor, v: Tensor) -> Tensor:
+        """[B, m] Gᵀ v, flat: the part of a score that noise acts on."""
+        g = self.amplitude(u).to(v.dtype)
+        return v.flatten(1) @ g if g.ndim == 2 else (expand_like(g, v) * v).flatten(1)
+
     def transition(self, start: Tensor, end: Tensor, y: Tensor) -> Kernel | None:
         """The exact kernel of the state at u = end given y at u = start, where it is known; else None.
 

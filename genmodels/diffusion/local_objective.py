@@ -1,0 +1,101 @@
+"""Training objectives of the score of a diffusion with any drift."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..rng import Noise
+from ..solvers.divergence import draw_probes
+from .increments import TimesOfClock
+from .local_kernels import Order, local_kernel, simulate
+from .local_score import LocalScore, implicit_rate
+from .processes import Process
+
+Variance = Literal["plain", "control", "antithetic"]
+Weight = Literal["whitened", "likelihood"]
+Divergence = Literal["exact", "hutchinson"]
+
+
+class Objective:
+    """Values whose mean over items, times and paths is least where the network is the score of the process's law.
+
+    Args:
+        score: s, with its process.
+        times: law q of u.
+        steps, order: of simulated paths, and the order of the kernels.
+        exact: whether kernels from the item itself are exact, so that increments begin there.
+        variance, weight, divergence: as in `LocalDSM`.
+    """
+
+    def __init__(
+        self,
+        score: LocalScore,
+        times: TimesOfClock,
+        steps: int,
+        order: Order,
+        exact: bool,
+        variance: Variance,
+        weight: Weight,
+        divergence: Divergence,
+    ) -> None:
+        self.score, self.process, self.times = score, score.process, times
+        self.steps, self.order, self.exact = steps, order, exact
+        self.variance, self.weight, self.divergence = variance, weight, divergence
+
+    def _path(self, x: Tensor, end: Tensor, noise: Noise) -> Tensor:
+        return simulate(self.process, x, torch.zeros_like(end), end, self.steps, noise, self.order)
+
+    def local(self, x: Tensor, u: Tensor, increment: Tensor, condition: Tensor | None, noise: Noise) -> Tensor:
+        """[B] of paths simulated from x to u - δ (or 0), and the kernel from there to u."""
+        with torch.no_grad():
+            start = torch.zeros_like(u) if self.exact else (u - increment).clamp(min=0)
+            y = self._path(x, start, noise)
+            z = noise.normal(*x.shape[1:], dtype=x.dtype)
+        return self.denoising(start, u, y, z, condition)
+
+    def denoising(self, start: Tensor, u: Tensor, y: Tensor, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        """[B] |A s + e|² at m + L z, with A = Lᵀ, e = z; or ½ of it over q, with A = Gᵀ, e = Gᵀ L⁻ᵀ z.
+
+        "control" subtracts 2 (A s(m))·e, whose mean is 0 since m does not depend on z; "antithetic" takes the mean with
+        -z in place of z.
+        """
+        kernel = local_kernel(self.process, start, u, y, self.order)
+        likely = self.weight == "likelihood"
+
+        def a(v: Tensor) -> Tensor:
+            return self.process.noised(u, v) if likely else kernel.root_transposed(v).flatten(1)
+
+        e = a(kernel.solve_transposed(z)) if likely else z.flatten(1)
+        if self.variance == "plain":
+            (there,) = self._scores(u, [kernel.sample(z)], condition)
+            total = (a(there) + e).square().sum(1)
+        elif self.variance == "control":
+            there, middle = self._scores(u, [kernel.sample(z), kernel.mean], condition)
+            total = (a(there) + e).square().sum(1) - 2 * (a(middle) * e).sum(1)
+        else:
+            there, mirrored = self._scores(u, [kernel.sample(z), kernel.sample(-z)], condition)
+            total = 0.5 * ((a(there) + e).square() + (a(mirrored) - e).square()).sum(1)
+        return 0.5 * total / self.times.density(u) if likely else total
+
+    def _scores(self, u: Tensor, states: list[Tensor], condition: Tensor | None) -> tuple[Tensor, ...]:
+        """The score at several states of each item, from one call of the network."""
+        n = len(states)
+        condition = None if condition is None else torch.cat([condition] * n)
+        return self.score(torch.cat([u] * n), torch.cat(states), condition).chunk(n)
+
+    def implicit(self, x: Tensor, u: Tensor, condition: Tensor | None, noise: Noise) -> Tensor:
+        """[B] ½ sᵀQs + ∇·(Q s) at simulated states, over q; or times 2 s̄²/g², to weigh as the whitened loss does."""
+        with torch.no_grad():
+            y = self._path(x, u, noise)
+            probes = None if self.divergence == "exact" else draw_probes(noise, 1, tuple(x.shape[1:]), dtype=x.dtype)
+        energy, divergence = implicit_rate(self.process, self.score, u, y, condition, probes)
+        if self.weight == "likelihood":
+            return (energy + divergence) / self.times.density(u)
+        return 2 * (self.score.scale(u) / self.score.strength(u)).square() * (energy + divergence)
+
+
+def is_exact(process: Process) -> bool:
+    """Whether the process knows its kernel over long increments from any state."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    return process.transition(zero, zero + process.clock.total, torch.zeros(1, *process.shape)) is not None

@@ -1,0 +1,165 @@
+"""A network as the score of a diffusion with any drift, its conditions, and the reverse and bound that it defines."""
+
+import torch
+from torch import Tensor, nn
+
+from ..model import check_labels
+from ..networks.network import Network
+from ..rng import Noise
+from ..solvers.divergence import exact_divergence, hutchinson
+from ..types import Condition, Shape, expand_like, sum_items
+from .gaussian_kernels import Kernel
+from .local_kernels import kernel_of
+from .processes import Process
+
+FLOOR = 1e-5  # of s̄²: below it a state is data, and float32 has no digits left for its noise
+
+
+class Conditions(nn.Module):
+    """What a network is told: conditions, a share of which training hides, and "no condition".
+
+    Args:
+        dropout: share of items whose condition is hidden in training.
+        num_classes, condition_shape: of the data's conditions; both None for an unconditional model.
+    """
+
+    def __init__(self, dropout: float, num_classes: int | None, condition_shape: Shape | None) -> None:
+        super().__init__()
+        self.dropout, self.num_classes = dropout, num_classes
+        self.active = num_classes is not None or condition_shape is not None
+        if num_classes is None and condition_shape is not None:
+            self.null = nn.Parameter(torch.zeros(condition_shape), requires_grad=dropout > 0)
+        else:
+            null = None if num_classes is None else torch.tensor(num_classes)
+            self.register_buffer("null", null, persistent=False)
+
+    def drop(self, condition: Condition | None, noise: Noise) -> Tensor | None:
+        """The conditions with a share of them hidden, item by item."""
+        condition = self.checked(condition, noise.n, "loss", required=True)
+        if condition is None or self.dropout == 0:
+            return condition
+        hidden = expand_like(noise.uniform() < self.dropout, condition)
+        return torch.where(hidden, self.null.to(condition), condition)
+
+    def checked(self, condition: Condition | None, n: int, where: str, required: bool = False) -> Tensor | None:
+        """One condition for each of n items: "no condition" if None, and None for an unconditional model.
+
+        Raises:
+            ValueError: if they do not fit the model or the items.
+        """
+        if not self.active:
+            if condition is not None:
+                raise ValueError(f"{where}: a condition was given to an unconditional model. Drop it.")
+            return None
+        if condition is None and self.dropout > 0 and not required:
+            return self.null.expand(n, *self.null.shape)
+        if not isinstance(condition, Tensor) or len(condition) != n:
+            found = f"{list(condition.shape)}" if isinstance(condition, Tensor) else type(condition).__name__
+            advice = "" if self.dropout else " A model trained with condition_dropout=0 needs one."
+            raise ValueError(f"{where}: a tensor of {n} conditions is needed, one per item, found {found}.{advice}")
+        if where not in ("loss", "velocity", "score"):  # asked often, and reading labels waits for the device
+            check_labels(condition, self.num_classes, where)
+        return condition.to(self.null.device)
+
+
+class LocalScore(nn.Module):
+    """s(u, y) = -ε(t, y)/s̄(u) with a network ε whose answers are of size 1 at every time.
+
+    s̄² = g² (1 - e^{-u}), at least 1e-5: the variance that a process of unit relaxation has added by u, g² the mean of
+    Q over the components that noise reaches. The network sees t, which the clock makes of u.
+
+    Args:
+        network: ε.
+        process: whose score it is; its clock and its noise set the scale.
+    Source: Singhal, Goldstein & Ranganath 2024 (Automated denoising score matching for nonlinear diffusions).
+    """
+
+    def __init__(self, network: Network, process: Process) -> None:
+        super().__init__()
+        self.network, self.process = network, process
+
+    def scale(self, u: Tensor) -> Tensor:
+        """[] or [B] float64 s̄."""
+        return (self.strength(u).square() * -torch.expm1(-u.double())).clamp(min=FLOOR).sqrt()
+
+    def strength(self, u: Tensor) -> Tensor:
+        """[] or [B] g, the root mean square of the noise of the components that have any."""
+        q = self.process.covariance_rate(u)
+        if q.ndim < 2:
+            return q.sqrt()
+        diagonal = q.diagonal()
+        return diagonal[diagonal > 0].mean().sqrt()
+
+    def forward(self, u: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
+        """[B, *shape] score at u [] or [B] in states y."""
+        eps = self.network(self.process.clock.inverse(u), y, condition).to(y.dtype)
+        return -eps / expand_like(self.scale(u), y).to(y.dtype)
+
+
+class GuidedScore(nn.Module):
+    """Classifier-free guidance of a score: s_null + w (s - s_null).
+
+    Args:
+        score: trained with conditions dropped at times.
+        scale: w; 1 is off.
+        null: [*] the label or embedding that stands for "no condition".
+    Source: Ho & Salimans 2022 (Classifier-free diffusion guidance), equation 6, whose w is w - 1 here.
+    """
+
+    def __init__(self, score: LocalScore, scale: float, null: Tensor) -> None:
+        super().__init__()
+        self.score, self.process, self.scale, self.null = score, score.process, scale, null
+
+    def forward(self, u: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
+        free = self.score(u, y, self.null.to(condition).expand_as(condition))
+        return free + self.scale * (self.score(u, y, condition) - free)
+
+
+def flow_velocity(process: Process, u: Tensor, y: Tensor, score: Tensor) -> Tensor:
+    """[B, *shape] dy/du = F - Q s/2 of the probability-flow ODE.
+
+    Source: Song et al. 2021 (Score-based generative modeling through SDEs), equation 13.
+    """
+    return process.force(u, y) - 0.5 * process.spread(u, score)
+
+
+def reverse_kernel(process: Process, u: Tensor, to: Tensor, y: Tensor, score: Tensor) -> Kernel:
+    """The kernel of the reverse SDE from u down to `to` < u, with the score held fixed and the force linearised.
+
+    The reverse of dy = F du + G dW is dy = (Q s - F) dr + G dW in r = -u, whose Jacobian is taken for -∂F/∂y: exact for
+    the stiff part that the prior has far out, and Euler and Maruyama's step in the score.
+
+    Args:
+        u, to: [] or [B] float64.
+        score: [B, *shape] s(u, y).
+    Source: Singhal, Goldstein & Ranganath 2024 (Automated denoising score matching for nonlinear diffusions).
+    """
+    force = process.spread(u, score) - process.force(u, y)
+    return kernel_of(process, y, force, -process.jacobian(u, y), None, 0.5 * (u + to), u - to)
+
+
+def implicit_rate(
+    process: Process,
+    score: nn.Module,
+    u: Tensor,
+    y: Tensor,
+    condition: Tensor | None = None,
+    probes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """½ sᵀQs and ∇·(Q s), [B] float64 each, per unit of u: of implicit score matching and its likelihood bound.
+
+    Args:
+        probes: [P, B, *shape] for Hutchinson's estimate of the divergence; None for its exact value.
+    Source: Hyvärinen 2005 (Estimation of non-normalized statistical models by score matching), theorem 1.
+    """
+    kept: list[Tensor] = []
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        kept.append(score(t, x, condition))
+        return process.spread(t, kept[-1])
+
+    if probes is None:
+        divergence = exact_divergence(field, u, y)[1]
+    else:
+        divergence = hutchinson(field, u, y, probes)[1].mean(0)
+    return 0.5 * sum_items(process.noised(u, kept[-1]).square()), divergence
