@@ -24,7 +24,7 @@ def defects(process: Process, u: Tensor, y: Tensor, increment: float) -> Tensor:
     """[B] how wrong the linearisation over an increment is, as a share of the kernel's own scale; the worst component.
 
     For an elementwise force |m₁ - m_ito|/√P₁ + |√(P₀/P₁) - 1|, orders 0, 1 and ito. Dense kernels, whose P₀ may be
-    singular, are compared with that of the Jacobian at their mean: |L⁻¹(m₁ - m_ito)| + ½ |L⁻¹ P' L⁻ᵀ - I|, per component.
+    singular, are compared with P' of the Jacobian at their mean: |L⁻¹(m₁ - m_ito)| + ½ |L⁻¹ P' L⁻ᵀ - I|, per component.
 
     Args:
         u: [B] float64 times at which the increment begins.
@@ -66,8 +66,8 @@ def check_increment(process: Process, u: Tensor, y: Tensor, increment: float) ->
     if wrong > LARGEST_DEFECT:
         advice = choose_increment(process, u, y)
         warnings.warn(
-            f"model.increment: over {increment:g} the linearised force is wrong by {wrong:.3g} of the kernel's scale, in "
-            f"1 % of states by more, and scores are biased. An increment of {advice:.3g} keeps that below {DEFECT}; "
+            f"model.increment: over {increment:g} the linearised force is wrong by {wrong:.3g} of the kernel's scale, "
+            f"in 1 % of states by more, and scores are biased. An increment of {advice:.3g} keeps that below {DEFECT}; "
             "increment: null chooses it.",
             UserWarning,
             stacklevel=4,
@@ -79,8 +79,8 @@ class TimesOfClock:
     """Law of the times u of training, from u(t_min) to U.
 
     "importance": density ∝ 1/(1 - e^{-u}) in u, hence ∝ β/(1 - e^{-u}) in t, under which the terms of a likelihood
-    bound are of one size; F(u) = log(eᵘ - 1) up to a shift, so that u = log(1 + e^F). "clock" is uniform in u, "uniform"
-    in t.
+    bound are of one size; F(u) = log(eᵘ - 1) up to a shift, so that u = log(1 + e^F). "clock" is uniform in u,
+    "uniform" in t.
 
     Args:
         t_min: first time, > 0.

@@ -36,7 +36,7 @@ class LocalDSM(Model):
     """The score of a diffusion with any drift, learnt from its Gaussian kernels over short increments.
 
     At a time u of the process the state y_s at u - δ is simulated from an item, and y_u = m + L z drawn from the local
-    kernel N(m, L Lᵀ). The score of the state's law is E[-L⁻ᵀ z | y_u], for any δ, up to the error of the kernel, so that
+    kernel N(m, L Lᵀ). The score of the state's law is E[-L⁻ᵀ z | y_u] for any δ, up to the error of the kernel, so that
 
         whitened    |Lᵀ s(u, y_u) + z|²/D,      likelihood    ½ |Gᵀ (s(u, y_u) + L⁻ᵀ z)|²/(D q(u)),  q the law of u
 
@@ -49,8 +49,8 @@ class LocalDSM(Model):
     Args:
         network: ε of s = -ε/s̄(u).
         process: the diffusion, whose time is put on 0 (data) to 1 (noise) by its clock.
-        objective: "local"; "global", which insists on exact kernels; "ism", implicit score matching of simulated states,
-            ½ sᵀQs + ∇·(Q s), which differentiates the network once more.
+        objective: "local"; "global", which insists on exact kernels; "ism", implicit score matching at simulated
+            states, ½ sᵀQs + ∇·(Q s), which differentiates the network once more.
         order: of the kernels; see `local_kernels`.
         increment: δ in units of u; null for the longest whose linearisation is good to 2 % for 99 % of states.
         simulation_steps: K, steps of the same kernel from an item to y_s.
@@ -60,6 +60,7 @@ class LocalDSM(Model):
         times: law of u, see `TimesOfClock`.
         divergence: of the objective "ism"; exact costs a backward pass for each component.
         t_min: first time, > 0.
+        residual: s = ∇ log π - ε/s̄, which begins as the score of the prior instead of 0.
         conditional: whether the network sees the conditions of the data (labels, embeddings), if there are any.
         condition_dropout: share of items whose condition is hidden in training; 0 gives up guidance.
     Raises:
@@ -80,6 +81,7 @@ class LocalDSM(Model):
         times: Times = "importance",
         divergence: Divergence = "hutchinson",
         t_min: float = 1e-3,
+        residual: bool = False,
         conditional: bool = True,
         condition_dropout: float = 0.1,
         *,
@@ -99,7 +101,7 @@ class LocalDSM(Model):
         self.conditional = self.conditions.active
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
         built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
-        self.score_network = LocalScore(built, self.process)
+        self.score_network = LocalScore(built, self.process, residual)
         self.times = TimesOfClock(times, self.process.clock, t_min)
         self.objective, self.order, self.steps, self.chooses = objective, order, simulation_steps, increment is None
         self.differentiates_twice = objective == "ism"
@@ -243,18 +245,14 @@ class LocalDSM(Model):
         """[n, *shape] items in data units from the prior; item i depends on seed i (and condition i) alone.
 
         Args:
-            seeds: n, or n seeds.
-            condition: [n, *] one per seed; None draws unconditionally.
             num_steps: steps from u = U to u(t_min); without meaning under step control.
             solver: null takes the exponential step of the reverse SDE (see `reverse_kernel`), a solver of SDEs such as
                 euler_maruyama integrates that SDE, and a solver of ODEs the probability-flow ODE.
             controller: of a solver.
             spacing: of the steps: even in u ("clock"), in t ("time") or in √u ("quadratic").
             guidance: 1 is off; other values double the cost.
-            batch_size: how many are drawn at once.
         Raises:
             NotApplicable: if the process has no prior.
-            ValueError: if the conditions do not fit.
         Source: Singhal, Goldstein & Ranganath 2024 (Automated denoising score matching for nonlinear diffusions).
         """
         prior, seeds = self._prior("sample"), as_seeds(seeds)
@@ -342,8 +340,6 @@ class LocalDSM(Model):
         the bounds of `Bound`, unbiased estimates for simulated paths, which also hold for x itself.
 
         Args:
-            x: [B, *shape] in data units.
-            condition: [B, *]; None scores unconditionally.
             seeds: [B] for dequantisation noise, probes and paths; 0 … B-1 if not given.
             method: local needs first derivatives of the force alone, implicit the divergence of the network.
             divergence, probes: of the methods ode and implicit.
@@ -351,7 +347,6 @@ class LocalDSM(Model):
                 error.
             num_steps: of the controller "fixed"; without meaning under step control.
             solver, controller: of the ODE.
-            batch_size: how many are scored at once.
         Returns:
             kind numerical for the exact divergence, stochastic for hutchinson, bound for the bounds.
         Raises:
@@ -367,7 +362,8 @@ class LocalDSM(Model):
         at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
         seeds = one_each(seeds, len(x))
         ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
-        exact = {"probes": None if divergence == "exact" else probes}
+        bound = Bound(self.process, self.score_network, self.times, self.steps, self.order, self.exact)
+        drawn = None if divergence == "exact" else probes
         wanted = x.requires_grad or any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):  # else a graph of every step for nothing
             parts = []
@@ -380,9 +376,7 @@ class LocalDSM(Model):
                     if method == "ode":
                         value = self._by_flow(y, given, noise[1], self._grid(num_steps, controller), ode)
                     else:
-                        bound = Bound(self.process, self.score_network, self.times, self.steps, self.order, self.exact)
-                        share = (k, draws)
-                        value = bound(y, self.increment, given, noise[1], method, share, **exact)[None]
+                        value = bound(y, self.increment, given, noise[1], method, (k, draws), drawn)[None]
                     scored.append(value + volume)
                 parts.append(torch.stack(scored))
         found = torch.cat(parts, 2)

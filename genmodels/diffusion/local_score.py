@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..model import check_labels
 from ..networks.network import Network
+from ..registry import ConfigError
 from ..rng import Noise
 from ..solvers.divergence import exact_divergence, hutchinson
 from ..types import Condition, Shape, expand_like, sum_items
@@ -71,12 +72,17 @@ class LocalScore(nn.Module):
     Args:
         network: ε.
         process: whose score it is; its clock and its noise set the scale.
+        residual: add ∇ log π of the prior, under which an ε of 0 stands for a process at rest.
+    Raises:
+        ConfigError: if the score of a prior is to be added where there is none.
     Source: Singhal, Goldstein & Ranganath 2024 (Automated denoising score matching for nonlinear diffusions).
     """
 
-    def __init__(self, network: Network, process: Process) -> None:
+    def __init__(self, network: Network, process: Process, residual: bool = False) -> None:
         super().__init__()
-        self.network, self.process = network, process
+        if residual and process.prior is None:
+            raise ConfigError(f"model.residual: {type(process).__name__} has no prior. Use residual: false.")
+        self.network, self.process, self.residual = network, process, residual
 
     def scale(self, u: Tensor) -> Tensor:
         """[] or [B] float64 s̄."""
@@ -93,7 +99,8 @@ class LocalScore(nn.Module):
     def forward(self, u: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
         """[B, *shape] score at u [] or [B] in states y."""
         eps = self.network(self.process.clock.inverse(u), y, condition).to(y.dtype)
-        return -eps / expand_like(self.scale(u), y).to(y.dtype)
+        score = -eps / expand_like(self.scale(u), y).to(y.dtype)
+        return score + self.process.prior.score(y) if self.residual else score
 
 
 class GuidedScore(nn.Module):

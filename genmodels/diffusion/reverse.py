@@ -1,5 +1,6 @@
 """Samples of a diffusion with any drift, from its prior back to data."""
 
+import itertools
 from typing import Literal
 
 import torch
@@ -76,7 +77,7 @@ def reverse_sample(
         solver: None for exponential steps.
     """
     if solver is None:
-        for u, to in zip(grid[:-1], grid[1:], strict=True):
+        for u, to in itertools.pairwise(grid):
             kernel = reverse_kernel(process, u, to, y, score(u.expand(len(y)), y, condition))
             y = kernel.sample(noise.normal(*y.shape[1:], dtype=y.dtype))
         return y

@@ -32,6 +32,13 @@ CONV = {"name": "concat_conv", "hidden": [8]}
 TANH = {"name": "mlp", "hidden": [16], "activation": "tanh"}
 MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
 CLASSIFY = {"name": "contract_series", "task": "classify"}
+
+
+def langevin(prior: str, scale: float) -> dict:
+    """A process that relaxes within 3 units of its time."""
+    return {"name": "langevin", "prior": {"name": prior, "scale": scale}, "clock": {"name": "constant", "total": 3.0}}
+
+
 # name -> (data set, arguments); a new model needs a line here
 EXAMPLES = {
     "flow": [
@@ -50,6 +57,13 @@ EXAMPLES = {
     "multivariate_diffusion": [
         ("contract_plane", {"network": {"name": "mlp", "hidden": [24, 24]}, "conditional": False}),
         ("contract_plane", {"network": RESIDUAL, "diffusion": {"name": "mdm", "diffusion": [[0.5, 0.1], [0.1, 1.0]]}}),
+    ],
+    "local_dsm": [
+        ("contract_plane", {"network": RESIDUAL, "process": langevin("logistic", 0.3), "residual": True, "t_min": 0.1}),
+        (
+            "contract_images",
+            {"network": DIT, "process": langevin("gaussian", 0.5), "variance": "control", "t_min": 0.1},
+        ),
     ],
     "vae": [
         ("contract_plane", {**VAE, "prior": FLOW, "posterior": FLOW}),
@@ -122,7 +136,7 @@ EXAMPLES = {
 WHOLE = {"neural_sde_forecast"}  # whose loss is no sum over items
 # the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
 TIGHT, LOOSE = {"controller": PI(rtol=1e-7, atol=1e-7)}, {"controller": PI(rtol=1e-5, atol=1e-5)}
-SOLVED = ("diffusion", "cnf")  # whose answers take a controller
+SOLVED = ("diffusion", "cnf", "local_dsm")  # whose answers take a controller
 CASES = [(name, k) for name, cases in EXAMPLES.items() for k in range(len(cases))]
 
 

@@ -92,6 +92,12 @@ BRIEF = ["model.solver.max_steps=10", "model.gradient.max_iterations=5"]
 # networks of millions of parameters are cut down; what they are is tested by their count
 SMALL = {
     "cifar10/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
+    "cifar10/local_dsm": [
+        "model.network.channels=8",
+        "model.network.head_channels=8",
+        "model.simulation_steps=2",
+        "sample.num_steps=2",
+    ],
     "cifar10/edm": ["model.network.channels=8", "model.network.blocks=1", "sample.num_steps=2"],
     "cifar10/glow": [
         f"model.layers[0].levels[{k}][1].{change}"
