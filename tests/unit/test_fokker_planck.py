@@ -1,4 +1,4 @@
-"""Fokker-Planck equations on grids: against closed forms, matrix exponentials and published kinds of figures."""
+"""Fokker-Planck equations on grids: against closed forms, matrix exponentials and another finite-volume program."""
 
 import math
 
@@ -129,7 +129,7 @@ def test_first_order_keeps_densities_positive_and_second_says_if_it_does_not():
     spike[220] = 1.0
     (found,) = equation.solve(spike, [0, 0.5], steps=1, order=1)
     assert float(found.values.min()) > 0
-    with pytest.raises(ValueError, match="below 0. Take more steps, or order=1"):
+    with pytest.raises(ValueError, match=r"below 0\. Take more steps, or order=1"):
         equation.solve(spike, [0, 0.5], steps=1)
 
 

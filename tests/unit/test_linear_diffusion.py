@@ -62,7 +62,7 @@ def test_every_skew_and_semidefinite_pair_rests_at_the_masses_and_moments_are_qu
 
 
 def test_transitions_follow_each_other_and_moments_grow_with_unstable_matrices():
-    """Chapman and Kolmogorov, under a clock that is not even; e^{2B} of dx = x dB + dW at B = 20, by its closed form."""
+    """Chapman and Kolmogorov, under a clock that is not even; dx = x dB + dW up to B = 20, by its closed form."""
     made = Multivariate(**CHAIN, clock=Linear(0.5, 6.0))
     s, r, t = (torch.tensor(v).double() for v in (0.1, 0.35, 0.9))
     first, second, both = made.transition(s, r), made.transition(r, t), made.transition(s, t)
@@ -119,7 +119,7 @@ def test_matrices_that_make_no_diffusion_are_refused(node, message):
 
 def test_times_out_of_range_and_out_of_order_are_refused():
     made = CriticallyDamped()
-    with pytest.raises(ValueError, match="0 <= t <= 1 is needed, found t = 1.5"):
+    with pytest.raises(ValueError, match=r"0 <= t <= 1 is needed, found t = 1\.5"):
         made.transition(torch.tensor(0.0), torch.tensor(1.5))
     with pytest.raises(ValueError, match="from s to t ≥ s"):
         made.transition(torch.tensor(0.5), torch.tensor(0.2))

@@ -45,7 +45,7 @@ def gaussian(n: int, width: float = WIDTH, size: int = 2, seed: int = 1) -> Tens
 def test_the_bound_and_the_law_of_samples_are_exact_for_gaussian_data(diffusion):
     """The law at t_min has the variance e² of `marginal` for x, and auxiliary variables of the law that q has.
 
-    The ODE is linear: rows of the Jacobian of decoding are decoded unit vectors, which have to turn the prior into N(0, e²).
+    The ODE is linear: rows of the Jacobian of decoding are decoded unit vectors, which turn the prior into N(0, e²).
     """
     model = make(diffusion=diffusion)
     spread = float(model.diffusion.marginal(torch.tensor(model.t_min).double(), WIDTH**2)[0, 0])
@@ -126,7 +126,7 @@ class Mixture:
 def test_the_bound_of_an_exact_mixture_is_near_its_density(diffusion, monkeypatch):
     """log p(.3) = -1.56230711 and log p(-1.2) = -1.14105145, less the divergence of q from the true law of v given x.
 
-    With several draws of v, the mean of exact log-ratios: what the ODE gives must agree with the joint density at t_min.
+    The mean over draws of v is below it, by less than 0.03; of one state the ODE must give the joint density at t_min.
     """
     model = make((1,), diffusion=diffusion, sigma_data=1.0, t_min=1e-3)
     oracle = Mixture(model)
