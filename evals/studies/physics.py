@@ -125,7 +125,8 @@ def errors(root: Path, steps: int) -> Errors:
     for process, methods in METHODS.items():
         found[process] = {}
         for method in methods:
-            run = train(config(process, method, steps), root=root, dataset=from_tensors(data(process)), quiet=True)
+            start = from_tensors(data(process), transform="identity")  # forces act on positions as they are
+            run = train(config(process, method, steps), root=root, dataset=start, quiet=True)
             found[process][method] = REFERENCES[process](scored(run.load()))
             print(process, method, *(f"{v:.4f}" for v in found[process][method]), flush=True)
     return found

@@ -24,8 +24,8 @@ def test_no_score_at_all_has_the_error_one(process):
 
 
 def test_the_exact_score_of_trapped_particles_has_no_error():
-    """By modes: about their mean particles have the variance s² e^{-2rt} + T (1 - e^{-2rt})/r, r = k + κ, their mean r = k;
-    their mean follows the trap by an ODE with the solution below (k = 1, ω = 2, R = 1)."""
+    """By modes: about their mean the variance is s² e^{-2rt} + T (1 - e^{-2rt})/r, r = k + κ, and of their mean r = k;
+    the mean follows the trap by an ODE with the solution below (k = 1, ω = 2, R = 1)."""
     mean, deviation = physics.START["trapped_particles"]
     process = TrappedParticles(shape=(4, 1))
     slow, fast = process.stiffness, process.stiffness + process.attraction
