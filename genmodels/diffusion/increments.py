@@ -86,7 +86,6 @@ class TimesOfClock:
         t_min: first time, > 0.
     Raises:
         ConfigError: unless 0 < t_min < 1.
-    Source: Song et al. 2021 (Maximum likelihood training of score-based diffusion models).
     """
 
     def __init__(self, law: Times, clock: Clock, t_min: float) -> None:

@@ -35,8 +35,8 @@ CLASSIFY = {"name": "contract_series", "task": "classify"}
 
 
 def langevin(prior: str, scale: float) -> dict:
-    """A process that relaxes within 3 units of its time."""
-    return {"name": "langevin", "prior": {"name": prior, "scale": scale}, "clock": {"name": "constant", "total": 3.0}}
+    """A process that relaxes within 5 units of its time."""
+    return {"name": "langevin", "prior": {"name": prior, "scale": scale}, "clock": {"name": "constant", "total": 5.0}}
 
 
 # name -> (data set, arguments); a new model needs a line here
@@ -59,10 +59,10 @@ EXAMPLES = {
         ("contract_plane", {"network": RESIDUAL, "diffusion": {"name": "mdm", "diffusion": [[0.5, 0.1], [0.1, 1.0]]}}),
     ],
     "local_dsm": [
-        ("contract_plane", {"network": RESIDUAL, "process": langevin("logistic", 0.3), "residual": True, "t_min": 0.1}),
+        ("contract_plane", {"network": RESIDUAL, "process": langevin("logistic", 0.4), "residual": True, "t_min": 0.2}),
         (
             "contract_images",
-            {"network": DIT, "process": langevin("gaussian", 0.5), "variance": "control", "t_min": 0.1},
+            {"network": DIT, "process": langevin("gaussian", 0.5), "variance": "control", "t_min": 0.2},
         ),
     ],
     "vae": [
