@@ -33,7 +33,7 @@ class Pushed(Denoiser):
 
     def __init__(self, schedule: Schedule, prediction: Target, sigma_data: float) -> None:
         super().__init__(None, schedule, prediction, sigma_data)
-        self.silent, self.held = False, None
+        self.silent = False
         self.push(())
 
     def push(self, outputs: tuple[Tensor, ...]) -> None:

@@ -87,9 +87,9 @@ def _check_labels(where: str, found: int | None, num_classes: int | None, rows: 
 class DiffusersUNet(_Adapter):
     """diffusers' UNet2DModel, new or from a folder of weights; options as there.
 
-    Their timestep is time_scale · t + time_offset, a real number. Class labels are theirs, with num_classes for "none", in a table of
-    num_classes + 1 rows; vectors as conditions pass through a linear layer to the width of their embedding. Runs that
-    start from a folder need it again wherever they are loaded.
+    Their timestep is time_scale · t + time_offset, a real number. Class labels are theirs, with num_classes for "none",
+    in a table of num_classes + 1 rows; vectors as conditions pass through a linear layer to the width of their
+    embedding. Runs that start from a folder need it again wherever they are loaded.
 
     Args:
         path: a folder with config.json and weights, which start the network; the other options but those of time then
@@ -177,9 +177,9 @@ class DiffusersUNet(_Adapter):
 class DiffusersDiT(_Adapter):
     """diffusers' DiTTransformer2DModel, new or from a folder of weights; options as there.
 
-    Their timestep is time_scale · t + time_offset, a real number. Class labels are theirs, with num_classes for "none", which is
-    their row for dropped labels; the dropping of labels inside it is switched off, because the model that owns the
-    network drops them. Images must be square. Runs that start from a folder need it again wherever they are loaded.
+    Their timestep is time_scale · t + time_offset, a real number. Class labels are theirs, with num_classes for "none",
+    which is their row for dropped labels; the dropping of labels inside it is switched off, because the model that owns
+    the network drops them. Images must be square. Runs that start from a folder need it again wherever they are loaded.
 
     Args:
         path: a folder with config.json and weights, which start the network; the other options but those of time then
