@@ -14,7 +14,7 @@ from ..networks.equilibrium import charges, warm
 from ..networks.network import Network
 from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
-from ..solvers.base import Controller, Fixed, Solver, integrate
+from ..solvers.base import Controller, Fixed, Solver
 from ..solvers.divergence import mean_over_probes, transport
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5, Heun, Tsit5
@@ -22,8 +22,11 @@ from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, expand_like, sum_items
 from .checks import at_least_one, check_settings, one_each
-from .denoiser import Guided, denoiser_of
+from .denoiser import denoiser_of
+from .grids import Even, TimeGrid
 from .parametrization import Target, target
+from .reverse import Diffusivity, OfPath
+from .samplers import Guidance, Sampler
 from .schedules import Linear, Schedule
 from .times import LogitNormal, TimeLaw
 from .weightings import Uniform, Weighting
@@ -192,7 +195,12 @@ class DiffusionModel(Model):
         num_steps: int = 50,
         solver: Solver = Heun(),
         controller: Controller = Fixed(),
+        grid: TimeGrid = Even(),
+        denoise: bool = False,
         guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
+        guide: str | None = None,
+        diffusivity: Diffusivity = OfPath(),
         warm_start: bool = False,
         batch_size: int = 256,
     ) -> Tensor:
@@ -201,29 +209,37 @@ class DiffusionModel(Model):
         Args:
             seeds: n, or n seeds.
             condition: [n, *] one per seed; None draws unconditionally.
-            num_steps: steps of equal length, of as many evaluations as the solver has stages; without meaning under
-                step control.
-            solver: of the ODE.
+            num_steps: of as many evaluations as the solver has stages; without meaning under step control.
+            solver: of the ODE, of the SDE, or for denoisers; Brownian paths of items depend on their seeds alone.
             controller: "pi" chooses the steps of each item by its tolerances.
+            grid: of the times of the steps.
+            denoise: whether the last step goes from t_min to σ = 0 (x̂), where the path has noise at t_min.
             guidance: 1 is off; other values double the cost (0, which ignores the condition, does not).
+            interval: noise levels (low, high) of σ/α within which guidance acts.
+            guide: the run of a weaker model to guide by in place of no condition (`runs/small`, or with `:weights`).
+            diffusivity: e(t) of the SDE.
             warm_start: whether equilibrium networks start their searches at the states of the evaluation before.
             batch_size: how many are drawn at once.
         Raises:
-            ValueError: if the conditions do not fit, guidance meets a model without conditions, or `warm_start` meets
-                step control, under which rows do not stay together, or no equilibrium network.
+            ValueError: if the conditions do not fit, there are too few steps for the solver, guidance meets a model
+                without conditions, or `warm_start` meets step control, under which rows do not stay together, or no
+                equilibrium network.
         """
         seeds = as_seeds(seeds)
         condition = self._checked(condition, len(seeds), "sample")
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
         if warm_start and not isinstance(controller, Fixed):
             raise ValueError("sample: warm_start needs steps that all rows share. Use controller: fixed.")
-        ode = {"num_steps": num_steps, "solver": solver, "controller": controller, "guidance": guidance}
+        guided = Guidance(guidance, interval, guide)
+        sampler = Sampler(self, num_steps, solver, controller, grid, guided, denoise, diffusivity)
         drawn = []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             noise = SeedNoise(seeds[rows], device=self.device)
-            z = self.prior_scale() * noise.normal(*self.model_shape, dtype=self.dtype)
+            z = sampler.scale * noise.normal(*self.model_shape, dtype=self.dtype)
+            path = sampler.path(noise, self.model_shape, self.dtype)
             with warm(self.denoiser) if warm_start else nullcontext():
-                drawn.append(self.decode(z, condition=None if condition is None else condition[rows], **ode))
+                x = sampler.solve(z, None if condition is None else condition[rows], True, path)
+            drawn.append(self.transform.inverse(x))
         return torch.cat(drawn)
 
     def encode(
@@ -234,7 +250,10 @@ class DiffusionModel(Model):
         num_steps: int = 50,
         solver: Solver = Dopri5(),
         controller: Controller = PI(),
+        grid: TimeGrid = Even(),
         guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
+        guide: str | None = None,
     ) -> Tensor:
         """[B, *model_shape] where the ODE takes x at t_max; of law N(0, σ(t_max)²) for items of the model's law.
 
@@ -243,7 +262,8 @@ class DiffusionModel(Model):
         self.check_items(x, "encode")
         y, _ = self._to_model_space(x, None)
         condition = self._checked(condition, len(x), "encode")
-        return self._solve(y, condition, False, num_steps, solver, controller, guidance)
+        guided = Guidance(guidance, interval, guide)
+        return Sampler(self, num_steps, solver, controller, grid, guided).solve(y, condition, False)
 
     def decode(
         self,
@@ -253,36 +273,17 @@ class DiffusionModel(Model):
         num_steps: int = 50,
         solver: Solver = Dopri5(),
         controller: Controller = PI(),
+        grid: TimeGrid = Even(),
         guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
+        guide: str | None = None,
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
         self.check_items(z, "decode", self.model_shape)
         condition = self._checked(condition, len(z), "decode")
-        y = self._solve(z.to(self.dtype), condition, True, num_steps, solver, controller, guidance)
-        return self.transform.inverse(y)
-
-    def _solve(
-        self,
-        x: Tensor,
-        condition: Tensor | None,
-        to_data: bool,
-        num_steps: int,
-        solver: Solver,
-        controller: Controller,
-        guidance: float,
-    ) -> Tensor:
-        times = self._grid(num_steps, controller)
-        denoiser = self.denoiser if guidance == 1 else self._guided(guidance)
-        field = RowField(denoiser.velocity, condition)
-        return integrate(field, x, times.flip(0) if to_data else times, solver=solver, controller=controller).x
-
-    def _guided(self, scale: float) -> Guided:
-        if not self.conditional or self.condition_dropout == 0:
-            raise ValueError(
-                f"guidance {scale} needs a conditional model trained with condition_dropout > 0; this one has "
-                f"conditional={self.conditional}, condition_dropout={self.condition_dropout}. Use guidance=1."
-            )
-        return Guided(self.denoiser, scale, self.null)
+        guided = Guidance(guidance, interval, guide)
+        sampler = Sampler(self, num_steps, solver, controller, grid, guided)
+        return self.transform.inverse(sampler.solve(z.to(self.dtype), condition, True))
 
     def _grid(self, num_steps: int, controller: Controller) -> Tensor:
         """Evenly spaced times from t_min to t_max; step control, which lands on every one, is given the ends alone."""

@@ -110,6 +110,10 @@ class Solver(ABC):
         """This solver under step control at these tolerances, which tell it how well to solve its equations, if any."""
         return self
 
+    def along(self, steps: int) -> "Solver":
+        """This solver on a fixed grid of so many steps; raises ValueError if they are too few for it."""
+        return self
+
     def solve(self, problem: "Problem", controller: "Controller") -> Solution:
         """A whole integration; a back-end that has loops of its own replaces it."""
         return controller.solve(problem)
@@ -218,7 +222,8 @@ class Fixed(Controller):
         self.steps = steps
 
     def solve(self, problem: Problem) -> Solution:
-        return March(problem, self.steps).solve()
+        solver = problem.solver.along(self.steps * (len(problem.times) - 1))
+        return March(problem._replace(solver=solver), self.steps).solve()
 
     def grid(self, times: Tensor) -> Tensor:
         """[steps (L - 1) + 1, …] the times with the ends of the steps between them."""

@@ -45,6 +45,20 @@ class SDE(Protocol):
         """[B, *shape] g, or [B, *shape, M] for general noise."""
 
 
+@runtime_checkable
+class DenoisingField(Protocol):
+    """A denoiser along a Gaussian path x_t = α(t) x + σ(t) ε, row by row.
+
+    Attributes:
+        schedule: the path: `scales(t)`, `log_snr(t)`, its inverse `time`, and called, scales with derivatives.
+    """
+
+    schedule: Any
+
+    def predict(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, *shape] x̂ and ε̂ with x = α x̂ + σ ε̂, at time t ([] or [B], float64) in state x [B, *shape]."""
+
+
 class RowField:
     """f(t, x, *arguments), where each argument has a row for every item (labels, prompts) or is None.
 

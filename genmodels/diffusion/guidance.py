@@ -1,0 +1,142 @@
+"""Guidance beyond the condition: within some noise levels only, and by a weaker model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..registry import ConfigError
+from ..types import Condition, expand_like
+from .denoiser import Denoiser, OnSchedule
+from .parametrization import Prediction
+
+if TYPE_CHECKING:
+    from .model import DiffusionModel
+
+
+class Combined(Denoiser):
+    """What is known by its x̂ and ε̂ alone; the network's answer is the velocity that follows from them.
+
+    Args:
+        denoiser: gives the path and its ends.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__(denoiser.network, denoiser.schedule)
+        self.t_min, self.t_max, self.sigma_data = denoiser.t_min, denoiser.t_max, denoiser.sigma_data
+        self.denoiser = denoiser
+
+    def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
+        clean, eps = self.predict(t, x, condition)
+        scales = self.schedule(t)
+        dalpha, dsigma = (expand_like(c, x).to(x.dtype) for c in (scales.dalpha, scales.dsigma))
+        return dalpha * clean + dsigma * eps
+
+
+class Autoguided(Combined):
+    """x̂ = x̂_weak + w (x̂ - x̂_weak), and likewise ε̂: away from what a weaker model of the same data gets wrong.
+
+    The weaker model's path may be another: it is asked at the same log-SNR.
+
+    Args:
+        denoiser: the model.
+        guide: the weaker one.
+        scale: w; 1 is off.
+        conditional: whether the guide is given the condition.
+    Source: Karras et al. 2024 (Guiding a diffusion model with a bad version of itself).
+    """
+
+    def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: float, conditional: bool = True) -> None:
+        super().__init__(denoiser)
+        self.guide, self.scale, self.conditional = OnSchedule(guide, denoiser.schedule), scale, conditional
+        self.t_min, self.t_max = max(self.t_min, self.guide.t_min), min(self.t_max, self.guide.t_max)
+
+    def predict(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Prediction:
+        main = self.denoiser.predict(t, x, condition)
+        weak = self.guide.predict(t, x, condition if self.conditional else None)
+        return Prediction(*(torch.lerp(b, a, self.scale) for a, b in zip(main, weak, strict=True)))
+
+
+class WithinInterval(Combined):
+    """A guided denoiser where low <= σ/α <= high, and the plain one elsewhere, row by row.
+
+    Args:
+        guided: what is asked within the interval.
+        plain: what is asked elsewhere, of the same path.
+        interval: (low, high).
+    Raises:
+        ValueError: unless 0 <= low < high.
+    Source: Kynkäänniemi et al. 2024 (Applying guidance in a limited interval).
+    """
+
+    def __init__(self, guided: Denoiser, plain: Denoiser, interval: tuple[float, float]) -> None:
+        low, high = interval
+        if not 0 <= low < high:
+            raise ValueError(f"interval: noise levels σ/α with 0 <= low < high are needed, found {[low, high]}.")
+        super().__init__(guided)
+        self.plain, self.interval = plain, (low, high)
+
+    def predict(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Prediction:
+        alpha, sigma = self.schedule.scales(t)
+        inside = (self.interval[0] * alpha <= sigma) & (sigma <= self.interval[1] * alpha)
+        if bool(inside.all()):
+            return self.denoiser.predict(t, x, condition)
+        if not bool(inside.any()):
+            return self.plain.predict(t, x, condition)
+        out = [torch.empty_like(x), torch.empty_like(x)]
+        for denoiser, rows in ((self.denoiser, inside.nonzero()[:, 0]), (self.plain, (~inside).nonzero()[:, 0])):
+            found = denoiser.predict(t[rows], x[rows], None if condition is None else condition[rows])
+            for whole, part in zip(out, found, strict=True):
+                whole[rows] = part
+        return Prediction(*out)
+
+
+def load_guide(place: str, model: "DiffusionModel") -> "DiffusionModel":
+    """The weaker model of a run, which must have learnt the same data under the same conditions.
+
+    Args:
+        place: the folder of a run, with `:weights` behind it for others than its first average (runs/small:model).
+    Raises:
+        ConfigError: if there is no such run, or if it is no diffusion model of the same data and conditions.
+    """
+    from ..training.run import Run
+
+    folder, colon, weights = place.rpartition(":")
+    if not colon or Path(place).exists():
+        folder, weights = place, ""
+    guide = Run.open(folder).load(weights or None, model.device)
+    check_guide(place, guide, model)
+    return guide.to(model.dtype)
+
+
+def check_guide(place: str, guide: object, model: "DiffusionModel") -> None:
+    """Raises ConfigError unless a guide is a diffusion model of the data and the conditions of a model."""
+    if not isinstance(guide, type(model)):
+        raise ConfigError(f"guide: {place} holds a {type(guide).__name__}; a diffusion model is needed.")
+    facts = [
+        ("items of the shape", model.shape, guide.shape),
+        ("the model space", model.model_shape, guide.model_shape),
+        ("cells of the width", model.bin_width, guide.bin_width),
+        ("the transform", _told(model.transform), _told(guide.transform)),
+    ]
+    if guide.conditional:
+        facts += [
+            ("conditions", model.conditional, True),
+            ("the number of classes", model.num_classes, guide.num_classes),
+            ("conditions of the shape", _shape(model.null), _shape(guide.null)),
+        ]
+    for what, own, other in facts:
+        if own != other:
+            raise ConfigError(
+                f"guide: {place} was trained on other data: {what} {other}, and the model has {own}. "
+                "Autoguidance needs a weaker model of the same data and conditions."
+            )
+
+
+def _told(transform: torch.nn.Module) -> tuple[str, dict[str, list]]:
+    return str(transform), {name: value.double().tolist() for name, value in transform.state_dict().items()}
+
+
+def _shape(null: Tensor | None) -> list[int] | None:
+    return None if null is None else list(null.shape)

@@ -1,0 +1,126 @@
+"""How a diffusion model is solved between noise and data: times, field, guidance and noise for any kind of solver."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..rng import SeedNoise
+from ..solvers.base import Controller, Fixed, Solver, integrate
+from ..solvers.brownian import Brownian, BrownianTree, path_seeds
+from ..solvers.fields import SDE
+from .checks import at_least_one
+from .denoiser import Denoiser, Guided
+from .grids import TimeGrid
+from .guidance import Autoguided, WithinInterval, load_guide
+from .parametrization import domain
+from .reverse import DenoiserRows, Diffusivity, PathSDE
+
+if TYPE_CHECKING:
+    from .model import DiffusionModel
+
+# A Brownian tree lacks a share tolerance · span/(8 h) of the variance over a step h: 1e-4 of it over the shortest step.
+LACKING = 8e-4
+FINEST = 2.0**-40
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How x̂ is pushed: x̂_other + scale (x̂ - x̂_other), where the other is told no condition, or is a weaker model.
+
+    Args:
+        scale: 1 is off.
+        interval: noise levels (low, high) of σ/α within which it acts; None for all.
+        guide: the run of the weaker model; None for no condition.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+    guide: str | None = None
+
+    def of(self, model: "DiffusionModel") -> Denoiser:
+        """The guided denoiser of a model.
+
+        Raises:
+            ValueError: if the model cannot be guided so, or an option has no effect.
+        """
+        if self.scale == 1:
+            for name, value in (("interval", self.interval), ("guide", self.guide)):
+                if value is not None:
+                    raise ValueError(f"{name} was given, and guidance = 1 is off. Give guidance another value.")
+            return model.denoiser
+        if self.guide is not None:
+            guide = load_guide(self.guide, model)
+            guided: Denoiser = Autoguided(model.denoiser, guide.denoiser, self.scale, guide.conditional)
+        elif not model.conditional or model.condition_dropout == 0:
+            raise ValueError(
+                f"guidance {self.scale} needs a conditional model trained with condition_dropout > 0; this one has "
+                f"conditional={model.conditional}, condition_dropout={model.condition_dropout}. Use guidance=1, or "
+                "the run of a weaker model as guide."
+            )
+        else:
+            guided = Guided(model.denoiser, self.scale, model.null)
+        return guided if self.interval is None else WithinInterval(guided, model.denoiser, self.interval)
+
+
+class Sampler:
+    """The map between noise and data of a model, for one choice of solver, times, guidance and noise.
+
+    Args:
+        denoise: whether the last step goes from the first time of the path to σ = 0, where it gives x̂.
+        diffusivity: of the SDE, for solvers of SDEs.
+    Attributes:
+        times: [L] rising, from data to noise.
+        scale: standard deviation of the latents: σ at the last time.
+    Raises:
+        ValueError: if there are too few steps, or if guidance does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: "DiffusionModel",
+        num_steps: int,
+        solver: Solver,
+        controller: Controller,
+        grid: TimeGrid,
+        guidance: Guidance,
+        denoise: bool = False,
+        diffusivity: Diffusivity | None = None,
+    ) -> None:
+        at_least_one("diffusion", num_steps=num_steps)
+        self.denoiser, self.controller = guidance.of(model), controller
+        self.diffusivity = diffusivity if solver.needs is SDE else None
+        span = self.denoiser.t_min, self.denoiser.t_max
+        if self.diffusivity is not None:  # its drift is singular at both ends
+            low, high = domain("score", self.denoiser.schedule)
+            span = max(span[0], low), min(span[1], high)
+        # a path that begins without noise ends there in any case
+        self.denoise = denoise and float(self.denoiser.schedule.scales(torch.tensor(span[0]).double())[1]) > 0
+        fixed = isinstance(controller, Fixed)
+        self.solver = solver.along(num_steps * controller.steps) if fixed else solver
+        self.times = (
+            grid.times(num_steps, self.denoiser.schedule, span, self.denoise)
+            if fixed
+            else torch.tensor(span, dtype=torch.float64)
+        )
+        self.scale = float(self.denoiser.schedule.scales(self.times[-1])[1])
+
+    def solve(self, x: Tensor, condition: Tensor | None, to_data: bool, noise: Brownian | None = None) -> Tensor:
+        """[B, *shape] where x is taken by the whole grid, in model space."""
+        if self.diffusivity is None:
+            field: DenoiserRows | PathSDE = DenoiserRows(self.denoiser, condition)
+        else:
+            field = PathSDE(self.denoiser, self.diffusivity, condition, to_data)
+        times = self.times.flip(0) if to_data else self.times
+        x = integrate(field, x, times, solver=self.solver, controller=self.controller, noise=noise).x
+        return self.denoiser.predict(times[-1].to(x.device), x, condition).x if self.denoise and to_data else x
+
+    def path(self, noise: SeedNoise, shape: tuple[int, ...], dtype: torch.dtype) -> BrownianTree:
+        """A Brownian path for every item of the noise, fine enough for the shortest step."""
+        start, end = self.times[0].item(), self.times[-1].item()
+        steps = self.controller.grid(self.times) if isinstance(self.controller, Fixed) else self.times
+        shortest = steps.diff().min().item() / (end - start)
+        tolerance = min(2.0**-14, max(FINEST, LACKING * shortest))
+        kind = {"tolerance": tolerance, "dtype": dtype, "device": noise.device}
+        return BrownianTree(path_seeds(noise), shape, start=start, end=end, **kind)
