@@ -17,9 +17,9 @@ LARGEST_BETA = 0.999  # of the cosine chain, whose last step would otherwise lea
 class Discrete(Schedule):
     """α² = ᾱ_k, σ² = 1 - ᾱ_k at t = (k + 1)/N after the steps k = 0 … N - 1 of a chain with ᾱ_k = Π_{i<=k} (1 - β_i).
 
-    Between the steps the log-SNR is a monotone cubic, with the slopes of its neighbours' secants. Before the first step
-    noise is added at the constant rate that gives ᾱ_0, so that t = 0 is the clean item. If ᾱ of the last step is 0, α
-    goes to 0 as a parabola. The slope is continuous but where it must be cut to stay monotone.
+    Between the steps the log-SNR is a monotone cubic, whose slope at a step is the harmonic mean of the secants beside
+    it. Before the first step noise is added at the constant rate that gives ᾱ_0, so that t = 0 is the clean item. If ᾱ
+    of the last step is 0, α goes there as a parabola. The slope is continuous, unless at such an end it must be cut.
 
     Args:
         alphas_cumprod: ᾱ of every step; None to make them from the β that follow.
@@ -74,16 +74,18 @@ class Discrete(Schedule):
         return (step.double() + 1) / self.steps
 
     def _slopes(self) -> Tensor:
-        """[M] dλ/dk at the steps whose λ is finite: means of the secants beside them, cut where a cubic would rise.
+        """[M] dλ/dk at the steps whose λ is finite: harmonic means of the secants beside them.
 
-        A cubic falls between two steps if its slopes there are at most three times its secant.
+        A cubic falls between two steps if its slopes there are at most three times its secant. Harmonic means are at
+        most twice the smaller one, and near the data, where λ falls like -log k, closer to its slope than others.
         """
         secants = self.levels[: self.steps - self.ends_in_noise].diff()
         start = _rate(self.first, torch.ones(1, dtype=torch.float64))  # that of the noise before the first step
         if not len(secants):
             return start
         last = 1.5 * secants[-1:] - 0.5 * secants[-2:-1] if len(secants) > 1 else secants
-        slopes = torch.cat((start, (secants[1:] + secants[:-1]) / 2, last))
+        between = 2 * secants[1:] * secants[:-1] / (secants[1:] + secants[:-1])
+        slopes = torch.cat((start, between, last))
         steepest = 3 * torch.maximum(torch.cat((secants[:1], secants)), torch.cat((secants, secants[-1:])))
         return torch.maximum(slopes, steepest).clamp(max=0)
 
@@ -127,7 +129,7 @@ class Discrete(Schedule):
         )
 
     def _tail(self) -> tuple[float, float]:
-        """α where its way to 0 begins, and the bend of that parabola: with the slope there, if so it falls to the end."""
+        """α where its way to 0 begins, and the bend of that parabola: with the slope there, if so it falls."""
         level, slope = float(self.levels[-2]), float(self.slopes[-1])
         sigma2 = 1 / (1 + math.exp(level))
         return math.sqrt(1 - sigma2), min(1.0, max(-1.0, 1 + 0.5 * slope * sigma2))

@@ -1,6 +1,7 @@
-"""What stands in a pipeline folder besides classes of diffusers: our networks, transforms, and a pipeline for any data."""
+"""What stands in pipeline folders beside classes of diffusers: our networks and transforms, a pipeline for any data."""
 
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class GenModel(ModelMixin, ConfigMixin):
         super().__init__()
         shape = (in_channels, *sample_size)
         sizes = {"in_shape": shape, "out_shape": shape, "timed": True, "num_classes": num_classes}
-        self.network: Network = build(
+        self.inner: Network = build(  # another name than that of the argument, which diffusers looks up first
             Network, network, **sizes, condition_shape=None if condition_shape is None else tuple(condition_shape)
         )
 
@@ -79,7 +80,7 @@ class GenModel(ModelMixin, ConfigMixin):
     ) -> Answer | tuple[Tensor]:
         label = torch.as_tensor(timestep, device=sample.device)
         t = (label.double() - self.config.time_offset) / self.config.time_scale
-        out = self.network(t if t.ndim else t.expand(len(sample)), sample, class_labels)
+        out = self.inner(t if t.ndim else t.expand(len(sample)), sample, class_labels)
         return Answer(sample=out) if return_dict else (out,)
 
 
@@ -94,12 +95,12 @@ class GenTransform(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, transform: dict[str, Any], shape: list[int]) -> None:
         super().__init__()
-        self.transform: Transform = build(Transform, transform, shape=tuple(shape))
+        self.back: Transform = build(Transform, transform, shape=tuple(shape))
         self.register_buffer("version", torch.ones(()))  # a file of weights must hold something
 
     def forward(self, y: Tensor) -> Tensor:
         """[B, *shape] items in data units."""
-        return self.transform.inverse(y)
+        return self.back.inverse(y)
 
 
 class GenPipeline(DiffusionPipeline):
@@ -118,7 +119,7 @@ class GenPipeline(DiffusionPipeline):
         low, high: values of the data that are black and white, for pictures.
     """
 
-    _optional_components = ["transform"]
+    _optional_components: ClassVar[list[str]] = ["transform"]
     model_cpu_offload_seq = "model->transform"
 
     def __init__(
@@ -166,21 +167,26 @@ class GenPipeline(DiffusionPipeline):
         Raises:
             ValueError: if labels and seeds differ in number, or the model has no conditions.
         """
-        x, labels, device = self._start(batch_size, class_labels, seeds, generator), None, self._execution_device
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        labels = self._labels(class_labels, len(x), device, x.dtype)
-        null = None if self.config.null is None else self._null(len(x), device, x.dtype)
+        device = self._execution_device
         if timesteps:
             self.scheduler.set_timesteps(device=device, **timesteps)
         else:
             self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=device)
+        x = self._start(batch_size, class_labels, seeds, generator)
+        if hasattr(self.scheduler, "set_seeds"):
+            self.scheduler.set_seeds(seeds)
+        takes = "generator" in signature(self.scheduler.step).parameters
+        options = {"generator": generator} if takes else {}
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        labels = self._labels(class_labels, len(x), device, x.dtype)
+        null = None if self.config.null is None else self._null(len(x), device, x.dtype)
         for t in self.progress_bar(self.scheduler.timesteps):
             fed = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             answer = self._ask(fed, t, null if labels is None else labels)
             if labels is not None and scale != 1 and null is not None:
                 free = self._ask(fed, t, null)
                 answer = free + scale * (answer - free)
-            x = self.scheduler.step(answer, t, x, return_dict=False)[0]
+            x = self.scheduler.step(answer, t, x, return_dict=False, **options)[0]
         items = x if self.transform is None else self.transform(x)
         items = self._shown(items, output_type)
         self.maybe_free_model_hooks()

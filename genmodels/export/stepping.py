@@ -1,21 +1,24 @@
 """How a solver that asks its field is run by a loop that answers: by replay, since solvers are pure functions."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..diffusion.denoiser import Denoiser
+from ..diffusion.grids import TimeGrid
 from ..diffusion.parametrization import Target
-from ..diffusion.schedules import BISECTIONS, Schedule
+from ..diffusion.samplers import FINEST, LACKING
+from ..diffusion.schedules import BISECTIONS, Linear, Schedule
+from ..diffusion.times import Span
 from ..registry import ConfigError
+from ..rng import Noise, SeedNoise, as_seeds
 from ..solvers.base import Solver, State, title
-from ..types import Condition, expand_like
+from ..solvers.brownian import Brownian, BrownianTree, Increment, path_seeds
+from ..types import Condition, Seeds, Shape, expand_like
 
-Span = tuple[float, float]
 
-
-class Wanted(Exception):  # noqa: N818  (a request, which is answered)
+class Wanted(Exception):
     """The solver asks for the network's answer at x."""
 
     def __init__(self, x: Tensor) -> None:
@@ -78,31 +81,26 @@ class Grid:
 
     Args:
         span: first and last time at which the network can be asked.
-        shift: of evenly spaced times.
-        denoises: whether the last time is where x̂ is taken, and not one that the solver steps to.
+        denoises: whether a last step takes x̂ at the last time, in place of one that the solver takes.
     """
 
-    def __init__(self, span: Span, shift: float, denoises: bool) -> None:
-        if not shift > 0:
-            raise ConfigError(f"shift: a number > 0 is needed, found {shift}.")
-        self.span, self.shift, self.denoises = span, shift, denoises
+    def __init__(self, law: TimeGrid, schedule: Schedule, span: Span, denoises: bool) -> None:
+        self.law, self.schedule, self.span, self.denoises = law, schedule, span, denoises
 
-    def even(self, n: int | None) -> Tensor:
-        """[n + 1] float64 times, or [n] where the last is for x̂."""
+    def of(self, n: int | None) -> Tensor:
+        """[n + 1] float64 falling times, or [n] where the last is for x̂: those of `DiffusionModel.sample`."""
         if n is None or n < 1:
             raise ValueError(f"set_timesteps: at least 1 step is needed, found {n}.")
-        low, high = self.span
         if n == 1 and self.denoises:
-            return torch.tensor([high], dtype=torch.float64)
-        # as DiffusionModel lays them, so that they have the same bits
-        t = torch.linspace(low, high, n + (not self.denoises), dtype=torch.float64).flip(0)
-        return t if self.shift == 1 else (self.shift * t / (1 + (self.shift - 1) * t)).clamp(low, high)
+            return torch.tensor(self.span[1:], dtype=torch.float64)
+        return self.law.times(n, self.schedule, self.span, self.denoises).flip(0)
 
     def given(self, t: Tensor, what: str) -> Tensor:
         """The times that were given, with t_min after them where the solver is to step there."""
         low, high = self.span
         slack = 1e-6 * (high - low)
-        if t.ndim != 1 or not len(t) or not bool((t.diff() < 0).all()) or t.min() < low - slack or t.max() > high + slack:
+        falls = t.ndim == 1 and len(t) > 0 and bool((t.diff() < 0).all())
+        if not falls or t.min() < low - slack or t.max() > high + slack:
             raise ValueError(
                 f"set_timesteps: {what} must fall strictly, from noise to data, at times between {low:g} and {high:g} "
                 f"of the path; found the times {[round(v, 6) for v in t.flatten().tolist()[:8]]}."
@@ -122,6 +120,7 @@ class Plan(NamedTuple):
         steps: intervals; the one that takes x̂ counts.
         memoryless: whether every step asks once and hands nothing on.
         denoises: whether the last step takes x̂.
+        random: whether the solver wants a Brownian path.
     """
 
     nodes: Tensor
@@ -131,21 +130,28 @@ class Plan(NamedTuple):
     steps: int
     memoryless: bool
     denoises: bool
+    random: bool
 
     @classmethod
     def bare(cls, nodes: Tensor) -> "Plan":
         """The times alone, before any steps are laid."""
-        return cls(nodes, nodes, [], [], 0, False, False)
+        return cls(nodes, nodes, [], [], 0, False, False, False)
 
     @classmethod
     def of(cls, solver: Solver, field: Pushed, nodes: Tensor, denoises: bool) -> "Plan":
+        """The plan of a solver on a grid.
+
+        Raises:
+            ConfigError: if it asks first at another state than it is given, as with churn: a pipeline cannot know it.
+        """
         steps = len(nodes) - 1 + denoises
-        plan = cls(nodes, nodes, [], [], steps, False, denoises)
+        plan = cls(nodes, nodes, [], [], steps, False, denoises, False)
+        noise = Asked(plan.path([0], (1,)))
         x, state, times, counts, bare = nodes.new_zeros(1, 1), None, [], [], True
         field.silent = True
         for j in range(steps):
             field.push(())
-            x, state = plan.attempt(solver, field, j, x, state)  # type: ignore[misc]  (silent fields want nothing)
+            x, state = plan.attempt(solver, field, j, x, state, noise)  # type: ignore[misc]  (silent: nothing wanted)
             times += field.asked
             counts.append(len(field.asked))
             bare &= not state
@@ -153,8 +159,25 @@ class Plan(NamedTuple):
         field.push(())
         interval = [j for j, count in enumerate(counts) for _ in range(count)]
         started = [float(t) == float(nodes[j]) for t, j in zip(times, interval, strict=True)]
+        if not started[0]:
+            raise ConfigError(
+                f"solver '{title(solver)}' adds noise before it asks the network, and a pipeline asks before it hears "
+                "of that. Set s_churn to 0, or use ddpm, or ddim or dpmpp with eta > 0."
+            )
         first = [s and (e == 0 or interval[e - 1] != interval[e]) for e, s in enumerate(started)]
-        return cls(nodes, torch.stack(times), first, interval, steps, bare and set(counts) == {1}, denoises)
+        single = bare and set(counts) == {1} and not noise.asked
+        return cls(nodes, torch.stack(times), first, interval, steps, single, denoises, noise.asked)
+
+    def path(self, seeds: Seeds, shape: Shape, dtype: torch.dtype = torch.float64, device: Any = "cpu") -> BrownianTree:
+        """A Brownian path for every item, the one that `DiffusionModel.sample` has for these seeds on this grid."""
+        low, high = self.nodes[-1].item(), self.nodes[0].item()
+        low = low if low < high else high - 1.0  # a step to x̂ alone draws nothing
+        shortest = -self.nodes.diff().max().item() / (high - low) if len(self.nodes) > 1 else 1.0
+        tolerance = min(2.0**-14, max(FINEST, LACKING * shortest))
+        kind = {"tolerance": tolerance, "dtype": dtype, "device": device}
+        noise = SeedNoise(as_seeds(seeds), device=device)
+        noise.normal(*shape, dtype=dtype)  # of the start, which `sample` draws before
+        return BrownianTree(path_seeds(noise), shape, start=low, end=high, **kind)
 
     def begins(self, entry: int) -> int:
         """The interval that begins with an entry."""
@@ -164,7 +187,7 @@ class Plan(NamedTuple):
         return self.interval[entry]
 
     def attempt(
-        self, solver: Solver, field: Pushed, j: int, x: Tensor, state: State | None
+        self, solver: Solver, field: Pushed, j: int, x: Tensor, state: State | None, noise: Brownian | None
     ) -> tuple[Tensor, State] | Tensor:
         """State and memory after interval j; or, if an answer is missing, the state at which it is wanted."""
         field.asked = []
@@ -173,7 +196,7 @@ class Plan(NamedTuple):
             if self.denoises and j == self.steps - 1:
                 return field.predict(t, x).x, ()
             state = solver.start(field, t, x) if state is None else state
-            step = solver.step(field, t, self.nodes[j + 1].to(x.device), x, state, None)
+            step = solver.step(field, t, self.nodes[j + 1].to(x.device), x, state, noise)
         except Wanted as wanted:
             return wanted.x
         return step.x, step.state
@@ -190,21 +213,36 @@ class Plan(NamedTuple):
         return torch.where(expand_like(last, x), clean, new)
 
 
+class Asked(Brownian):
+    """A Brownian path that notes whether it was asked for."""
+
+    def __init__(self, inner: Brownian) -> None:
+        self.inner, self.shape, self.asked = inner, inner.shape, False
+
+    def increment(self, t: Tensor, s: Tensor) -> Increment:
+        self.asked = True
+        return self.inner.increment(t, s)
+
+    def select(self, rows: Tensor) -> Brownian:
+        return self.inner.select(rows)
+
+    def another(self, noise: Noise) -> Brownian:
+        return self.inner.another(noise)
+
+
 def check_solver(solver: Solver) -> None:
     """Raises ConfigError if a solver is not run by answers at times that are known beforehand."""
     name = title(solver)
     if solver.whole or solver.implicit:
         raise ConfigError(
-            f"solver '{name}': {'it has loops of its own' if solver.whole else 'it solves equations in every step'}, so "
-            "that no list of timesteps can be made before. Use an explicit solver, such as euler or heun."
+            f"solver '{name}': {'it has loops of its own' if solver.whole else 'it solves equations in every step'}, "
+            "so that no list of timesteps can be made before. Use an explicit solver, such as euler or heun."
         )
-    if not solver.serves(Pushed(_Any(), "velocity", 1.0)):
-        raise ConfigError(f"solver '{name}' needs {solver.wanted()}, which a network with a schedule is not.")
-
-
-class _Any(Schedule):
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - t.double(), t.double()
+    if not solver.serves(Pushed(Linear(), "velocity", 1.0)):
+        raise ConfigError(
+            f"solver '{name}' needs {solver.wanted()}, which a network with a schedule is not. For noise on the way "
+            "use ddpm, or ddim or dpmpp with eta > 0."
+        )
 
 
 def place(labels: Tensor, label: float, near: int | None = None) -> int:

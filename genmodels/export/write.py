@@ -1,4 +1,4 @@
-"""Write a trained diffusion model as a pipeline folder of diffusers: `python -m genmodels export runs/try --to folder`."""
+"""Diffusion models as pipeline folders of diffusers: `python -m genmodels export runs/try --to folder`."""
 
 import argparse
 import json
@@ -32,9 +32,9 @@ def export(
 
     Args:
         weights: as in `Run.load`.
-        scheduler: "stock" for one of diffusers (FlowMatchEuler on the linear path with the prediction velocity, EDMEuler
-            for EDM, DDIM on variance-preserving paths with eps, v or x), "own" for `GenScheduler` with the run's solver
-            and steps, "auto" for a stock one where there is one.
+        scheduler: "stock" for one of diffusers (FlowMatchEuler on the linear path with the prediction velocity,
+            EDMEuler for EDM, DDIM on variance-preserving paths with eps, v or x), "own" for `GenScheduler` with the
+            run's solver and steps, "auto" for a stock one where there is one.
     Raises:
         ConfigError: if the model is no diffusion model, or has no stock scheduler where one is asked for, or if the
             folder holds something else.
@@ -52,7 +52,11 @@ def export(
 
 
 def pipeline_of(
-    model: DiffusionModel, node: dict[str, Any], facts: dict[str, Any], sample: dict[str, Any], scheduler: Choice = "auto"
+    model: DiffusionModel,
+    node: dict[str, Any],
+    facts: dict[str, Any],
+    sample: dict[str, Any],
+    scheduler: Choice = "auto",
 ) -> Any:
     """The pipeline of a model.
 
@@ -66,14 +70,16 @@ def pipeline_of(
     from .pipeline import GenPipeline, GenTransform
 
     _check_path(model.schedule, node["schedule"])
-    network, inner = _network(model), _inner(model, node)
-    stock = None if scheduler == "own" else stock_scheduler(model, network)
+    inner = _inner(model, node)
+    stock = None if scheduler == "own" else stock_scheduler(model)
     if scheduler == "stock" and stock is None:
         raise ConfigError(
             f"export: no scheduler of diffusers runs the path '{node['schedule']['name']}' with the prediction "
             f"'{node['prediction']}' and these labels of time. Use --scheduler own."
         )
-    chosen = own_scheduler(model, node, sample, network) if stock is None else stock
+    if sample["guidance"] != 1 and (sample["interval"] is not None or sample["guide"] is not None):
+        raise ConfigError("export: guidance in an interval or by another model has no place in a pipeline.")
+    chosen = own_scheduler(model, node, sample) if stock is None else stock
     dit = _dit_pipeline(model, facts, inner, stock)
     if dit is not None:
         return dit
@@ -81,11 +87,11 @@ def pipeline_of(
     if plain and len(model.model_shape) == 3 and _symmetric(model):
         return DDPMPipeline(unet=inner, scheduler=chosen)
     transform = GenTransform(facts["transform"], list(model.shape))
-    transform.transform.load_state_dict(model.transform.state_dict())
+    transform.back.load_state_dict(model.transform.state_dict())
     levels, width = facts.get("levels"), facts.get("bin_width") or 1.0
     null = None if model.null is None or model.condition_dropout == 0 else model.null.tolist()
     return GenPipeline(
-        inner, chosen, transform.eval(), prior_scale=model.prior_scale(), null=null,
+        inner, chosen, transform.eval(), prior_scale=None if stock is None else model.prior_scale(), null=null,
         num_inference_steps=sample["num_steps"], guidance_scale=sample["guidance"],
         low=0.0 if levels else -1.0, high=width * (levels - 1) if levels else 1.0,
     )  # fmt: skip
@@ -121,7 +127,7 @@ def _inner(model: DiffusionModel, node: dict[str, Any]) -> Any:
     vectors = None if model.num_classes is not None or model.null is None else list(model.null.shape)
     first, *rest = model.model_shape
     wrapped = GenModel(node["network"], first, list(rest), model.num_classes, vectors, scale, offset)
-    wrapped.network.load_state_dict(network.state_dict())
+    wrapped.inner.load_state_dict(network.state_dict())
     return wrapped.to(model.dtype).eval()
 
 
@@ -136,7 +142,7 @@ def _check_path(schedule: Schedule, node: dict[str, Any]) -> None:
         )
 
 
-def stock_scheduler(model: DiffusionModel, network: Network) -> Any | None:
+def stock_scheduler(model: DiffusionModel) -> Any | None:
     """The scheduler of diffusers for a path, a prediction and labels of time; None if there is none."""
     from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -157,14 +163,24 @@ def stock_scheduler(model: DiffusionModel, network: Network) -> Any | None:
     return None
 
 
-def own_scheduler(model: DiffusionModel, node: dict[str, Any], sample: dict[str, Any], network: Network) -> Any:
-    """A scheduler that takes the steps of `DiffusionModel.sample`."""
+def own_scheduler(model: DiffusionModel, node: dict[str, Any], sample: dict[str, Any]) -> Any:
+    """A scheduler that takes the steps of `DiffusionModel.sample`.
+
+    Raises:
+        ConfigError: if steps are chosen while sampling.
+    """
     from .diffusers import GenScheduler
 
+    if sample["controller"] != {"name": "fixed", "steps": 1}:
+        raise ConfigError(
+            f"export: sample.controller '{sample['controller']['name']}' chooses steps while it samples, and pipelines "
+            "lay them out before. Use --scheduler stock, or a run with controller fixed."
+        )
     scale, offset = labels_of(model)
     return GenScheduler(
         schedule=node["schedule"], prediction=node["prediction"], solver=sample["solver"],
-        sigma_data=float(model.denoiser.sigma_data), last="solver", time_scale=scale, time_offset=offset,
+        sigma_data=float(model.denoiser.sigma_data), grid=sample["grid"], denoise=sample["denoise"], time_scale=scale,
+        time_offset=offset,
     )  # fmt: skip
 
 
@@ -189,7 +205,7 @@ def chain(schedule: Schedule, scale: int, offset: float) -> list[float]:
 
 
 def _symmetric(model: DiffusionModel) -> bool:
-    """Whether -1 … 1 of model space is the range of the data, as DDPMPipeline has it: black to white, nothing beyond."""
+    """Whether -1 … 1 of model space is the range of the data, as DDPMPipeline has it: black to white."""
     y = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1).expand(3, *model.model_shape)
     if not model.transform.volume or model.bin_width is None:
         return False
@@ -222,7 +238,7 @@ def main(argv: Sequence[str]) -> None:
         "--scheduler",
         choices=("auto", "stock", "own"),
         default="auto",
-        help="one of diffusers, or our solvers as a scheduler, which need genmodels (default: diffusers' where one fits)",
+        help="one of diffusers, or our solvers as a scheduler, which need genmodels (default: stock where one fits)",
     )
     given = parser.parse_args(list(argv))
     pipeline, scheduler = export(given.run, given.to, weights=given.weights, scheduler=given.scheduler)

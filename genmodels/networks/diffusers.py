@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import pretrained
 from ..registry import ConfigError, arguments, register
@@ -83,6 +83,15 @@ def _check_labels(where: str, found: int | None, num_classes: int | None, rows: 
         )
 
 
+def _add_null(model: nn.Module) -> None:
+    """One more row in a model's table of labels."""
+    table = model.class_embedding.weight
+    wider = nn.Embedding(len(table) + 1, table.shape[1])
+    wider.weight.data = torch.cat((table.data, torch.zeros_like(table.data[:1])))
+    model.class_embedding = wider
+    model.register_to_config(num_class_embeds=len(table) + 1)
+
+
 @register(Network, "diffusers_unet")
 class DiffusersUNet(_Adapter):
     """diffusers' UNet2DModel, new or from a folder of weights; options as there.
@@ -103,6 +112,7 @@ class DiffusersUNet(_Adapter):
         downsample_type, upsample_type: how the resolution changes.
         time_scale: timesteps per unit of time.
         time_offset: timestep at t = 0; -1 where the chain of noising steps is counted from 0 (schedule "discrete").
+        add_null: give a table of labels that has a row for every class but none for "none" such a row, of zeros.
     Raises:
         ConfigError: if the folder or the options do not fit, or if sides are not divisible by 2^(levels - 1).
     Source: von Platen et al. 2022 (Diffusers), class UNet2DModel.
@@ -125,6 +135,7 @@ class DiffusersUNet(_Adapter):
         upsample_type: Literal["conv", "resnet"] = "conv",
         time_scale: float = 1000.0,
         time_offset: float = 0.0,
+        add_null: bool = False,
         *,
         in_shape: Shape,
         out_shape: Shape,
@@ -147,6 +158,8 @@ class DiffusersUNet(_Adapter):
         given |= {"num_class_embeds": rows, "class_embed_type": "identity" if vectors else None}
         super().__init__(path, given, (time_scale, time_offset), in_shape, out_shape, timed)
         self._check_sides()
+        if add_null and path is not None and self.model.config.num_class_embeds == num_classes:
+            _add_null(self.model)
         _check_labels("diffusers_unet", self.model.config.num_class_embeds, num_classes, rows)
         if vectors != (self.model.config.class_embed_type == "identity"):
             raise ConfigError("diffusers_unet.path: vectors need a model whose class_embed_type is identity.")
