@@ -113,7 +113,7 @@ class GenScheduler(SchedulerMixin, ConfigMixin):
         if not given:
             self._lay(self.grid.of(num_inference_steps), device)
             return
-        values = torch.as_tensor(sigmas if timesteps is None else timesteps).to("cpu", torch.float64)
+        values = torch.as_tensor(sigmas if timesteps is None else timesteps, dtype=torch.float64, device="cpu")
         if num_inference_steps is not None and num_inference_steps != len(values):
             raise ValueError(f"set_timesteps: {num_inference_steps} steps, but {len(values)} {given[0]} are given.")
         t = self.labels.times(values) if sigmas is None else times_of_sigmas(self.path, values, self.grid.span)
@@ -190,7 +190,7 @@ class GenScheduler(SchedulerMixin, ConfigMixin):
     def _one(self, output: Tensor, timestep: float | Tensor, x: Tensor, generator: torch.Generator | None) -> Tensor:
         label = float(torch.as_tensor(timestep).flatten()[0])
         if self._step_index is None:
-            entry = place(self.timesteps, label) if self._begin_index is None else self._begin_index
+            entry = self._entry(label) if self._begin_index is None else self._begin_index
             self._interval, self._step_index, self._state = self.plan.begins(entry), entry, None
             self.denoiser.push(())
             self._noise = self._path(x, generator) if self.plan.random else None
@@ -204,6 +204,11 @@ class GenScheduler(SchedulerMixin, ConfigMixin):
         self.denoiser.push((*self.denoiser.outputs, output))
         self._step_index += 1
         return self._advance()
+
+    def _entry(self, label: float) -> int:
+        """The entry of a label that begins a step: the inner ones of a step may share theirs with the next."""
+        starts = [entry for entry, first in enumerate(self.plan.first) if first]
+        return starts[place(self.timesteps[starts], label)]
 
     def _path(self, x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> BrownianTree:
         seeds = self._seeds

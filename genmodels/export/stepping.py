@@ -258,7 +258,7 @@ def place(labels: Tensor, label: float, near: int | None = None) -> int:
         return near
     if float(gaps[best]) > slack:
         raise ValueError(
-            f"step: there is no timestep {label:g} among the {len(labels)} entries; the closest is "
+            f"step: there is no timestep {label:g} among the {len(labels)} entries where steps begin; the closest is "
             f"{float(labels[best]):g}. Use those of scheduler.timesteps after set_timesteps."
         )
     return best
