@@ -304,7 +304,7 @@ def test_shifts_that_depend_on_the_size(network, tmp_path):
 
 
 def test_likelihood_of_an_imported_model(network, tmp_path):
-    """A network that answers 0 to "which noise?": x_t shrinks with α, and log p is that of a Gaussian in closed form."""
+    """A network that answers 0 to "which noise?": x_t shrinks with α, and log p is that of a Gaussian."""
     from genmodels.export.read import from_diffusers
 
     folder = folder_with(network, tmp_path, {"_class_name": "DDPMScheduler"})
