@@ -116,10 +116,10 @@ class LogSNR(TimeGrid):
 
 @register(TimeGrid, "shifted")
 class Shifted(TimeGrid):
-    """Even steps in f = σ/(α + σ), moved to more noise: f' = s f/(1 + (s - 1) f), which adds -2 log s to the log-SNR.
+    """Even steps in f = σ/(α + σ), moved to more noise: f' = s f/(1 + (s - 1) f), which takes 2 log s off the log-SNR.
 
-    On the linear path f = t. With the resolutions m and n of the images s = √(m/n) keeps what they show; FLUX has
-    s = e^μ, μ linear in the number of tokens.
+    f counts from 0 to 1 between the ends of the times; on the linear path f = t. With the resolutions m and n of the
+    images s = √(m/n) keeps what they show; FLUX has s = e^μ, μ linear in the number of tokens.
 
     Args:
         shift: s; 1 for none.
@@ -136,9 +136,9 @@ class Shifted(TimeGrid):
     def nodes(self, count: int, schedule: Schedule, span: Span) -> Tensor:
         alpha, sigma = schedule.scales(torch.tensor(span, dtype=torch.float64))
         low, high = (sigma / (alpha + sigma)).tolist()
-        inner = (low + (high - low) * _even(count))[1:-1]
-        levels = self.shift * inner / (1 - inner)
-        return torch.cat((levels.new_tensor(span[:1]), schedule.time(-2 * levels.log()), levels.new_tensor(span[1:])))
+        even = _even(count)
+        share = low + (high - low) * self.shift * even / (1 + (self.shift - 1) * even)
+        return _at_levels(share / (1 - share), schedule, span)
 
 
 @register(TimeGrid, "discrete")

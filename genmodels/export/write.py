@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..commands import guarded
 from ..diffusion.model import DiffusionModel
@@ -70,6 +70,7 @@ def pipeline_of(
     from .pipeline import GenPipeline, GenTransform
 
     _check_path(model.schedule, node["schedule"])
+    _check_labels(model)
     inner = _inner(model, node)
     stock = None if scheduler == "own" else stock_scheduler(model)
     if scheduler == "stock" and stock is None:
@@ -128,7 +129,7 @@ def _inner(model: DiffusionModel, node: dict[str, Any]) -> Any:
     first, *rest = model.model_shape
     wrapped = GenModel(node["network"], first, list(rest), model.num_classes, vectors, scale, offset)
     wrapped.inner.load_state_dict(network.state_dict())
-    return wrapped.to(model.dtype).eval()
+    return nn.Module.to(wrapped, model.dtype).eval()  # theirs warns of parts that ours has not
 
 
 def _check_path(schedule: Schedule, node: dict[str, Any]) -> None:
@@ -139,6 +140,24 @@ def _check_path(schedule: Schedule, node: dict[str, Any]) -> None:
         raise ConfigError(
             f"export: the path of the schedule '{node['name']}' was fitted to data, and a scheduler's configuration "
             "cannot hold it. Export a model on a path of numbers, such as linear or vp."
+        )
+
+
+@torch.no_grad()
+def _check_labels(model: DiffusionModel) -> None:
+    """Raises ConfigError if the network is told of times by other labels than those that schedulers can count out."""
+    denoiser, told = model.denoiser, []
+    t = torch.linspace(denoiser.t_min, denoiser.t_max, 5, dtype=torch.float64, device=model.device)[1:-1]
+    hook = _network(model).register_forward_pre_hook(lambda _, given: told.append(given[0]))
+    try:
+        denoiser.answer(t, torch.zeros(3, *model.model_shape, dtype=model.dtype, device=model.device))
+    finally:
+        hook.remove()
+    expected = -model.schedule.log_snr(t) / 8 if denoiser.prediction == "edm" else t
+    if not torch.allclose(told[0].double(), expected, rtol=1e-9, atol=1e-9):
+        raise ConfigError(
+            "export: the network of this model is told of times by labels of its own, which timesteps of a scheduler "
+            "are not. Export a model whose labels are its times (or log σ/α for edm)."
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..registry import ConfigError, register
 from ..types import expand_like
 from .base import Solver, State, Step
-from .exponential import DenoisingSolver, Level, check_direction, mixed, path, white, wide
+from .exponential import DenoisingSolver, Level, check_direction, estimates, mixed, path, white, wide
 from .fields import DenoisingField
 
 MOST_CHURN = math.sqrt(2) - 1  # γ above which a step would remove less noise than it adds (Karras et al. 2022)
@@ -54,10 +54,10 @@ class Churned(DenoisingSolver):
                 "along(steps) first, as controller 'fixed' and `sample` do."
             )
         now = Level.of(field, t)
-        check_direction(Level.of(field, s).half - now.half, self.registered_name)
+        check_direction(Level.of(field, s).half - now.half, noise, self.registered_name)
         ratio = now.sigma / now.alpha
         inside = (ratio >= self.s_min) & (ratio <= (math.inf if self.s_max is None else self.s_max))
-        factor = torch.where(inside & ratio.isfinite(), 1 + min(self.s_churn / self.steps, MOST_CHURN), 1.0)
+        factor = 1 + min(self.s_churn / self.steps, MOST_CHURN) * (inside & ratio.isfinite() & (s != t)).double()
         later = field.schedule.time(-2 * (ratio * factor).log())
         later = torch.where(factor > 1, torch.maximum(later, t), t)
         then = Level.of(field, later)
@@ -82,7 +82,7 @@ class EDMEuler(Churned):
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
         t, x = self.churned(field, t, s, x, noise)
-        return Step(mixed(Level.of(field, s), *field.predict(t, x)), None, ())
+        return Step(mixed(Level.of(field, s), *estimates(field, t, x)), None, ())
 
 
 @register(Solver, "edm_heun")
@@ -102,14 +102,14 @@ class EDMHeun(Churned):
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
         t, x = self.churned(field, t, s, x, noise)
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         ahead = mixed(then, clean, eps)
         inner = now.half.isfinite() & then.half.isfinite()
         if s.device.type == "cpu" and not bool(inner.any()):
             return Step(ahead, None, ())
         at = torch.where(inner, s, t)  # a network need not answer where σ = 0
-        other = field.predict(at, torch.where(expand_like(inner, x), ahead, x))[1]
+        other = estimates(field, at, torch.where(expand_like(inner, x), ahead, x))[1]
         run = torch.where(inner, then.sigma - then.alpha * (now.sigma / now.alpha), 0.0)
         return Step(ahead + wide(0.5 * run, x) * (other - eps), None, ())
 
@@ -140,10 +140,10 @@ class PredictorCorrector(DenoisingSolver):
         self.corrections, self.snr, self.stages = corrections, snr, 1 + corrections
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
-        check_direction(h, "predictor_corrector")
+        check_direction(h, noise, "predictor_corrector")
         mean = mixed(then._replace(sigma=then.sigma * torch.exp(-h)), clean, eps)
         x = mean + wide(then.sigma * (-torch.expm1(-2 * h)).sqrt(), x) * white(noise, t, s, x)
         noisy = (then.sigma > 0) & (s != t)
@@ -152,7 +152,7 @@ class PredictorCorrector(DenoisingSolver):
         at = torch.where(noisy, s, t)  # a network need not answer where σ = 0
         for k in range(self.corrections):
             z = self._normal(noise, t, s, k, x)
-            g = field.predict(at, x)[1]  # -σ times the score
+            g = estimates(field, at, x)[1]  # -σ times the score
             share = self.snr * _norm(z) / _norm(g).clamp(min=torch.finfo(torch.float64).tiny)  # no score, no bound
             moved = x - wide(2 * share.square() * then.sigma, x) * g + wide(2 * share * then.sigma, x) * z
             x = torch.where(expand_like(noisy, x), moved, x)

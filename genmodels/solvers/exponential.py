@@ -44,7 +44,7 @@ class DenoisingSolver(Solver):
         return "a denoiser (`predict`, which estimates clean item and noise, and the `schedule` of its path)"
 
     def velocity(self, field: DenoisingField, t: Tensor, x: Tensor) -> Tensor:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         scales = field.schedule(t)
         return wide(scales.dalpha, x) * clean + wide(scales.dsigma, x) * eps
 
@@ -52,6 +52,21 @@ class DenoisingSolver(Solver):
 def wide(c: Tensor, x: Tensor) -> Tensor:
     """A float64 coefficient ([] or [B]) in the dtype of the state x, to be multiplied with it."""
     return expand_like(c, x).to(x.dtype)
+
+
+def estimates(field: DenoisingField, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x̂ and ε̂ in the dtype of the state x.
+
+    Raises:
+        ValueError: if they do not have its shape.
+    """
+    clean, eps = field.predict(t, x)
+    if clean.shape != x.shape or eps.shape != x.shape:
+        raise ValueError(
+            f"integrate: the denoiser turned a state of shape {list(x.shape)} into a clean item of shape "
+            f"{list(clean.shape)} and noise of shape {list(eps.shape)}; all must have one shape."
+        )
+    return clean.to(x.dtype), eps.to(x.dtype)
 
 
 def mixed(level: Level, clean: Tensor, eps: Tensor) -> Tensor:
@@ -84,8 +99,9 @@ def path(noise: Any) -> Brownian:
     return noise
 
 
-def check_direction(h: Tensor, name: str) -> None:
-    """Raises ValueError where a step with noise would run from data to noise."""
+def check_direction(h: Tensor, noise: Any, name: str) -> None:
+    """Raises ValueError where a step with noise would run from data to noise, or without a path."""
+    path(noise)
     if h.device.type == "cpu" and bool((h < 0).any()):
         raise ValueError(
             f"integrate: '{name}' with noise runs from noise to data only, and these times increase. Give them in "
@@ -115,12 +131,12 @@ class DDIM(DenoisingSolver):
         self.eta = eta
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         if self.eta == 0:
             return Step(mixed(then, clean, eps), None, ())
         h = then.half - now.half
-        check_direction(h, "ddim")
+        check_direction(h, noise, "ddim")
         share = self.eta**2 * -torch.expm1(-2 * h)
         less = then._replace(sigma=then.sigma * (1 - share).sqrt())
         return Step(mixed(less, clean, eps) + wide(then.sigma * share.sqrt(), x) * white(noise, t, s, x), None, ())
@@ -144,10 +160,10 @@ class DDPM(DenoisingSolver):
         self.variance = variance
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
-        check_direction(h, "ddpm")
+        check_direction(h, noise, "ddpm")
         share, spread = -torch.expm1(-2 * h), then.sigma
         if self.variance == "large":
             spread = torch.where(then.sigma > 0, now.sigma, 0.0)
@@ -233,7 +249,7 @@ class Multistep(DenoisingSolver):
         return polynomial(c, m)
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
         less = then if self.eta == 0 else then._replace(sigma=then.sigma * torch.exp(-self.eta * h))
@@ -255,7 +271,7 @@ class Multistep(DenoisingSolver):
                 )
             )
         if self.eta:
-            check_direction(h, self.registered_name)
+            check_direction(h, noise, self.registered_name)
             spread = then.sigma * (-torch.expm1(-2 * self.eta * h)).sqrt()
             new = new + wide(spread, x) * white(noise, t, s, x)
         return Step(new, None, state)
@@ -348,13 +364,13 @@ class DPMpp2S(DenoisingSolver):
         self.ratio = ratio
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
-        clean, eps = field.predict(t, x)
+        clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
         h = then.half - now.half
         inner = h.isfinite()
         inside = field.schedule.time(2 * torch.where(inner, now.half + self.ratio * h, 0.0))
         between = torch.where(inner, inside, 0.5 * (t + s))
-        ahead, noise_ahead = field.predict(between, mixed(Level.of(field, between), clean, eps))
+        ahead, noise_ahead = estimates(field, between, mixed(Level.of(field, between), clean, eps))
         plain = mixed(then, clean, eps)
         gain = torch.where(inner, then.alpha * -torch.expm1(-torch.where(inner, h, 0.0)) / (2 * self.ratio), 0.0)
         halves = mixed(then, ahead, noise_ahead) - plain

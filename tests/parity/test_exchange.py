@@ -13,6 +13,7 @@ from genmodels.commands import main
 from genmodels.config import Config
 from genmodels.data.external import External
 from genmodels.diffusion.model import DiffusionModel
+from genmodels.diffusion.reverse import DenoiserRows
 from genmodels.diffusion.samplers import Guidance, Sampler
 from genmodels.registry import ConfigError
 from genmodels.solvers.base import Fixed, Solver, integrate
@@ -121,6 +122,30 @@ def test_edm_is_drawn_by_stock_steps_in_our_pipeline(tmp_path):
     torch.testing.assert_close(drawn(pipeline, 12), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_latents_of_imagenet_classes_are_a_dit_pipeline(tmp_path):
+    """With guidance and the autoencoder: the pixels of the model, before they are rounded."""
+    from diffusers import DiTPipeline
+
+    from tests.autoencoders import save
+
+    path = save(tmp_path / "coder", shift_factor=None)
+    network = {"name": "diffusers_dit", "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    facts = {"num_classes": 1000, "shape": [3, 16, 16], "transform": {"name": "latent", "path": str(path)}}
+    model = made({"network": network, "schedule": "vp", "prediction": "eps"}, **facts)
+    pipeline = written(tmp_path / "dit", model)
+    assert type(pipeline) is DiTPipeline
+    g = torch.Generator().manual_seed(0)
+    x = pipeline([7, 3], guidance_scale=1.5, generator=g, num_inference_steps=10, output_type="pt").images
+    z = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = torch.cat(((pipeline.scheduler.timesteps / 1000).double(), torch.zeros(1, dtype=torch.float64)))
+    field = DenoiserRows(Guidance(1.5).of(model[0]), torch.tensor([7, 3]))
+    with torch.no_grad():
+        y = integrate(field, z, times, solver=DDIM()).x
+        expected = model[0].transform.inverse(y) / 255
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
+    assert x.std() > 0.05
+
+
 CONDITIONAL = {"num_classes": 3}
 OWN = {
     "network of ours, guidance": (
@@ -188,6 +213,11 @@ def test_what_cannot_be_written_is_said(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             written(tmp_path / "x", made(node, sample), scheduler)
+    relabelled = made({"network": UNET})
+    answer = relabelled[0].denoiser.answer
+    relabelled[0].denoiser.answer = lambda t, x, condition=None: answer(t.square(), x, condition)
+    with pytest.raises(ConfigError, match="told of times by labels of its own"):
+        written(tmp_path / "x", relabelled)
 
 
 def test_chain_has_the_levels_of_the_path():
