@@ -132,8 +132,7 @@ def test_orders_on_a_mixture(name):
     span = (0.02, 1.0)
     wanted = flow(TWO, x, level(VP, 1.0), level(VP, span[0]))
     errors = [
-        (integrate(rows(TWO), x, there(VP, LogSNR(), n, span), solver=solver).x - wanted).abs().max()
-        for n in (60, 120)
+        (integrate(rows(TWO), x, there(VP, LogSNR(), n, span), solver=solver).x - wanted).abs().max() for n in (60, 120)
     ]
     found = [math.log2(a / b) for a, b in pairwise(errors)]
     assert found[-1] > solver.order - 0.2, found
@@ -424,8 +423,7 @@ def test_finer_grids_see_the_same_path():
     path = BrownianTree(32, (1,), start=0.02, end=1.0, dtype=torch.float64, tolerance=2.0**-20)
     x = randn(32, 1)
     found = [
-        integrate(rows(), x, there(VP, Even(), n, (0.02, 1.0)), solver=DDIM(1.0), noise=path).x
-        for n in (24, 48, 96)
+        integrate(rows(), x, there(VP, Even(), n, (0.02, 1.0)), solver=DDIM(1.0), noise=path).x for n in (24, 48, 96)
     ]
     gaps = [(a - b).square().mean().sqrt().item() for a, b in pairwise(found)]
     assert gaps[0] < 0.2 and all(b < 0.7 * a for a, b in pairwise(gaps)), gaps
