@@ -324,6 +324,8 @@ ELSEWHERE = {
     "leaderboard": ".evaluation.leaderboard",
     "compare": ".evaluation.compare",
     "reference": ".metrics.reference_command",
+    "export": ".export.write",
+    "import": ".export.read",
 }
 VERBS = """usage: genmodels VERB …
 
@@ -334,13 +336,15 @@ VERBS = """usage: genmodels VERB …
   compare      compare the results of runs in words, with intervals
   reference    write the statistics of reference data to a file
   plots        draw the training curves of runs
+  export       write a diffusion model as a pipeline folder of diffusers
+  import       make a run of a pipeline folder of diffusers
 
 Each answers --help.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`genmodels train|sample|evaluate|leaderboard|compare|reference|plots …`, also as `python -m genmodels …`."""
+    """`genmodels train|sample|evaluate|leaderboard|compare|reference|plots|export|import …`, also by `python -m`."""
     words = list(sys.argv[1:] if argv is None else argv)
     verbs = {
         "train": train,

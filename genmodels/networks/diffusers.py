@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import pretrained
 from ..registry import ConfigError, arguments, register
@@ -22,13 +22,13 @@ class _Adapter(Network):
     blockwise = True
     kind: ClassVar[str]  # its name in diffusers
 
-    def __init__(self, path: str | None, given: dict[str, Any], time_scale: float, in_shape: Shape, out_shape: Shape,
-                 timed: bool) -> None:  # fmt: skip
+    def __init__(self, path: str | None, given: dict[str, Any], time: tuple[float, float], in_shape: Shape,
+                 out_shape: Shape, timed: bool) -> None:  # fmt: skip
         super().__init__()
         import diffusers
 
         self.in_shape, self.out_shape = tuple(in_shape), tuple(out_shape)
-        self.timed, self.time_scale = timed, time_scale
+        self.timed, (self.time_scale, self.time_offset) = timed, time
         name = self.registered_name
         check_images(name, self.in_shape, self.out_shape)
         if path is None:
@@ -50,7 +50,7 @@ class _Adapter(Network):
     def steps(self, t: Tensor | None, x: Tensor) -> Tensor:
         """[B] timesteps of theirs, real numbers; 0 for networks without time."""
         check_timed(self.timed, t)
-        return (x.new_zeros(()) if t is None else t * self.time_scale).expand(len(x))
+        return (x.new_zeros(()) if t is None else t * self.time_scale + self.time_offset).expand(len(x))
 
     def ask(self, x: Tensor, steps: Tensor, labels: Tensor | None) -> Tensor:
         """The answer of their model, in the channels of an item."""
@@ -83,17 +83,26 @@ def _check_labels(where: str, found: int | None, num_classes: int | None, rows: 
         )
 
 
+def _add_null(model: nn.Module) -> None:
+    """One more row in a model's table of labels."""
+    table = model.class_embedding.weight
+    wider = nn.Embedding(len(table) + 1, table.shape[1])
+    wider.weight.data = torch.cat((table.data, torch.zeros_like(table.data[:1])))
+    model.class_embedding = wider
+    model.register_to_config(num_class_embeds=len(table) + 1)
+
+
 @register(Network, "diffusers_unet")
 class DiffusersUNet(_Adapter):
     """diffusers' UNet2DModel, new or from a folder of weights; options as there.
 
-    Their timestep is time_scale · t, a real number. Class labels are theirs, with num_classes for "none", in a table of
-    num_classes + 1 rows; vectors as conditions pass through a linear layer to the width of their embedding. Runs that
-    start from a folder need it again wherever they are loaded.
+    Their timestep is time_scale · t + time_offset, a real number. Class labels are theirs, with num_classes for "none",
+    in a table of num_classes + 1 rows; vectors as conditions pass through a linear layer to the width of their
+    embedding. Runs that start from a folder need it again wherever they are loaded.
 
     Args:
-        path: a folder with config.json and weights, which start the network; the other options but time_scale then come
-            from it.
+        path: a folder with config.json and weights, which start the network; the other options but those of time then
+            come from it.
         block_out_channels: channels of each level.
         layers_per_block: residual blocks of a level.
         down_block_types, up_block_types: one for each level, by their names in diffusers.
@@ -102,6 +111,8 @@ class DiffusersUNet(_Adapter):
         resnet_time_scale_shift: how time acts: "default" is a shift.
         downsample_type, upsample_type: how the resolution changes.
         time_scale: timesteps per unit of time.
+        time_offset: timestep at t = 0; -1 where the chain of noising steps is counted from 0 (schedule "discrete").
+        add_null: give a table of labels that has a row for every class but none for "none" such a row, of zeros.
     Raises:
         ConfigError: if the folder or the options do not fit, or if sides are not divisible by 2^(levels - 1).
     Source: von Platen et al. 2022 (Diffusers), class UNet2DModel.
@@ -123,6 +134,8 @@ class DiffusersUNet(_Adapter):
         downsample_type: Literal["conv", "resnet"] = "conv",
         upsample_type: Literal["conv", "resnet"] = "conv",
         time_scale: float = 1000.0,
+        time_offset: float = 0.0,
+        add_null: bool = False,
         *,
         in_shape: Shape,
         out_shape: Shape,
@@ -143,8 +156,10 @@ class DiffusersUNet(_Adapter):
         vectors = num_classes is None and condition_shape is not None
         given |= {"sample_size": tuple(in_shape[1:]), "in_channels": in_shape[0], "out_channels": out_shape[0]}
         given |= {"num_class_embeds": rows, "class_embed_type": "identity" if vectors else None}
-        super().__init__(path, given, time_scale, in_shape, out_shape, timed)
+        super().__init__(path, given, (time_scale, time_offset), in_shape, out_shape, timed)
         self._check_sides()
+        if add_null and path is not None and self.model.config.num_class_embeds == num_classes:
+            _add_null(self.model)
         _check_labels("diffusers_unet", self.model.config.num_class_embeds, num_classes, rows)
         if vectors != (self.model.config.class_embed_type == "identity"):
             raise ConfigError("diffusers_unet.path: vectors need a model whose class_embed_type is identity.")
@@ -175,17 +190,18 @@ class DiffusersUNet(_Adapter):
 class DiffusersDiT(_Adapter):
     """diffusers' DiTTransformer2DModel, new or from a folder of weights; options as there.
 
-    Their timestep is time_scale · t, a real number. Class labels are theirs, with num_classes for "none", which is
-    their row for dropped labels; the dropping of labels inside it is switched off, because the model that owns the
-    network drops them. Images must be square. Runs that start from a folder need it again wherever they are loaded.
+    Their timestep is time_scale · t + time_offset, a real number. Class labels are theirs, with num_classes for "none",
+    which is their row for dropped labels; the dropping of labels inside it is switched off, because the model that owns
+    the network drops them. Images must be square. Runs that start from a folder need it again wherever they are loaded.
 
     Args:
-        path: a folder with config.json and weights, which start the network; the other options but time_scale then come
-            from it.
+        path: a folder with config.json and weights, which start the network; the other options but those of time then
+            come from it.
         num_attention_heads, attention_head_dim: heads, and channels of each.
         num_layers: number of blocks.
         patch_size: side of a patch in pixels.
         time_scale: timesteps per unit of time.
+        time_offset: timestep at t = 0; -1 where the chain of noising steps is counted from 0 (schedule "discrete").
     Raises:
         ConfigError: if the folder or the options do not fit, for vectors as conditions, or for images that are not
             square.
@@ -204,6 +220,7 @@ class DiffusersDiT(_Adapter):
         patch_size: int = 2,
         dropout: float = 0.0,
         time_scale: float = 1000.0,
+        time_offset: float = 0.0,
         *,
         in_shape: Shape,
         out_shape: Shape,
@@ -221,7 +238,7 @@ class DiffusersDiT(_Adapter):
             _unused(type(self), given, "diffusers_dit")
         sizes = {"sample_size": in_shape[-1], "in_channels": in_shape[0], "out_channels": out_shape[0]}
         given |= sizes | {"num_embeds_ada_norm": num_classes or 0, "norm_num_groups": 1}
-        super().__init__(path, given, time_scale, in_shape, out_shape, timed)
+        super().__init__(path, given, (time_scale, time_offset), in_shape, out_shape, timed)
         patch = self.model.config.patch_size
         if in_shape[1] != in_shape[2] or in_shape[1] % patch:
             raise ConfigError(

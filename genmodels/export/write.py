@@ -1,0 +1,269 @@
+"""Diffusion models as pipeline folders of diffusers: `python -m genmodels export runs/try --to folder`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..commands import guarded
+from ..diffusion.model import DiffusionModel
+from ..diffusion.schedules import EDM, Linear, Schedule
+from ..networks.diffusers import DiffusersDiT, DiffusersUNet
+from ..networks.network import Network
+from ..registry import ConfigError, build
+from ..training.run import Run
+
+Choice = Literal["auto", "stock", "own"]
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x": "sample"}  # their names in schedulers of diffusers
+IMAGENET = 1000  # classes, and so the label that DiTPipeline takes for "no class"
+
+
+def export(
+    run: Run | str | Path, folder: str | Path, *, weights: str | None = None, scheduler: Choice = "auto"
+) -> tuple[str, str]:
+    """A pipeline folder of a run's model; the names of its pipeline and of its scheduler.
+
+    Networks that are of diffusers already are written as such, others as `GenModel`. The folder is a DDPMPipeline or
+    DiTPipeline where these draw what the model means, else a `GenPipeline`, which needs genmodels to be installed.
+
+    Args:
+        weights: as in `Run.load`.
+        scheduler: "stock" for one of diffusers (FlowMatchEuler on the linear path with the prediction velocity,
+            EDMEuler for EDM, DDIM on variance-preserving paths with eps, v or x), "own" for `GenScheduler` with the
+            run's solver and steps, "auto" for a stock one where there is one.
+    Raises:
+        ConfigError: if the model is no diffusion model, or has no stock scheduler where one is asked for, or if the
+            folder holds something else.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    model = run.load(weights)
+    if not isinstance(model, DiffusionModel):
+        raise ConfigError(f"export: {run.path} holds a {type(model).__name__}; models of 'diffusion' can be exported.")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"export: {folder} exists and is not empty. Choose another folder, or remove it.")
+    pipeline = pipeline_of(model, run.config.tree["model"], run.facts(), run.config.answer("sample"), scheduler)
+    pipeline.save_pretrained(folder)
+    return type(pipeline).__name__, type(pipeline.scheduler).__name__
+
+
+def pipeline_of(
+    model: DiffusionModel,
+    node: dict[str, Any],
+    facts: dict[str, Any],
+    sample: dict[str, Any],
+    scheduler: Choice = "auto",
+) -> Any:
+    """The pipeline of a model.
+
+    Args:
+        node: of the model, resolved.
+        facts: of its data.
+        sample: the resolved section on sampling.
+    """
+    from diffusers import DDPMPipeline
+
+    from .pipeline import GenPipeline, GenTransform
+
+    _check_path(model.schedule, node["schedule"])
+    _check_labels(model)
+    inner = _inner(model, node)
+    stock = None if scheduler == "own" else stock_scheduler(model)
+    if scheduler == "stock" and stock is None:
+        raise ConfigError(
+            f"export: no scheduler of diffusers runs the path '{node['schedule']['name']}' with the prediction "
+            f"'{node['prediction']}' and these labels of time. Use --scheduler own."
+        )
+    if sample["guidance"] != 1 and (sample["interval"] is not None or sample["guide"] is not None):
+        raise ConfigError("export: guidance in an interval or by another model has no place in a pipeline.")
+    chosen = own_scheduler(model, node, sample) if stock is None else stock
+    dit = _dit_pipeline(model, facts, inner, stock)
+    if dit is not None:
+        return dit
+    plain = not model.conditional and abs(model.prior_scale() - 1) < 1e-3 and node["prediction"] != "edm"
+    if plain and len(model.model_shape) == 3 and _symmetric(model):
+        return DDPMPipeline(unet=inner, scheduler=chosen)
+    transform = GenTransform(facts["transform"], list(model.shape))
+    transform.back.load_state_dict(model.transform.state_dict())
+    levels, width = facts.get("levels"), facts.get("bin_width") or 1.0
+    null = None if model.null is None or model.condition_dropout == 0 else model.null.tolist()
+    return GenPipeline(
+        inner, chosen, transform.eval(), prior_scale=None if stock is None else model.prior_scale(), null=null,
+        num_inference_steps=sample["num_steps"], guidance_scale=sample["guidance"],
+        low=0.0 if levels else -1.0, high=width * (levels - 1) if levels else 1.0,
+    )  # fmt: skip
+
+
+def _network(model: DiffusionModel) -> Network:
+    return model.denoiser.network
+
+
+def _is_theirs(network: Network) -> bool:
+    """Whether the model of diffusers inside answers as the network does: not if a layer stands before it."""
+    if isinstance(network, DiffusersUNet):
+        return network.condition.condition_shape is None
+    return isinstance(network, DiffusersDiT)
+
+
+def labels_of(model: DiffusionModel) -> tuple[float, float]:
+    """Scale and offset of the labels of time that the exported network takes."""
+    network = _network(model)
+    if _is_theirs(network):
+        return network.time_scale, network.time_offset
+    return (1.0 if model.denoiser.prediction == "edm" else 1000.0), 0.0
+
+
+def _inner(model: DiffusionModel, node: dict[str, Any]) -> Any:
+    """The network as a model of diffusers."""
+    from .pipeline import GenModel
+
+    network = _network(model)
+    if _is_theirs(network):
+        return network.model.eval()
+    scale, offset = labels_of(model)
+    vectors = None if model.num_classes is not None or model.null is None else list(model.null.shape)
+    first, *rest = model.model_shape
+    wrapped = GenModel(node["network"], first, list(rest), model.num_classes, vectors, scale, offset)
+    wrapped.inner.load_state_dict(network.state_dict())
+    return nn.Module.to(wrapped, model.dtype).eval()  # theirs warns of parts that ours has not
+
+
+def _check_path(schedule: Schedule, node: dict[str, Any]) -> None:
+    """Raises ConfigError if the schedule is not what its configuration says, but was fitted to data."""
+    t = torch.linspace(schedule.t_min, schedule.t_max, 101, dtype=torch.float64)
+    made = build(Schedule, node)
+    if not all(torch.equal(a, b) for a, b in zip(made.scales(t), schedule.scales(t), strict=True)):
+        raise ConfigError(
+            f"export: the path of the schedule '{node['name']}' was fitted to data, and a scheduler's configuration "
+            "cannot hold it. Export a model on a path of numbers, such as linear or vp."
+        )
+
+
+@torch.no_grad()
+def _check_labels(model: DiffusionModel) -> None:
+    """Raises ConfigError if the network is told of times by other labels than those that schedulers can count out."""
+    denoiser, told = model.denoiser, []
+    t = torch.linspace(denoiser.t_min, denoiser.t_max, 5, dtype=torch.float64, device=model.device)[1:-1]
+    hook = _network(model).register_forward_pre_hook(lambda _, given: told.append(given[0]))
+    try:
+        denoiser.answer(t, torch.zeros(3, *model.model_shape, dtype=model.dtype, device=model.device))
+    finally:
+        hook.remove()
+    expected = -model.schedule.log_snr(t) / 8 if denoiser.prediction == "edm" else t
+    if not torch.allclose(told[0].double(), expected, rtol=1e-9, atol=1e-9):
+        raise ConfigError(
+            "export: the network of this model is told of times by labels of its own, which timesteps of a scheduler "
+            "are not. Export a model whose labels are its times (or log σ/α for edm)."
+        )
+
+
+def stock_scheduler(model: DiffusionModel) -> Any | None:
+    """The scheduler of diffusers for a path, a prediction and labels of time; None if there is none."""
+    from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+
+    schedule, prediction, (scale, offset) = model.schedule, model.denoiser.prediction, labels_of(model)
+    whole = scale == int(scale) and scale >= 2
+    if prediction == "velocity" and isinstance(schedule, Linear) and whole and offset == 0:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(scale))
+    if prediction == "edm" and isinstance(schedule, EDM) and (scale, offset) == (1, 0):
+        ends = schedule.scales(torch.tensor([0.0, 1.0], dtype=torch.float64))[1].tolist()
+        s = float(model.denoiser.sigma_data)
+        return EDMEulerScheduler(sigma_min=ends[0], sigma_max=ends[1], sigma_data=s, rho=schedule.rho)
+    if prediction in PREDICTIONS and whole and _preserving(schedule):
+        betas = chain(schedule, int(scale), offset)
+        return DDIMScheduler(
+            num_train_timesteps=len(betas), trained_betas=betas, prediction_type=PREDICTIONS[prediction],
+            clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing",
+        )  # fmt: skip
+    return None
+
+
+def own_scheduler(model: DiffusionModel, node: dict[str, Any], sample: dict[str, Any]) -> Any:
+    """A scheduler that takes the steps of `DiffusionModel.sample`.
+
+    Raises:
+        ConfigError: if steps are chosen while sampling.
+    """
+    from .diffusers import GenScheduler
+
+    if sample["controller"] != {"name": "fixed", "steps": 1}:
+        raise ConfigError(
+            f"export: sample.controller '{sample['controller']['name']}' chooses steps while it samples, and pipelines "
+            "lay them out before. Use --scheduler stock, or a run with controller fixed."
+        )
+    scale, offset = labels_of(model)
+    return GenScheduler(
+        schedule=node["schedule"], prediction=node["prediction"], solver=sample["solver"],
+        sigma_data=float(model.denoiser.sigma_data), grid=sample["grid"], denoise=sample["denoise"], time_scale=scale,
+        time_offset=offset,
+    )  # fmt: skip
+
+
+def _preserving(schedule: Schedule) -> bool:
+    """Whether α² + σ² = 1."""
+    t = torch.linspace(schedule.t_min, schedule.t_max, 101, dtype=torch.float64)
+    alpha, sigma = schedule.scales(t)
+    return bool((alpha.square() + sigma.square() - 1).abs().max() < 1e-12)
+
+
+def chain(schedule: Schedule, scale: int, offset: float) -> list[float]:
+    """β_k of the discrete chain with ᾱ_k = α² at the time whose label is k = 0, 1, …, one for each unit of scale.
+
+    Times before t_min count as t_min, so that the label 0 of a path without noise at t = 0 has some.
+    """
+    k = torch.arange(scale, dtype=torch.float64)
+    t = ((k - offset) / scale).clamp(schedule.t_min, schedule.t_max)
+    t = t[: int((t.diff() > 0).sum()) + 1]  # labels beyond the end of the path have no times of their own
+    log_bar = torch.nn.functional.logsigmoid(schedule.log_snr(t))
+    steps: Tensor = torch.cat((log_bar[:1], log_bar.diff()))
+    return (-torch.expm1(steps)).tolist()
+
+
+def _symmetric(model: DiffusionModel) -> bool:
+    """Whether -1 … 1 of model space is the range of the data, as DDPMPipeline has it: black to white."""
+    y = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1).expand(3, *model.model_shape)
+    if not model.transform.volume or model.bin_width is None:
+        return False
+    low, middle, high = (float(v) for v in model.transform.inverse(y).flatten(1).mean(1))
+    beyond = model.transform.inverse(2 * y).flatten(1).mean(1)
+    return low == float(beyond[0]) == 0 and high == float(beyond[2]) and abs(middle / high - 0.5) < 0.1
+
+
+def _dit_pipeline(model: DiffusionModel, facts: dict[str, Any], inner: Any, scheduler: Any | None) -> Any | None:
+    """A DiTPipeline, if it draws what the model means: latents, its own null label, a scheduler of diffusers."""
+    from diffusers import DiTPipeline
+
+    transform = model.transform
+    if not (isinstance(_network(model), DiffusersDiT) and hasattr(transform, "autoencoder") and scheduler is not None):
+        return None
+    stated = float(transform.scaling) == transform.autoencoder.config.scaling_factor and float(transform.shift) == 0
+    if not stated or model.num_classes != IMAGENET or model.denoiser.prediction not in PREDICTIONS:
+        return None
+    return DiTPipeline(transformer=inner, vae=transform.autoencoder, scheduler=scheduler)
+
+
+@guarded
+def main(argv: Sequence[str]) -> None:
+    """Write the model of a run as a folder that diffusers loads with DiffusionPipeline.from_pretrained."""
+    parser = argparse.ArgumentParser("genmodels export", description=main.__doc__)
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("--to", type=Path, required=True, help="the folder to write; it must not hold anything")
+    parser.add_argument("--weights", help="model, best or ema-<value> (default: the first average)")
+    parser.add_argument(
+        "--scheduler",
+        choices=("auto", "stock", "own"),
+        default="auto",
+        help="one of diffusers, or our solvers as a scheduler, which need genmodels (default: stock where one fits)",
+    )
+    given = parser.parse_args(list(argv))
+    pipeline, scheduler = export(given.run, given.to, weights=given.weights, scheduler=given.scheduler)
+    index = json.loads((given.to / "model_index.json").read_text())
+    needs = any(isinstance(part, list) and part[0].startswith("genmodels") for part in index.values())
+    needs |= pipeline.startswith("Gen")
+    how = "genmodels.export.pipeline" if pipeline.startswith("Gen") else "diffusers"
+    print(f"{given.to}  ({pipeline} with {scheduler}{'; needs genmodels' if needs else ''})")
+    print(f'from {how} import {pipeline}; pipeline = {pipeline}.from_pretrained("{given.to}")')
