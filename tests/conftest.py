@@ -7,12 +7,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the subprocesses that tests start
 torch.set_num_threads(1)
 
 # What is imported and collected stays until the end: the collector need not walk through it again and again.
 gc.disable()
+
+
+settings.register_profile("repository", deadline=None)  # machines are shared: a slow example is no fault
+settings.load_profile("repository")
 
 
 def pytest_collection_finish() -> None:
