@@ -333,6 +333,18 @@ def test_shifts_that_depend_on_the_size(network, tmp_path):
         training_of(folder / "scheduler")
 
 
+def test_no_signal_is_left_where_a_scheduler_keeps_a_remainder(network, tmp_path):
+    """The table of EulerDiscreteScheduler ends at 2^-24 for its own sake; the model was trained at 0."""
+    from diffusers import EulerDiscreteScheduler
+
+    from genmodels.export.schedulers import training_of
+
+    given = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    assert EulerDiscreteScheduler(**given).alphas_cumprod[-1] == 2**-24
+    folder = folder_with(network, tmp_path, {"_class_name": "EulerDiscreteScheduler", **given})
+    assert training_of(folder / "scheduler").schedule["alphas_cumprod"][-1] == 0
+
+
 def test_likelihood_of_an_imported_model(network, tmp_path):
     """A network that answers 0 to "which noise?": x_t shrinks with α, and log p is that of a Gaussian."""
     from genmodels.export.read import from_diffusers

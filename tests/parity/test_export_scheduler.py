@@ -165,7 +165,7 @@ def test_steps_from_the_middle_edits_and_the_end(scheduler):
     s.set_timesteps(6)
     label = s.timesteps[4]
     answer = denoiser.answer(s.labels.times(label), STARTS)
-    by_label = s.step(answer, float(label) * (1 + 1e-4), STARTS).prev_sample  # as float16 would have rounded it
+    by_label = s.step(answer, float(label) * (1 + 3e-3), STARTS).prev_sample  # as bfloat16 may round it
     s.set_timesteps(6)
     s.set_begin_index(4)
     assert torch.equal(s.step(answer, label, STARTS).prev_sample, by_label) and s.step_index == 5
