@@ -94,7 +94,8 @@ class LogSNR(TimeCondition):
     """EDM's label c_noise = log(σ/α)/4, which is -1/8 of the log-SNR 2 log(α/σ).
 
     As a function of it ε̂ has a bounded derivative on any path, which towards the data vanishes if their density is
-    smooth. The label is infinite where a scale is 0, so it is used where σ/α lies between 1e-3 and 1e3.
+    smooth; as a function of t it need not, for the label itself changes like log t. The label is infinite where a scale
+    is 0, so it is used where σ/α lies between 1e-3 and 1e3.
 
     Args:
         factor: of log(σ/α).
