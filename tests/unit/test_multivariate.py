@@ -86,6 +86,9 @@ def test_training_draws_regress_to_the_score(diffusion):
         covariance = model.diffusion.marginal(t[0], WIDTH**2)
         found = torch.linalg.lstsq(u, n).solution.mT
         sizes[kernel] = n.square().mean(0)
+        if kernel == "hybrid":  # what is left to the network: of the covariance out outᵀ, singular if all is noised
+            rest, left = n - u @ c.skip[0].mT, c.out[0] @ c.out[0].mT
+            torch.testing.assert_close(rest.mT @ rest / count, left, rtol=0, atol=0.05 * float(left.max()))
         error = (sizes[kernel][:, None] / covariance.diagonal() / count).sqrt()
         error = error * (covariance.diagonal() * torch.linalg.inv(covariance).diagonal()).sqrt()
         assert ((found - c.skip[0]).abs() < 4 * error).all()
