@@ -59,7 +59,15 @@ EXAMPLES = {
         ("contract_plane", {"network": RESIDUAL, "diffusion": {"name": "mdm", "diffusion": [[0.5, 0.1], [0.1, 1.0]]}}),
     ],
     "local_dsm": [
-        ("contract_plane", {"network": RESIDUAL, "process": langevin("logistic", 0.4), "residual": True, "t_min": 0.2}),
+        (
+            "contract_plane",
+            {
+                "network": {"name": "mlp", "hidden": [24, 24]},
+                "process": langevin("logistic", 0.4),
+                "residual": True,
+                "t_min": 0.2,
+            },
+        ),
         (
             "contract_images",
             {"network": DIT, "process": langevin("gaussian", 0.5), "variance": "control", "t_min": 0.2},
