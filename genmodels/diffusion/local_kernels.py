@@ -158,8 +158,8 @@ def simulate(process: Process, y: Tensor, start: Tensor, end: Tensor, steps: int
     """
     rows = len(y)
     start, end = (v.double().expand(rows) for v in (start, end))
-    steps = 1 if process.transition(start, end, y) is not None else steps
     moves = end > start
+    steps = 1 if process.transition(start, torch.where(moves, end, start + 1.0), y) is not None else steps
     length = torch.where(moves, (end - start) / steps, 1.0)  # a row that stays is given a step that is not used
     wide = expand_like(moves, y)
     for k in range(steps):

@@ -24,6 +24,7 @@ from .joint_score import JointScore, Parametrization, apply
 from .linear import CriticallyDamped, LinearDiffusion
 
 LAW_CELLS = 1024  # of the tabulated law of importance-sampled times
+HALF_STEP = 2.0**-25  # uniform draws are multiples of 2^-24: their midpoints never reach 0 or 1
 
 
 @register(Model, "multivariate_diffusion")
@@ -41,7 +42,8 @@ class MultivariateDiffusion(Model):
         kernel: "hybrid" conditions on x alone, "full" on the auxiliary variables at t = 0 too: the same minimiser with
             a target of larger variance.
         weighting: "whitened" weighs |n̂ - n|² alike at all times, "likelihood" by ½ β C Cᵀ, which bounds likelihoods.
-        times: "uniform", or "importance", the law ∝ β tr(C Cᵀ) under which the weight "likelihood" varies least.
+        times: "uniform", "quadratic", squares of even times, as sampling takes them, or "importance", the law
+            ∝ β tr(C Cᵀ) under which the weight "likelihood" varies least.
         t_min: first time, where the ODE ends; given the item u has no density at 0.
         conditional: whether the network sees the conditions of the data (labels, embeddings), if there are any.
         sigma_data: root mean square of T(x); null to measure it.
@@ -58,7 +60,7 @@ class MultivariateDiffusion(Model):
         prediction: Parametrization = "mixed",
         kernel: Literal["hybrid", "full"] = "hybrid",
         weighting: Literal["whitened", "likelihood"] = "whitened",
-        times: Literal["uniform", "importance"] = "uniform",
+        times: Literal["quadratic", "uniform", "importance"] = "quadratic",
         t_min: float = 1e-3,
         conditional: bool = True,
         sigma_data: float | None = None,
@@ -134,10 +136,11 @@ class MultivariateDiffusion(Model):
 
     def _draw_times(self, noise: Noise) -> tuple[Tensor, Tensor]:
         """[B] times and their density, float64."""
-        u = noise.uniform(dtype=torch.float64)
+        u, span = noise.uniform(dtype=torch.float64) + HALF_STEP, 1 - self.t_min
         if self.times == "uniform":
-            t = self.t_min + (1 - self.t_min) * u
-            return t, torch.full_like(t, 1 / (1 - self.t_min))
+            return self.t_min + span * u, torch.full_like(u, 1 / span)
+        if self.times == "quadratic":
+            return self.t_min + span * u.square(), 1 / (2 * span * u)
         ends = self.mass.cumsum(0)
         cell = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
         mass, low = self.mass[cell], self.edges[cell]

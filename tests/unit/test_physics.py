@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genmodels.diffusion.clocks import Constant
 from genmodels.diffusion.fokker_planck import FokkerPlanck
-from genmodels.diffusion.local_kernels import local_kernel
+from genmodels.diffusion.local_kernels import local_kernel, simulate
 from genmodels.diffusion.physics import DoubleWell, Kuramoto, Phi4, Quartic, Swimmer, TrappedParticles
 from genmodels.diffusion.priors import Prior
 from genmodels.diffusion.processes import Process
@@ -145,6 +145,16 @@ def test_particles_in_a_moving_trap_have_the_law_of_its_moment_equations(shape):
         found, wanted = (local_kernel(p, start, start + span, y, 1) for p in (local, process))
         errors.append(float((found.mean - wanted.mean).abs().max()))
     assert 7 < errors[0] / errors[1] < 9  # the force's second derivative in time is left out: order 3 of a step
+
+
+def test_rows_that_stay_are_no_zero_covariance_for_an_exact_kernel():
+    """Of a batch the rows with equal times stay; the others are one draw of the law, for noise that is known."""
+    process = TrappedParticles(shape=(2, 1))
+    y, start, end = states(process, 2), torch.zeros(2).double(), torch.tensor([0.0, 0.7], dtype=torch.float64)
+    moved = simulate(process, y, start, end, 50, BatchNoise(2, generator=generator("stay")), "ito")
+    z = BatchNoise(2, generator=generator("stay")).normal(2, 1, dtype=torch.float64)
+    torch.testing.assert_close(moved[0], y[0])
+    torch.testing.assert_close(moved[1:], process.kernel(start[1:], end[1:], y[1:]).sample(z[1:]))
 
 
 def test_clocks_stretch_processes_and_rows_may_have_times_of_their_own():

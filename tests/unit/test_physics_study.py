@@ -10,7 +10,7 @@ from genmodels.diffusion.physics import TrappedParticles
 def test_every_method_is_a_configuration_with_a_name_of_its_own():
     found = {p: [physics.config(p, m, 100) for m in methods] for p, methods in physics.METHODS.items()}
     names = [c.tree["name"] for configs in found.values() for c in configs]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names) == 11
     exact = [c.tree["model"]["process"]["exact"] for c in found["trapped_particles"]]
     assert exact == [False, False, True, False]
     assert (
