@@ -71,7 +71,7 @@ class Denoiser(nn.Module):
             ValueError: where p does not determine both, outside t_min to t_max; for times that are integers or not in
                 [0, 1].
         """
-        as_times(t)  # before a network is asked
+        as_times(t, self.schedule.t_max)  # before a network is asked
         p = self.answer(t, x, condition)
         return to_clean_and_noise(self.prediction, p, x, self.schedule(t), self.sigma_data)
 
@@ -82,7 +82,7 @@ class Denoiser(nn.Module):
             ValueError: as `predict`, unless the network predicts the velocity itself.
         """
         if self.prediction == "velocity":
-            as_times(t)
+            as_times(t, self.schedule.t_max)
             return self.answer(t, x, condition)
         clean, eps = self.predict(t, x, condition)
         scales = self.schedule(t)
@@ -96,7 +96,7 @@ class Denoiser(nn.Module):
             ValueError: as `predict`, unless the network predicts the score itself; and at σ = 0, where it is not known.
         """
         if self.prediction == "score":
-            as_times(t)
+            as_times(t, self.schedule.t_max)
             return self.answer(t, x, condition)
         sigma = self.schedule(t).sigma
         if not (sigma > 0).all():

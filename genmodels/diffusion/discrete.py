@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..registry import ConfigError, register
-from .schedules import Scales, Schedule
+from .schedules import Scales, Schedule, as_times
 
 Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 LARGEST_BETA = 0.999  # of the cosine chain, whose last step would otherwise leave no signal
@@ -91,7 +91,7 @@ class Discrete(Schedule):
 
     def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The interval i = 0 … N - 1 of each time, which ends with step i, and how far it has gone there."""
-        p = self.steps * t.double()
+        p = self.steps * as_times(t)
         i = p.detach().floor().long().clamp(0, self.steps - 1)
         return i, p - i
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Generator, Tensor
 
 from ..rng import BatchNoise
@@ -40,6 +39,8 @@ def spectral_gap(prior: Prior, cells: int = 2000) -> float | None:
     In closed form where the prior knows it, else the second eigenvalue of its finite-volume matrix, symmetric in √π, on
     the prior's interval: with π at the faces of cells, its error is O(h²).
     """
+    from scipy.linalg import eigh_tridiagonal
+
     closed = prior.gap()
     if closed is not None or prior.structure != "elementwise":
         return closed

@@ -27,8 +27,11 @@ class Scales(NamedTuple):
     dsigma: Tensor
 
 
-def as_times(t: Tensor) -> Tensor:
+def as_times(t: Tensor, last: float = 1.0) -> Tensor:
     """Times in float64.
+
+    Args:
+        last: of a path that ends later than at 1.
 
     Raises:
         ValueError: if they are integers (steps of a discrete chain are not times), or outside 0 to 1. Numbers on an
@@ -42,7 +45,7 @@ def as_times(t: Tensor) -> Tensor:
     hidden = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
     if t.device.type == "cpu" and t.numel() and not hidden:
         low, high = (end.item() for end in t.detach().aminmax())
-        if not (low >= -SLACK and high <= 1 + SLACK):
+        if not (low >= -SLACK and high <= max(last, 1.0) + SLACK):
             raise ValueError(
                 f"times run from 0 (data) to 1 (noise), found {low:g} to {high:g}. Divide steps by their number; "
                 "`Schedule.time` is the time of a log-SNR."
@@ -73,7 +76,7 @@ class Schedule(ABC):
 
     def __call__(self, t: Tensor) -> Scales:
         """Scales with derivatives: by forward-mode differentiation, unless a schedule states them."""
-        t = as_times(t)
+        t = as_times(t, self.t_max)
         values, slopes = torch.func.jvp(self.scales, (t,), (torch.ones_like(t),))
         return Scales(*values, *slopes)
 

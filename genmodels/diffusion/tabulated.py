@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from ..registry import ConfigError, register
 from .interpolation import cubic, limit_slopes, pchip_slopes
-from .schedules import Scales, Schedule
+from .schedules import Scales, Schedule, as_times
 
 HALVINGS = 60  # of the place between two knots
 COLUMNS = ("t", "log_snr", "alpha", "sigma")
@@ -63,7 +63,7 @@ class Table(Schedule, nn.Module):
         return self(t)[:2]
 
     def __call__(self, t: Tensor) -> Scales:
-        t = t.double()
+        t = as_times(t, self.t_max)
         times, angles, turns, radii, rates = self._read(t.device)
         angle, turn = cubic(times, angles, turns, t)
         radius, rate = cubic(times, radii, rates, t)
@@ -72,7 +72,7 @@ class Table(Schedule, nn.Module):
 
     def log_snr(self, t: Tensor) -> Tensor:
         times, angles, turns, _, _ = self._read(t.device)
-        angle = cubic(times, angles, turns, t.double())[0]
+        angle = cubic(times, angles, turns, as_times(t, self.t_max))[0]
         return 2 * (torch.sin(math.pi / 2 - angle).log() - torch.sin(angle).log())
 
     def _time(self, log_snr: Tensor) -> Tensor:

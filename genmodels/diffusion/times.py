@@ -53,7 +53,7 @@ class TimeLaw(ABC):
 
     def density(self, t: Tensor, schedule: Schedule, span: Span | None = None) -> Tensor:
         """F'(t)/(F(last) - F(first)) float64 at times within the span, per unit time."""
-        t = as_times(t)
+        t = as_times(t, schedule.t_max)
         low, high = self._mass(schedule, *(span or (schedule.t_min, schedule.t_max)), t.device)
         return self.slope(t, schedule) / (high - low)
 

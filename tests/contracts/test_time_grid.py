@@ -9,16 +9,15 @@ from genmodels.diffusion.grids import Discrete, Even, Karras, LogSNR, Quadratic,
 from genmodels.diffusion.parametrization import domain
 from genmodels.diffusion.schedules import EDM, Linear, Schedule, VariancePreserving
 from genmodels.registry import ConfigError, build, names
-
-SCHEDULES = names(Schedule)
+from tests.oracles import SCHEDULES
 
 
 @pytest.mark.parametrize("name", names(TimeGrid))
 def test_grids_rise_from_end_to_end(name):
     """On every path and the times of every prediction; with the last step to σ = 0 left to the caller, one fewer."""
     grid = build(TimeGrid, name)
-    for each in SCHEDULES:
-        schedule = build(Schedule, each)
+    for each in names(Schedule):
+        schedule = build(Schedule, SCHEDULES.get(each, each))
         for prediction in ("velocity", "x", "eps", "score"):
             span = domain(prediction, schedule)
             for n in (1, 2, 30):

@@ -16,7 +16,7 @@ from genmodels.rng import SeedNoise
 from genmodels.transforms import Affine, Compose, Dequantize, Logit, Standardize
 from genmodels.types import expand_like
 from tests.contracts.test_denoiser import LINE, exact, randn
-from tests.oracles import MIXTURE
+from tests.oracles import MIXTURE, SCHEDULES
 from tests.unit.test_diffusion import TIGHT, Oracle, hermite, make, oracle, wide
 
 
@@ -56,7 +56,10 @@ def test_tight_on_every_path(name):
 
     That is 4e-8 for ve, which begins at r = .01, and less for the others.
     """
-    denoiser, x = exact(LINE, build(Schedule, name), "edm"), torch.tensor([[2.0], [0.7], [1.5]], dtype=torch.float64)
+    denoiser, x = (
+        exact(LINE, build(Schedule, SCHEDULES.get(name, name)), "edm"),
+        torch.tensor([[2.0], [0.7], [1.5]], dtype=torch.float64),
+    )
     found, ends = bound(denoiser, x)
     alpha, sigma = (c.item() for c in denoiser.schedule.scales(torch.tensor(ends[1], dtype=torch.float64)))
     given = torch.distributions.Normal(alpha * x[:, 0], sigma)

