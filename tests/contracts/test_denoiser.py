@@ -95,7 +95,7 @@ def times(denoiser: Denoiser, n: int) -> Tensor:
 
 
 def test_conversions_by_hand():
-    """P9: α = .8, σ = .6, α' = -.9, σ' = 1.3, x = .5, ε = -.25."""
+    """Α = .8, σ = .6, α' = -.9, σ' = 1.3, x = .5, ε = -.25."""
     s = Scales(*map(number, (0.8, 0.6, -0.9, 1.3)))
     x, eps = number(0.5), number(-0.25)
     expected = {"x": 0.5, "eps": -0.25, "velocity": -0.775, "v": -0.5, "score": 0.25 / 0.6}
@@ -321,7 +321,7 @@ def test_single_precision_agrees(prediction):
 
 
 def test_gaussian_on_two_paths_by_hand():
-    """P1, P2: N(1.5, .5²) at x = .4, t = .3 of vp; and of flow matching, where .3 is the noisy side."""
+    """N(1.5, .5²) at x = .4, t = .3 of vp; and of flow matching, where .3 is the noisy side."""
     x = torch.full((1, 1), 0.4, dtype=torch.float64)
     vp = exact(LINE, VariancePreserving(), "eps")
     t = number(0.3)
@@ -354,7 +354,7 @@ def test_score_is_the_gradient_of_the_log_density():
 
 
 def test_edm_sampler_reproduces_its_numbers():
-    """P6: Heun on σ from 80 with the last step to 0 by Euler, data N(0, .5²), x = 80."""
+    """Heun on σ from 80 with the last step to 0 by Euler, data N(0, .5²), x = 80."""
     law = gaussian(torch.tensor([0.0]), torch.tensor([0.25]))
     denoiser = exact(law, EDM(), "edm", sigma_data=0.5)
 
@@ -444,7 +444,7 @@ def test_a_denoiser_of_one_path_serves_another(own, name):
 
 
 def test_the_flow_takes_the_same_noise_to_the_same_item_on_any_path():
-    """P4, P15: the exact linear predictor along the trigonometric path, from Φ⁻¹(F(.3)) to .3."""
+    """The exact linear predictor along the trigonometric path, from Φ⁻¹(F(.3)) to .3."""
     latents = torch.tensor([[-0.36775635], [-1.43424240]], dtype=torch.float64)
     items = torch.tensor([[0.3], [-1.2]], dtype=torch.float64)
     linear = exact(TWO, Linear(), "velocity")

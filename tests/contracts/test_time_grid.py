@@ -36,7 +36,7 @@ def test_grids_rise_from_end_to_end(name):
 
 
 def test_karras_levels_are_the_published_ones():
-    """P6: n = 18 levels between 80 and .002 with ρ = 7, on EDM's path (where they are even times) and on vp."""
+    """N = 18 levels between 80 and .002 with ρ = 7, on EDM's path (where they are even times) and on vp."""
     wanted = {0: 80.0, 1: 57.58598472, 9: 1.92333984, 16: 0.00752802, 17: 0.002}
     for schedule in (EDM(), VariancePreserving()):
         span = schedule.time(-2 * torch.tensor([0.002, 80.0], dtype=torch.float64).log()).tolist()

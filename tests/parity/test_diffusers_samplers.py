@@ -68,7 +68,7 @@ def normals(steps: int) -> tuple[torch.Generator, Given]:
 )
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim(spacing, steps, published, eta):
-    """P8, and with noise: the values of diffusers' table in float64."""
+    """With and without noise: the values of diffusers' table in float64."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing=spacing)

@@ -364,7 +364,7 @@ def test_discrete_data_survive_encoding_and_decoding():
 
 
 def test_likelihood_of_a_gaussian_by_hand():
-    """P3: log p(2) under N(1.5, .5²) is -.72579135; the flow's latent is 1, that of vp from 1e-5 is 1.00984118."""
+    """Log p(2) under N(1.5, .5²) is -.72579135; the flow's latent is 1, that of vp from 1e-5 is 1.00984118."""
     x = torch.tensor([[2.0]], dtype=torch.float64)
     linear = oracle(LINE)
     assert abs(linear.encode(x, controller=TIGHT).item() - 1) < 1e-8
@@ -378,7 +378,7 @@ def test_likelihood_of_a_gaussian_by_hand():
 
 
 def test_likelihood_of_a_mixture_is_exact_for_a_flow():
-    """P4, on the linear path, and in two dimensions."""
+    """On the linear path, and in two dimensions."""
     model = oracle(TWO)
     x = torch.tensor([[0.3], [-1.2]], dtype=torch.float64)
     found = model.log_prob(x, controller=TIGHT)

@@ -256,7 +256,7 @@ def test_gradients_flow_through_the_bound():
 
 
 def test_likelihood_of_the_ode_with_the_exact_end():
-    """P3: under vp log p(2) by the ODE is -.72579285 if what is left of the data at t = 1 is not neglected."""
+    """Under vp log p(2) by the ODE is -.72579285 if what is left of the data at t = 1 is not neglected."""
     model, x = oracle(LINE, "eps", "vp"), torch.tensor([[2.0]], dtype=torch.float64)
     z, found = model.encode(x, controller=TIGHT), model.log_prob(x, controller=TIGHT)
     alpha, sigma = model.schedule.scales(torch.tensor(model.denoiser.t_max, dtype=torch.float64))

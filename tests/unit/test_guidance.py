@@ -40,7 +40,7 @@ OFF = Guidance()
     ],
 )
 def test_edm_down_to_zero_noise(solver, steps, end):
-    """P6: n levels between 80 and .002 and then 0, from x = 80 on N(0, .5²); Heun costs 2n - 1 evaluations."""
+    """N levels between 80 and .002 and then 0, from x = 80 on N(0, .5²); Heun costs 2n - 1 evaluations."""
     model = oracle(gaussian(torch.zeros(1), torch.tensor([0.25])), "edm", "edm")
     network = networks(model)[0]
     sampler = Sampler(model, steps, solver, Fixed(), Karras(), OFF, denoise=True)

@@ -214,7 +214,7 @@ def test_bias_of_the_minimiser_is_that_of_its_order():
 
 
 def test_targets_of_an_ornstein_uhlenbeck_process_regress_to_its_score():
-    """P10: E[-(y_t - e^{-θD} y_s)/v | y_t] = -y_t/V_t whatever D, by Gaussian moments of the kernel drawn here."""
+    """E[-(y_t - e^{-θD} y_s)/v | y_t] = -y_t/V_t whatever D, by Gaussian moments of the kernel drawn here."""
     process = Langevin(Gaussian(0.8), Constant(4.0), shape=(1,))
     start, variance_start = 0.9, 0.8**2 * -math.expm1(-0.9 / 0.64)
     for increment in (1e-3, 0.1, 1.5):

@@ -101,7 +101,7 @@ class Given(Brownian):
     ],
 )
 def test_known_errors_on_vp(solver, grid, steps, error):
-    """P7: N(1.5, .5²) from -.7 at t = 1 to t = 1e-3, where the exact flow is at 1.14492457."""
+    """N(1.5, .5²) from -.7 at t = 1 to t = 1e-3, where the exact flow is at 1.14492457."""
     x = torch.tensor([[-0.7]], dtype=torch.float64)
     assert probability_flow(LINE, x, level(VP, 1.0), level(VP, 1e-3)).item() == pytest.approx(1.14492457, abs=6e-9)
     found = integrate(rows(), x, there(VP, grid, steps), solver=solver)
@@ -256,7 +256,7 @@ def test_narrow_precision_keeps_its_dtype_and_its_digits():
 
 def test_step_control_keeps_its_tolerance():
     """2S under PI on a mixture, rows with steps of their own, from pure noise to items: the error follows rtol."""
-    z = torch.tensor([[-0.36775635], [-1.43424240]]).double()  # P4: the latents of .3 and -1.2
+    z = torch.tensor([[-0.36775635], [-1.43424240]]).double()  # the latents of .3 and -1.2
     wanted, field, errors = torch.tensor([[0.3], [-1.2]]).double(), rows(TWO, Linear(), "velocity"), []
     for tolerance in (1e-3, 1e-5):
         out = integrate(field, z, torch.tensor([1.0, 0.0]), solver=DPMpp2S(), controller=PI(tolerance, tolerance))

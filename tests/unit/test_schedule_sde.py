@@ -47,7 +47,7 @@ def test_the_sdes_are_the_published_ones():
 
 
 def test_values_of_sub_vp_and_ve():
-    """P5, at t = .3."""
+    """Published ones, at t = .3."""
     t = number(0.3)
     sub, ve = SubVariancePreserving(), build(Schedule, "ve")
     found = [sub.scales(t)[1], sub.squared_diffusion(t), ve.scales(t)[1], ve.squared_diffusion(t)]
@@ -75,7 +75,7 @@ def test_the_sde_has_the_scales_as_its_moments(name):
 
 
 def test_velocity_of_the_probability_flow_is_that_of_the_sde():
-    """v = f x - g²/2 score for every schedule with an exact denoiser: P1 at t = .3, x = .4 of vp."""
+    """v = f x - g²/2 score for every schedule with an exact denoiser, and its figures at t = .3, x = .4 of vp."""
     x = torch.linspace(-2, 2, 4, dtype=torch.float64)[:, None]
     for name in names(Schedule):
         d = exact(LINE, build(Schedule, SCHEDULES.get(name, name)), "edm")

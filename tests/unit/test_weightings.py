@@ -16,7 +16,7 @@ from tests.unit.test_diffusion import make, seeded
 
 
 def test_round_trips_at_given_scales():
-    """P9: α = .8, σ = .6, α' = -.9, σ' = 1.3, x = .5, ε = -.25, so x_t = .25: every pair of predictions."""
+    """Α = .8, σ = .6, α' = -.9, σ' = 1.3, x = .5, ε = -.25, so x_t = .25: every pair of predictions."""
     s = Scales(*map(number, (0.8, 0.6, -0.9, 1.3)))
     x, eps, x_t = number(0.5).reshape(1, 1), number(-0.25).reshape(1, 1), number(0.25).reshape(1, 1)
     for first, second in itertools.product(PREDICTIONS, PREDICTIONS):
