@@ -231,6 +231,7 @@ class DiffusionModel(Denoising, Scored, Model):
             ValueError: if the conditions do not fit, there are too few steps for the solver, guidance meets a model
                 without conditions, or `warm_start` meets step control, under which rows do not stay together, or no
                 equilibrium network.
+            NotApplicable: if the solver adds noise, and items and noise were coupled in training.
         """
         seeds = as_seeds(seeds)
         condition = self._checked(condition, len(seeds), "sample")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..rng import SeedNoise
-from ..solvers.base import Controller, Fixed, Solver, integrate
+from ..solvers.base import Controller, Fixed, Solver, integrate, title
 from ..solvers.brownian import Brownian, BrownianTree, path_seeds
 from ..solvers.fields import SDE
 from .checks import at_least_one
@@ -75,6 +75,7 @@ class Sampler:
         scale: standard deviation of the latents: σ at the last time.
     Raises:
         ValueError: if there are too few steps, or if guidance does not fit the model.
+        NotApplicable: if the solver adds noise, and items and noise were coupled in training.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class Sampler:
         diffusivity: Diffusivity | None = None,
     ) -> None:
         at_least_one("diffusion", num_steps=num_steps)
+        if solver.draws:  # what a step takes away for the noise that it adds is told by the score
+            model.check_independent(f"solver '{title(solver)}', which adds noise")
         self.denoiser, self.controller = guidance.of(model), controller
         self.diffusivity = diffusivity if solver.needs is SDE else None
         span = self.denoiser.t_min, self.denoiser.t_max

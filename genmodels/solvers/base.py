@@ -66,6 +66,11 @@ class Solver(ABC):
         """The power of h that the error estimate goes with."""
         return self.order
 
+    @property
+    def draws(self) -> bool:
+        """Whether its steps draw noise."""
+        return self.needs is SDE
+
     @classmethod
     def serves(cls, field: Any) -> bool:
         """Whether it can step a field."""

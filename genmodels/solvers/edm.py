@@ -37,6 +37,10 @@ class Churned(DenoisingSolver):
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
         self.steps: int | None = None
 
+    @property
+    def draws(self) -> bool:
+        return self.s_churn > 0
+
     def along(self, steps: int) -> "Churned":
         if self.steps is not None or self.s_churn == 0:
             return self
@@ -138,6 +142,10 @@ class PredictorCorrector(DenoisingSolver):
                 f"predictor_corrector: corrections >= 1 and snr > 0 are needed, found {corrections} and {snr}."
             )
         self.corrections, self.snr, self.stages = corrections, snr, 1 + corrections
+
+    @property
+    def draws(self) -> bool:
+        return True
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
         clean, eps = estimates(field, t, x)

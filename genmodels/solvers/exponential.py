@@ -130,6 +130,10 @@ class DDIM(DenoisingSolver):
             raise ConfigError(f"ddim: 0 <= eta <= 1 is needed, found {eta}.")
         self.eta = eta
 
+    @property
+    def draws(self) -> bool:
+        return self.eta > 0
+
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
         clean, eps = estimates(field, t, x)
         now, then = Level.of(field, t), Level.of(field, s)
@@ -158,6 +162,10 @@ class DDPM(DenoisingSolver):
 
     def __init__(self, variance: Literal["small", "large"] = "small") -> None:
         self.variance = variance
+
+    @property
+    def draws(self) -> bool:
+        return True
 
     def step(self, field: DenoisingField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any) -> Step:
         clean, eps = estimates(field, t, x)
@@ -231,6 +239,10 @@ class Multistep(DenoisingSolver):
     target: Literal["x", "eps"] = "x"
     eta: float = 0.0
     history: int
+
+    @property
+    def draws(self) -> bool:
+        return self.eta > 0
 
     def along(self, steps: int) -> "Multistep":
         if steps < self.history + 1:

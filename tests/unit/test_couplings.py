@@ -11,6 +11,7 @@ from genmodels.diffusion.couplings import Coupling, Independent, MinibatchOT, Si
 from genmodels.networks.network import Network
 from genmodels.registry import ConfigError, build, names
 from genmodels.rng import BatchNoise
+from genmodels.solvers.base import Solver
 from genmodels.types import Batch, NotApplicable, expand_like
 from tests.contracts.test_denoiser import randn
 from tests.oracles import GAUSSIAN
@@ -251,3 +252,25 @@ def test_what_needs_a_score_is_refused():
     with pytest.raises(NotApplicable, match="method elbo: under the coupling"):
         model.likelihood(x, method="elbo")
     assert model.log_prob(x).isfinite().all() and model.velocity(t, x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("solver", "quiet"),
+    [
+        ("euler_maruyama", None),
+        ("ddpm", None),
+        ("predictor_corrector", None),
+        ({"name": "ddim", "eta": 0.5}, "ddim"),
+        ({"name": "dpmpp", "eta": 1.0}, "dpmpp"),
+        ({"name": "edm_euler", "s_churn": 1.0}, "edm_euler"),
+        ({"name": "edm_heun", "s_churn": 1.0}, "edm_heun"),
+    ],
+)
+def test_noise_on_the_way_needs_a_score_too(solver, quiet):
+    """Noise that is added leaves the law of x_t as it is only if as much is taken away along the score."""
+    coupled, free = oracle(GAUSSIAN, coupling="minibatch_ot"), oracle(GAUSSIAN)
+    with pytest.raises(NotApplicable, match=r"adds noise: under the coupling 'minibatch_ot'"):
+        coupled.sample(2, num_steps=3, solver=build(Solver, solver))
+    assert free.sample(2, num_steps=3, solver=build(Solver, solver)).isfinite().all()
+    if quiet is not None:
+        assert coupled.sample(2, num_steps=3, solver=build(Solver, quiet)).isfinite().all()
