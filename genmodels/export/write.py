@@ -15,6 +15,7 @@ from ..diffusion.schedules import EDM, Linear, Schedule
 from ..networks.diffusers import DiffusersDiT, DiffusersUNet
 from ..networks.network import Network
 from ..registry import ConfigError, build
+from ..solvers.base import Solver, title
 from ..training.run import Run
 
 Choice = Literal["auto", "stock", "own"]
@@ -153,8 +154,14 @@ def _check_labels(model: DiffusionModel) -> None:
         denoiser.answer(t, torch.zeros(3, *model.model_shape, dtype=model.dtype, device=model.device))
     finally:
         hook.remove()
-    expected = -model.schedule.log_snr(t) / 8 if denoiser.prediction == "edm" else t
-    if not torch.allclose(told[0].double(), expected, rtol=1e-9, atol=1e-9):
+    span = denoiser.t_max - denoiser.t_min
+    # early times may have labels that later ones do not, down to the first of a thousand steps and below
+    share = torch.cat((torch.linspace(0, 1, 1001), torch.logspace(-5, 0, 501))).to(t)
+    every = denoiser.t_min + span * share
+    for found, times in ((told[0], t), (denoiser.label(every), every)):
+        expected = -model.schedule.log_snr(times) / 8 if denoiser.prediction == "edm" else times
+        if torch.allclose(found.double(), expected, rtol=1e-9, atol=1e-9):
+            continue
         raise ConfigError(
             "export: the network of this model is told of times by labels of its own, which timesteps of a scheduler "
             "are not. Export a model whose labels are its times (or log σ/α for edm)."
@@ -187,6 +194,7 @@ def own_scheduler(model: DiffusionModel, node: dict[str, Any], sample: dict[str,
 
     Raises:
         ConfigError: if steps are chosen while sampling.
+        NotApplicable: if they add noise, and items and noise were coupled in training.
     """
     from .diffusers import GenScheduler
 
@@ -195,6 +203,9 @@ def own_scheduler(model: DiffusionModel, node: dict[str, Any], sample: dict[str,
             f"export: sample.controller '{sample['controller']['name']}' chooses steps while it samples, and pipelines "
             "lay them out before. Use --scheduler stock, or a run with controller fixed."
         )
+    solver = build(Solver, sample["solver"])
+    if solver.draws:
+        model.check_independent(f"export: solver '{title(solver)}', which adds noise")
     scale, offset = labels_of(model)
     return GenScheduler(
         schedule=node["schedule"], prediction=node["prediction"], solver=sample["solver"],

@@ -20,6 +20,7 @@ from genmodels.solvers.base import Fixed, Solver, integrate
 from genmodels.solvers.exponential import DDIM
 from genmodels.solvers.runge_kutta import RK4, Euler
 from genmodels.training.run import Run
+from genmodels.types import NotApplicable
 from tests.parity.test_diffusers_networks import DIT, theirs
 
 UNET = {
@@ -218,6 +219,17 @@ def test_what_cannot_be_written_is_said(tmp_path):
     relabelled[0].denoiser.answer = lambda t, x, condition=None: answer(t.square(), x, condition)
     with pytest.raises(ConfigError, match="told of times by labels of its own"):
         written(tmp_path / "x", relabelled)
+
+
+def test_shared_times_and_noise_under_a_coupling_cannot_be_written(tmp_path):
+    """Labels of early times alone differ from times; and a pipeline must not draw what `sample` refuses."""
+    for until in (0.1, 0.01):
+        shared = made({"network": UNET, "time_condition": {"name": "shared", "until": until}})
+        with pytest.raises(ConfigError, match="told of times by labels of its own"):
+            written(tmp_path / "x", shared)
+    coupled = made({"network": UNET, "coupling": "minibatch_ot"}, {"solver": "ddpm"})
+    with pytest.raises(NotApplicable, match="adds noise: under the coupling"):
+        written(tmp_path / "x", coupled, "own")
 
 
 def test_chain_has_the_levels_of_the_path():
