@@ -77,7 +77,7 @@ class Shared(TimeCondition):
 
     def __call__(self, t: Tensor, schedule: Schedule) -> Tensor:
         edges = torch.tensor(self.edges, dtype=torch.float64).to(t)
-        index = torch.bucketize(t.detach(), edges[1:-1], right=True)
+        index = torch.bucketize(t.detach().contiguous(), edges[1:-1], right=True)
         return torch.where(t < edges[-1], edges[index], t)
 
     def domain(self, schedule: Schedule) -> tuple[float, float]:
@@ -171,7 +171,7 @@ class Remap(TimeCondition):
 
     def __call__(self, t: Tensor, schedule: Schedule) -> Tensor:
         clock = t**self.power
-        at, label = torch.tensor(self.points, dtype=torch.float64).to(t).unbind(1)
-        index = torch.bucketize(clock.detach(), at[1:-1], right=True)
+        at, label = torch.tensor(self.points, dtype=torch.float64).to(t).T.contiguous()
+        index = torch.bucketize(clock.detach().contiguous(), at[1:-1], right=True)
         slope = label.diff() / at.diff()
         return label[index] + slope[index] * (clock - at[index])

@@ -329,3 +329,14 @@ def test_the_bias_is_below_the_bound():
         assert (bias > 0.2 * b * gap).any()  # and of the right size
         largest.append(bias.max())
     assert all(a > b for a, b in itertools.pairwise(largest))
+
+
+@pytest.mark.parametrize("law", [Shared(), Remap(points=((0.0, 0.0), (0.5, 0.2), (0.7, 0.8), (1.0, 1.0)))])
+def test_no_warning_of_numbers_that_do_not_lie_side_by_side(law, recwarn):
+    """Neither of the points, nor of one time for all rows."""
+    torch.set_warn_always(True)
+    try:
+        law(torch.full((), 0.05, dtype=torch.float64).expand(5), VP)
+    finally:
+        torch.set_warn_always(False)
+    assert not recwarn.list
