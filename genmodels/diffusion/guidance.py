@@ -44,18 +44,35 @@ class Autoguided(Combined):
         guide: the weaker one.
         scale: w; 1 is off.
         conditional: whether the guide is given the condition.
+        nulls: [*] "no condition" for the model and for the guide, where each has learnt its own.
     Source: Karras et al. 2024 (Guiding a diffusion model with a bad version of itself).
     """
 
-    def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: float, conditional: bool = True) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        guide: Denoiser,
+        scale: float,
+        conditional: bool = True,
+        nulls: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__(denoiser)
+        self.nulls = nulls
         self.guide, self.scale, self.conditional = OnSchedule(guide, denoiser.schedule), scale, conditional
         self.t_min, self.t_max = max(self.t_min, self.guide.t_min), min(self.t_max, self.guide.t_max)
 
     def predict(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Prediction:
         main = self.denoiser.predict(t, x, condition)
-        weak = self.guide.predict(t, x, condition if self.conditional else None)
+        weak = self.guide.predict(t, x, self._told(condition) if self.conditional else None)
         return Prediction(*(torch.lerp(b, a, self.scale) for a, b in zip(main, weak, strict=True)))
+
+    def _told(self, condition: Condition | None) -> Condition | None:
+        """The condition for the guide: "no condition" in its own words."""
+        if self.nulls is None or not isinstance(condition, Tensor):
+            return condition
+        own, others = (null.to(condition) for null in self.nulls)
+        hidden = (condition == own).flatten(1).all(1)
+        return torch.where(expand_like(hidden, condition), others, condition)
 
 
 class WithinInterval(Combined):

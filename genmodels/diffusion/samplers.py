@@ -52,7 +52,9 @@ class Guidance:
             return model.denoiser
         if self.guide is not None:
             guide = load_guide(self.guide, model)
-            guided: Denoiser = Autoguided(model.denoiser, guide.denoiser, self.scale, guide.conditional)
+            learnt = guide.conditional and model.num_classes is None and model.condition_dropout > 0
+            nulls = (model.null, guide.null) if learnt else None
+            guided: Denoiser = Autoguided(model.denoiser, guide.denoiser, self.scale, guide.conditional, nulls)
         elif not model.conditional or model.condition_dropout == 0:
             raise ValueError(
                 f"guidance {self.scale} needs a conditional model trained with condition_dropout > 0; this one has "

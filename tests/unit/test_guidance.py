@@ -247,3 +247,21 @@ def test_guides_are_read_once_a_call(monkeypatch):
     monkeypatch.setattr("genmodels.diffusion.samplers.load_guide", load)
     first: Tensor = model.sample(5, num_steps=3, guidance=1.5, guide="weak", batch_size=2)
     assert calls == ["weak"] and (first - model.sample(5, num_steps=3)).abs().max() > 1e-3
+
+
+def test_a_guide_is_told_no_condition_in_its_own_words(monkeypatch):
+    """Models of vectors learn what stands for none, each its own; the conditions themselves are the same for both."""
+    model, guide = (make((2,), condition_shape=(3,), prediction="eps", schedule="vp", moved=m) for m in (0.2, 0.1))
+    assert not torch.equal(model.null, guide.null)
+    monkeypatch.setattr("genmodels.diffusion.samplers.load_guide", lambda place, asking: guide)
+    told: list[Tensor] = []
+    guide.denoiser.network.register_forward_pre_hook(lambda _, given: told.append(given[2]))
+    denoiser, condition = Guidance(1.5, None, "weak").of(model), torch.stack((model.null.detach(), randn(3)))
+    t, x = number(0.4), randn(2, 2)
+    found = denoiser.predict(t, x, condition)
+    assert torch.equal(told[0], torch.stack((guide.null.detach(), condition[1])))
+    strong, weak = model.denoiser.predict(t, x, condition), guide.denoiser.predict(t, x, told[0])
+    torch.testing.assert_close(found.x, weak.x + 1.5 * (strong.x - weak.x))
+    told.clear()
+    model.sample(2, num_steps=1, guidance=1.5, guide="weak")
+    assert all(torch.equal(rows, guide.null.expand(2, 3)) for rows in told)
