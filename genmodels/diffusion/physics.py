@@ -249,14 +249,14 @@ class Swimmer(Process):
         if tuple(shape) != (2,):
             raise ConfigError(f"swimmer: items (x, v) of shape [2] are needed, found {list(shape)}.")
         self.friction = positive("swimmer", friction=friction)
-        self.spread = positive("swimmer", diffusion=diffusion)
+        self.diffusion = positive("swimmer", diffusion=diffusion)
 
     def force(self, u: Tensor, y: Tensor) -> Tensor:
         x, v = y.unbind(-1)
         return torch.stack((v - x**3, -self.friction * v), -1)
 
     def amplitude(self, u: Tensor) -> Tensor:
-        strength = (2 * self.friction * self.spread) ** 0.5
+        strength = (2 * self.friction * self.diffusion) ** 0.5
         return torch.tensor([[0.0], [strength]], dtype=torch.float64, device=u.device)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from genmodels.diffusion.clocks import Constant
 from genmodels.diffusion.fokker_planck import FokkerPlanck
 from genmodels.diffusion.local_kernels import local_kernel, simulate
+from genmodels.diffusion.local_score import flow_velocity
 from genmodels.diffusion.physics import DoubleWell, Kuramoto, Phi4, Quartic, Swimmer, TrappedParticles
 from genmodels.diffusion.priors import Prior
 from genmodels.diffusion.processes import Process
@@ -43,6 +44,18 @@ def test_derivatives_of_forces_are_those_of_automatic_differentiation(name):
     y = states(process)
     torch.testing.assert_close(process.ito(u, y), Process.ito(process, u, y))
     torch.testing.assert_close(process.jacobian(u, y), Process.jacobian(process, u, y))
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_process_has_a_probability_flow(name):
+    """F - Q s/2, with Q of G alone: in a swimmer the score moves the velocity, and no position."""
+    process = PROCESSES[name]
+    u, y = torch.tensor(0.3, dtype=torch.float64), torch.ones(2, *process.shape, dtype=torch.float64)
+    s = torch.arange(1.0, y.numel() + 1, dtype=torch.float64).reshape(y.shape)
+    g = process.amplitude(u)
+    pulled = s @ (g @ g.mT) if g.ndim == 2 else g.square() * s
+    found = flow_velocity(process, u, y, s)
+    torch.testing.assert_close(found, process.force(u, y) - 0.5 * pulled, rtol=1e-12, atol=1e-12)
 
 
 def test_forces_are_the_gradients_of_what_is_at_rest():
