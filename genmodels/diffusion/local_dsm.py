@@ -56,7 +56,8 @@ class LocalDSM(Model):
         simulation_steps: K, steps of the same kernel from an item to y_s.
         variance: "control" subtracts the score at m, a second evaluation, and "antithetic" pairs z with -z; both keep
             the variance of gradients bounded as δ → 0.
-        weight: see above; "whitened" weighs like the simple loss of DDPM.
+        weight: see above; "whitened" weighs |s - ∇log q|² by the kernel's covariance: like the simple loss of DDPM
+            where the kernel starts at the item, and by about δ g² where u is larger than the increment δ.
         times: law of u, see `TimesOfClock`.
         divergence: of the objective "ism"; exact costs a backward pass for each component.
         t_min: first time, > 0.
