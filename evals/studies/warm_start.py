@@ -43,8 +43,13 @@ def rows(run: Run) -> list[Row]:
         row: Row = {"steps": steps, "difference": difference(model, run.config.options("sample"), steps)}
         for way, warm in (("cold", False), ("warm", True)):
             result = evaluate(run, protocol, overrides={"sample": {"num_steps": steps, "warm_start": warm}})
-            cost, fd = result["cost"]["sample"], result["metrics"][0]["value"]
-            row[way] = {"nfe": cost["nfe"], "ms": 1e3 * cost["seconds_per_item"], "fd": fd}
+            cost, fd = result["cost"]["sample"], result["metrics"][0]
+            row[way] = {
+                "nfe": cost["nfe"],
+                "ms": 1e3 * cost["seconds_per_item"],
+                "fd": fd["value"],
+                "err": fd["stderr"],
+            }
         found.append(row)
     return found
 
@@ -72,8 +77,8 @@ def table(found: list[Row]) -> str:
         cold, warm, velocities = r["cold"], r["warm"], 2 * r["steps"]
         lines.append(
             f"| {r['steps']} | {velocities} | {cold['nfe'] / velocities:.2f} | {warm['nfe'] / velocities:.2f} | "
-            f"{warm['nfe'] / cold['nfe']:.2f} | {cold['ms']:.3g} | {warm['ms']:.3g} | {cold['fd']:.3g} | "
-            f"{warm['fd']:.3g} | {r['difference']:.1g} |"
+            f"{warm['nfe'] / cold['nfe']:.2f} | {cold['ms']:.3g} | {warm['ms']:.3g} | "
+            f"{cold['fd']:.3g} ± {cold['err']:.1g} | {warm['fd']:.3g} ± {warm['err']:.1g} | {r['difference']:.1g} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -91,10 +91,10 @@ def test_the_table_of_tolerances():
 
 
 def test_the_table_of_warm_starts():
-    way = {"nfe": 50.0, "ms": 4.0, "fd": 2.5}
-    row = {"steps": 5, "difference": 0.0123, "cold": way, "warm": {"nfe": 25.0, "ms": 2.0, "fd": 2.6}}
+    way = {"nfe": 50.0, "ms": 4.0, "fd": 2.5, "err": 0.12}
+    row = {"steps": 5, "difference": 0.0123, "cold": way, "warm": {"nfe": 25.0, "ms": 2.0, "fd": 2.6, "err": 0.2}}
     (line,) = warm_start.table([row]).splitlines()[2:]
-    assert line == "| 5 | 10 | 5.00 | 2.50 | 0.50 | 4 | 2 | 2.5 | 2.6 | 0.01 |"
+    assert line == "| 5 | 10 | 5.00 | 2.50 | 0.50 | 4 | 2 | 2.5 ± 0.1 | 2.6 ± 0.2 | 0.01 |"
 
 
 class Drawn:
