@@ -23,7 +23,7 @@ from .checks import at_least_one, check_settings
 from .couplings import Coupling, Independent
 from .denoiser import Denoising, denoiser_of
 from .grids import Even, TimeGrid
-from .model_space import InModelSpace
+from .model_space import InModelSpace, root_mean_square
 from .parametrization import Target, target
 from .reverse import Diffusivity, OfPath
 from .samplers import Guidance, Sampler
@@ -130,14 +130,7 @@ class DiffusionModel(Denoising, Scored, Model):
         """Fit the transform, measure the data's root mean square in model space if it was not given, find the path."""
         self.transform.fit(batches)
         if self.measures:
-            total, count = 0.0, 0
-            for batch in batches:
-                noise = BatchNoise(len(batch), generator=generator, device=self.device)
-                y, _ = self._to_model_space(batch.x.to(self.device), noise)
-                total, count = total + float(y.double().square().sum()), count + y.numel()
-            if not total > 0:
-                raise ValueError("diffusion: the training data are empty, or 0 everywhere in model space.")
-            self.denoiser.sigma_data.fill_(math.sqrt(total / count))
+            self.denoiser.sigma_data.fill_(root_mean_square(self, self._to_model_space, batches, generator))
         found = self.denoiser.fit_path(InModelSpace(self.transform, batches, generator), generator=generator)
         return {"sigma_data": self.denoiser.sigma_data.clone(), **found}
 

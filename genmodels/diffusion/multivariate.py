@@ -22,6 +22,7 @@ from .checks import at_least_one, one_each
 from .joint_sampling import Rule, reverse
 from .joint_score import JointScore, Parametrization, apply
 from .linear import CriticallyDamped, LinearDiffusion
+from .model_space import root_mean_square
 
 LAW_CELLS = 1024  # of the tabulated law of importance-sampled times
 HALF_STEP = 2.0**-25  # uniform draws are multiples of 2^-24: their midpoints never reach 0 or 1
@@ -109,14 +110,7 @@ class MultivariateDiffusion(Model):
         """Fit the transform, then measure the root mean square of the data in model space if it was not given."""
         self.transform.fit(batches)
         if self.measures:
-            total, count = 0.0, 0
-            for batch in batches:
-                noise = BatchNoise(len(batch), generator=generator, device=self.device)
-                y, _ = self._to_model_space(batch.x.to(self.device), noise)
-                total, count = total + float(y.double().square().sum()), count + y.numel()
-            if not total > 0:
-                raise ValueError("multivariate_diffusion: the training data are empty, or 0 everywhere in model space.")
-            self.joint.sigma_data.fill_(math.sqrt(total / count))
+            self.joint.sigma_data.fill_(root_mean_square(self, self._to_model_space, batches, generator))
         return {"sigma_data": self.joint.sigma_data.clone()}
 
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:

@@ -42,7 +42,7 @@ class Prior(nn.Module, ABC):
 
     def log_density(self, y: Tensor) -> Tensor:
         """[*] log density of each component, in nats."""
-        raise NotImplementedError(f"{type(self).__name__}: give the prior log_density, or log_prob and structure.")
+        raise ConfigError(f"{type(self).__name__}: a prior needs a method log_density, or log_prob and a structure.")
 
     def log_prob(self, y: Tensor) -> Tensor:
         """[B] float64 log density of items [B, *shape], in nats."""
