@@ -18,10 +18,10 @@ from torch import Tensor
 
 from genmodels.config import Config
 from genmodels.data.external import from_tensors
-from genmodels.diffusion.fokker_planck import FokkerPlanck
-from genmodels.diffusion.physics import DoubleWell, TrappedParticles
 from genmodels.files import write_text
 from genmodels.model import Model
+from genmodels.processes.fokker_planck import FokkerPlanck
+from genmodels.processes.physics import DoubleWell, TrappedParticles
 from genmodels.training.loop import train
 
 from .plans import ROOT

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from scipy.linalg import expm
 
-from genmodels.diffusion.fokker_planck import FokkerPlanck
+from genmodels.processes.fokker_planck import FokkerPlanck
 
 
 def normal(mean: float, std: float):

@@ -7,9 +7,9 @@ from scipy.integrate import quad_vec
 from scipy.linalg import expm
 from scipy.special import gammainc
 
-from genmodels.diffusion.clocks import Constant, Linear
-from genmodels.diffusion.linear import CriticallyDamped, LinearDiffusion, LinearSDE, Multivariate, moments
 from genmodels.diffusion.schedules import VariancePreserving
+from genmodels.processes.clocks import Constant, Linear
+from genmodels.processes.linear import CriticallyDamped, LinearDiffusion, LinearSDE, Multivariate, moments
 from genmodels.registry import ConfigError, build, resolve
 
 CHAIN = {"skew": ((0, -1, 0), (1, 0, -2), (0, 2, 0)), "diffusion": ((0, 0, 0), (0, 0, 0), (0, 0, 3))}

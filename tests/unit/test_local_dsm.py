@@ -9,16 +9,16 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
-from genmodels.diffusion.clocks import Constant, Linear
-from genmodels.diffusion.increments import TimesOfClock, choose_increment, defects
-from genmodels.diffusion.local_bound import Bound
-from genmodels.diffusion.local_dsm import LocalDSM
-from genmodels.diffusion.local_objective import Objective
-from genmodels.diffusion.local_score import LocalScore
-from genmodels.diffusion.mixing import largest_distance, measure, needed, spectral_gap, warn_unmixed
-from genmodels.diffusion.priors import Gaussian, GivenPrior, Logistic, Mixture, StudentT
-from genmodels.diffusion.processes import GivenProcess, Langevin
 from genmodels.model import Model
+from genmodels.processes.clocks import Constant, Linear
+from genmodels.processes.increments import TimesOfClock, choose_increment, defects
+from genmodels.processes.local_bound import Bound
+from genmodels.processes.local_dsm import LocalDSM
+from genmodels.processes.local_objective import Objective
+from genmodels.processes.local_score import LocalScore
+from genmodels.processes.mixing import largest_distance, measure, needed, spectral_gap, warn_unmixed
+from genmodels.processes.priors import Gaussian, GivenPrior, Logistic, Mixture, StudentT
+from genmodels.processes.process import GivenProcess, Langevin
 from genmodels.registry import ConfigError, build, resolve
 from genmodels.rng import BatchNoise
 from genmodels.solvers.base import Fixed

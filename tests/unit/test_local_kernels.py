@@ -7,8 +7,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from genmodels.diffusion.clocks import Constant, Linear
-from genmodels.diffusion.local_kernels import (
+from genmodels.processes.clocks import Constant, Linear
+from genmodels.processes.local_kernels import (
     checked_force,
     dense_kernel,
     elementwise_kernel,
@@ -17,8 +17,8 @@ from genmodels.diffusion.local_kernels import (
     phi2,
     simulate,
 )
-from genmodels.diffusion.priors import Gaussian, GivenPrior, Logistic, Mixture, Prior, StudentT
-from genmodels.diffusion.processes import GivenProcess, Langevin
+from genmodels.processes.priors import Gaussian, GivenPrior, Logistic, Mixture, Prior, StudentT
+from genmodels.processes.process import GivenProcess, Langevin
 from genmodels.registry import ConfigError
 from genmodels.rng import BatchNoise, SeedNoise
 from tests.contracts.test_denoiser import randn

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from genmodels.diffusion.joint_sampling import reverse
-from genmodels.diffusion.joint_score import apply
-from genmodels.diffusion.multivariate import MultivariateDiffusion
 from genmodels.diffusion.schedules import VariancePreserving
 from genmodels.model import Model
+from genmodels.processes.joint_sampling import reverse
+from genmodels.processes.joint_score import apply
+from genmodels.processes.multivariate import MultivariateDiffusion
 from genmodels.registry import ConfigError, build, resolve
 from genmodels.rng import BatchNoise, Noise, generator
 from genmodels.solvers.base import Fixed, integrate

@@ -9,13 +9,13 @@ from scipy import stats
 from scipy.integrate import quad, solve_ivp
 from torch import Tensor
 
-from genmodels.diffusion.clocks import Constant
-from genmodels.diffusion.fokker_planck import FokkerPlanck
-from genmodels.diffusion.local_kernels import local_kernel, simulate
-from genmodels.diffusion.local_score import flow_velocity
-from genmodels.diffusion.physics import DoubleWell, Kuramoto, Phi4, Quartic, Swimmer, TrappedParticles
-from genmodels.diffusion.priors import Prior
-from genmodels.diffusion.processes import Process
+from genmodels.processes.clocks import Constant
+from genmodels.processes.fokker_planck import FokkerPlanck
+from genmodels.processes.local_kernels import local_kernel, simulate
+from genmodels.processes.local_score import flow_velocity
+from genmodels.processes.physics import DoubleWell, Kuramoto, Phi4, Quartic, Swimmer, TrappedParticles
+from genmodels.processes.priors import Prior
+from genmodels.processes.process import Process
 from genmodels.registry import ConfigError
 from genmodels.rng import BatchNoise, generator
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evals.studies import physics
-from genmodels.diffusion.physics import TrappedParticles
+from genmodels.processes.physics import TrappedParticles
 
 
 def test_every_method_is_a_configuration_with_a_name_of_its_own():

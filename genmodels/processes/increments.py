@@ -12,7 +12,7 @@ from ..rng import Noise
 from .clocks import Clock
 from .gaussian_kernels import DiagonalKernel
 from .local_kernels import local_kernel
-from .processes import Process
+from .process import Process
 
 DEFECT, SHARE = 0.02, 0.99  # of the kernel's scale, for this share of states
 LARGEST_DEFECT = 0.1  # of an increment that is given, beyond which a warning is due

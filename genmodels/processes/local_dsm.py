@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from ..diffusion.checks import at_least_one, one_each
 from ..model import Model
 from ..networks.network import Network
 from ..registry import ConfigError, register
@@ -18,7 +19,6 @@ from ..solvers.runge_kutta import Dopri5
 from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, expand_like
-from .checks import at_least_one, one_each
 from .increments import Times, TimesOfClock, check_increment, choose_increment
 from .local_bound import Bound
 from .local_kernels import Order, simulate
@@ -26,7 +26,7 @@ from .local_objective import Divergence, Objective, Variance, Weight, is_exact
 from .local_score import Conditions, GuidedScore, LocalScore, flow_velocity
 from .mixing import measure, warn_unmixed
 from .prior_sampling import Spacing, reverse_grid, reverse_sample
-from .processes import Langevin, Process
+from .process import Langevin, Process
 
 PREPARED = 1024  # items that the increment and the mixing are measured on
 

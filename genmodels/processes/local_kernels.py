@@ -18,7 +18,7 @@ from torch import Tensor
 from ..rng import Noise
 from ..types import expand_like
 from .gaussian_kernels import DenseKernel, DiagonalKernel, Kernel
-from .processes import Process
+from .process import Process
 
 Order = Literal[0, 1, "ito"]
 SERIES = tuple(1 / math.factorial(k + 2) for k in range(14))  # of φ₂; at |z| <= 1/2 the next term is below 1e-17

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
+from ..diffusion.checks import at_least_one, one_each
+from ..diffusion.model_space import root_mean_square
 from ..model import Model, check_labels
 from ..networks.network import Network
 from ..registry import ConfigError, register
@@ -18,11 +20,9 @@ from ..solvers.runge_kutta import Dopri5, Heun
 from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, sum_items
-from .checks import at_least_one, one_each
 from .joint_sampling import Rule, reverse
 from .joint_score import JointScore, Parametrization, apply
 from .linear import CriticallyDamped, LinearDiffusion
-from .model_space import root_mean_square
 
 LAW_CELLS = 1024  # of the tabulated law of importance-sampled times
 HALF_STEP = 2.0**-25  # uniform draws are multiples of 2^-24: their midpoints never reach 0 or 1

@@ -11,7 +11,7 @@ from ..types import sum_items
 from .increments import HALF_STEP, TimesOfClock
 from .local_kernels import Order, local_kernel, simulate
 from .local_score import implicit_rate, reverse_kernel
-from .processes import Process
+from .process import Process
 
 
 class Bound:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from ..rng import BatchNoise
 from .local_kernels import Order, simulate
 from .priors import Prior
-from .processes import Langevin, Process
+from .process import Langevin, Process
 
 LEFT = 0.03  # the share of the slowest mode that may be left at the end, and the excess of a distance over chance
 DIRECTIONS = 32

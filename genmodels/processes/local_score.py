@@ -11,7 +11,7 @@ from ..solvers.divergence import exact_divergence, hutchinson
 from ..types import Condition, Shape, expand_like, sum_items
 from .gaussian_kernels import Kernel
 from .local_kernels import kernel_of
-from .processes import Process
+from .process import Process
 
 FLOOR = 1e-5  # of s̄²: below it a state is data, and float32 has no digits left for its noise
 

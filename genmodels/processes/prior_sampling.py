@@ -14,7 +14,7 @@ from ..solvers.stochastic import RowSDE
 from ..types import expand_like
 from .clocks import Clock
 from .local_score import reverse_kernel
-from .processes import Process
+from .process import Process
 
 Spacing = Literal["clock", "time", "quadratic"]
 TOLERANCE = 2.0**-20  # of the Brownian tree: the shortest steps, at the data's end, must not miss their noise

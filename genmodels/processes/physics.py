@@ -11,7 +11,7 @@ from ..types import Shape, expand_like
 from .clocks import Clock, Constant
 from .gaussian_kernels import DenseKernel, Kernel
 from .priors import Prior, positive
-from .processes import Process
+from .process import Process
 
 CELLS = 4096  # of the table by which a quartic law is sampled
 BEYOND = 40.0  # nats below the largest density that the table leaves out

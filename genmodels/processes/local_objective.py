@@ -10,7 +10,7 @@ from ..solvers.divergence import draw_probes
 from .increments import TimesOfClock
 from .local_kernels import Order, local_kernel, simulate
 from .local_score import LocalScore, implicit_rate
-from .processes import Process
+from .process import Process
 
 Variance = Literal["plain", "control", "antithetic"]
 Weight = Literal["whitened", "likelihood"]
