@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..conditions import GuidedNetwork, check_interval
 from ..networks.network import Network
 from ..types import Condition
 from .linear import LinearDiffusion
@@ -96,6 +97,34 @@ class JointScore(nn.Module):
 
     def forward(self, t: Tensor, u: Tensor, condition: Condition | None = None) -> Tensor:
         return self.velocity(t, u, condition)
+
+    def guided(self, scale: float, null: Tensor, interval: tuple[float, float] | None = None) -> "JointScore":
+        """s_null + w (s - s_null), which is s with F guided so: at fixed t and u it is an affine function of F.
+
+        Args:
+            scale: w; 1 is off.
+            null: [*] the label or embedding that stands for "no condition".
+            interval: noise levels (low, high) of the item within which guidance acts.
+        Raises:
+            ValueError: unless 0 <= low < high.
+        Source: Kynkäänniemi et al. 2024 (Applying guidance in a limited interval).
+        """
+        if interval is not None:
+            check_interval(interval)
+
+        def acts(t: Tensor) -> Tensor:
+            level = self.noise_level(t)
+            return (interval[0] <= level) & (level <= interval[1])
+
+        network = GuidedNetwork(self.network, scale, null, None if interval is None else acts)
+        made = JointScore(network, self.diffusion, self.prediction, float(self.sigma_data))
+        return made.to(self.sigma_data.device)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """[] or [B] float64 σ/|α| of the item in u_t, σ the standard deviation of its noise, at times > 0."""
+        noise = self.diffusion.marginal(t.double(), 0.0)
+        scale = self.diffusion.transition(torch.zeros_like(t.double()), t.double())[0][..., 0, 0]
+        return noise[..., 0, 0].sqrt() / scale.abs()
 
     # ---- the frame in which the law at rest stands still -------------------------------------------------------------
 

@@ -271,7 +271,7 @@ def test_questions_that_cannot_be_answered_are_refused():
     with pytest.raises(ValueError, match="empty, or 0 everywhere"):
         make(sigma_data=None).prepare([Batch(torch.zeros(4, 2))], generator=generator("prepare"))
     labelled = {"num_classes": 3, "condition_shape": None, "transform": Identity(), "bin_width": None}
-    node = resolve(Model, {"name": "multivariate_diffusion", "network": "mlp"}, "test")
+    node = resolve(Model, {"name": "multivariate_diffusion", "network": "mlp", "condition_dropout": 0.0}, "test")
     conditional = build(Model, node, shape=(2,), **labelled)
     with pytest.raises(ValueError, match="a tensor of 2 conditions is needed"):
         conditional.sample(2)
