@@ -239,7 +239,7 @@ class LocalDSM(ScoreModel):
             guidance: 1 is off; other values double the cost.
         Raises:
             NotApplicable: if the process has no prior.
-        Source: Singhal, Goldstein & Ranganath 2024 (Automated denoising score matching for nonlinear diffusions).
+        Source: Anderson 1982 (Reverse-time diffusion equation models).
         """
         prior, seeds = self._prior("sample"), as_seeds(seeds)
         condition = self.conditions.checked(condition, len(seeds), "sample")

@@ -81,7 +81,7 @@ def reverse_kernel(process: Process, u: Tensor, to: Tensor, y: Tensor, score: Te
     Args:
         u, to: [] or [B] float64.
         score: [B, *shape] s(u, y).
-    Source: Singhal, Goldstein & Ranganath 2024 (Automated denoising score matching for nonlinear diffusions).
+    Source: Anderson 1982 (Reverse-time diffusion equation models), for the reverse SDE.
     """
     force = process.spread(u, score) - process.force(u, y)
     return kernel_of(process, y, force, -process.jacobian(u, y), None, 0.5 * (u + to), u - to)
@@ -99,7 +99,7 @@ def implicit_rate(
 
     Args:
         probes: [P, B, *shape] for Hutchinson's estimate of the divergence; None for its exact value.
-    Source: Hyvärinen 2005 (Estimation of non-normalized statistical models by score matching), theorem 1.
+    Source: Hyvärinen 2005 (Estimation of non-normalized statistical models by score matching), theorem 1, for Q = 1.
     """
     kept: list[Tensor] = []
 
