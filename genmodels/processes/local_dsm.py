@@ -96,6 +96,7 @@ class LocalDSM(ScoreModel):
         facts = {"num_classes": num_classes, "condition_shape": condition_shape, "bin_width": bin_width}
         super().__init__(conditional, condition_dropout, shape=shape, transform=transform, **facts)
         self.process = process(shape=self.model_shape)
+        self.process.check_noise()
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
         built = network(**sizes, **self.conditions.keywords)
         self.score_network = LocalScore(built, self.process, residual)
@@ -191,7 +192,7 @@ class LocalDSM(ScoreModel):
         return self._field(self.score_network)(t, x, self.conditions.checked(condition, len(x), "velocity"))
 
     def _clock(self, t: Tensor) -> Tensor:
-        return self.process.clock(torch.as_tensor(t, dtype=torch.float64, device=self.device))
+        return self.process.clock(t).to(self.device)
 
     def _field(self, score: nn.Module) -> Callable[..., Tensor]:
         def velocity(t: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
