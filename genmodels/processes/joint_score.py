@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..conditions import GuidedNetwork, check_interval
 from ..networks.network import Network
 from ..types import Condition
+from .clocks import inside
 from .linear import LinearDiffusion
 
 Parametrization = Literal["mixed", "noise"]
@@ -54,9 +55,18 @@ class JointScore(nn.Module):
         self.register_buffer("sigma_data", torch.tensor(sigma_data, dtype=torch.float64))
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """At times [] or [B] above 0."""
+        """At times [] or [B] above 0.
+
+        Raises:
+            ValueError: if they are integers or not in (0, 1].
+        """
         d = self.diffusion
-        t = t.double()
+        t = inside(t, 1.0, "t")
+        if t.device.type == "cpu" and bool((t <= 0).any()):
+            raise ValueError(
+                "multivariate_diffusion: times > 0 are needed, found t = 0, where u has no density given the item. The "
+                "model's own times begin at t_min."
+            )
         factor = d.factor.to(t)
         mean, noise = d.transition(torch.zeros_like(t), t)
         spread = mean[..., :, 1:] @ mean[..., :, 1:].mT * d.spread

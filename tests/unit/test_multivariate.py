@@ -264,6 +264,9 @@ def test_questions_that_cannot_be_answered_are_refused():
     with pytest.raises(ValueError, match="'splitting' needs a diffusion that comes to rest"):
         make(diffusion=growing).sample(1, method="splitting", num_steps=2)
     model = make()
+    for t, message in ((1, r"found torch\.int64"), (1.5, r"found t = 1\.5"), (-0.1, "0 <= t <= 1"), (0.0, "times > 0")):
+        with pytest.raises(ValueError, match=message):
+            model.velocity(torch.tensor(t), torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match="built for"):
         model.decode(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="unconditional model"):
