@@ -15,9 +15,7 @@ LARGEST_INPUT = 5.0  # standard deviation beyond which a network should not be f
 STATED, DIFFERENCED = 1e-6, 1e-4  # relative disagreement with automatic differentiation, and with differences
 
 
-def check_settings(
-    schedule: Schedule, prediction: Target, dropout: float, sigma_data: float | None, regularized_items: int
-) -> None:
+def check_settings(schedule: Schedule, prediction: Target, sigma_data: float | None, regularized_items: int) -> None:
     """Raises ConfigError if a number is out of its range, or if the network would be fed inputs of a large scale.
 
     Schedules that are not of this package are looked at by `check_schedule`.
@@ -26,8 +24,6 @@ def check_settings(
         check_schedule(schedule)
     if regularized_items < 1:
         raise ConfigError(f"model.regularized_items: at least 1 is needed, found {regularized_items}.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"model.condition_dropout: 0 <= condition_dropout < 1 is needed, found {dropout}.")
     if sigma_data is not None and not sigma_data > 0:
         raise ConfigError(f"model.sigma_data: a number > 0, or null to measure it, is needed, found {sigma_data}.")
     if not schedule.ready:

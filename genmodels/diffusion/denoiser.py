@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Generator, Tensor, nn
 
+from ..conditions import guide
 from ..networks.network import Network
 from ..rng import Noise
 from ..types import Condition, expand_like
@@ -173,7 +174,7 @@ class Denoising:
 
     def answer(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
         """[B, *model_shape] what the network predicts at states x in model space, in its own units."""
-        return self.denoiser.answer(t, x, self._checked(condition, len(x), "answer"))
+        return self.denoiser.answer(t, x, self.conditions.checked(condition, len(x), "answer"))
 
 
 class Guided(Denoiser):
@@ -199,14 +200,7 @@ class Guided(Denoiser):
         self.denoiser, self.scale, self.null = denoiser, scale, null
 
     def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
-        if not isinstance(condition, Tensor):
-            raise ValueError("guidance needs a tensor of conditions to guide towards. Pass condition=, or guidance=1.")
-        null = self.null.to(condition).expand_as(condition)
-        if self.scale in (0, 1):
-            return self.denoiser.answer(t, x, condition if self.scale == 1 else null)
-        times = torch.cat((t, t)) if t.ndim else t
-        free, given = self.denoiser.answer(times, torch.cat((x, x)), torch.cat((null, condition))).chunk(2)
-        return free + self.scale * (given - free)
+        return guide(self.denoiser.answer, t, x, condition, self.null, self.scale)
 
 
 class OnSchedule(Denoiser):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..conditions import check_interval
 from ..registry import ConfigError
 from ..types import Condition, expand_like
 from .denoiser import Denoiser, OnSchedule
@@ -88,11 +89,9 @@ class WithinInterval(Combined):
     """
 
     def __init__(self, guided: Denoiser, plain: Denoiser, interval: tuple[float, float]) -> None:
-        low, high = interval
-        if not 0 <= low < high:
-            raise ValueError(f"interval: noise levels σ/α with 0 <= low < high are needed, found {[low, high]}.")
+        check_interval(interval)
         super().__init__(guided)
-        self.plain, self.interval = plain, (low, high)
+        self.plain, self.interval = plain, tuple(interval)
 
     def predict(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Prediction:
         alpha, sigma = self.schedule.scales(t)
@@ -140,8 +139,8 @@ def check_guide(place: str, guide: object, model: "DiffusionModel") -> None:
     if guide.conditional:
         facts += [
             ("conditions", model.conditional, True),
-            ("the number of classes", model.num_classes, guide.num_classes),
-            ("conditions of the shape", _shape(model.null), _shape(guide.null)),
+            ("the number of classes", model.conditions.num_classes, guide.conditions.num_classes),
+            ("conditions of the shape", _shape(model.conditions.null), _shape(guide.conditions.null)),
         ]
     for what, own, other in facts:
         if own != other:

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from ..dynamics.regularization import Evolved, Regularizer, evolve
-from ..model import Model, check_labels
+from ..model import Model
 from ..networks.equilibrium import charges, warm
 from ..networks.network import Network
 from ..registry import register
-from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
+from ..rng import BatchNoise, SeedNoise, as_seeds
+from ..score_model import ScoreModel
 from ..solvers.base import Controller, Fixed, Solver
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5, Heun, Tsit5
@@ -35,7 +36,7 @@ from .weightings import Uniform, Weighting
 
 
 @register(Model, "diffusion")
-class DiffusionModel(Denoising, Scored, Model):
+class DiffusionModel(Denoising, Scored, ScoreModel):
     """A denoiser of x_t = α(t) T(x) + σ(t) ε, and the ODE between noise (t = 1) and data (t = 0) that it defines.
 
     loss = w(t) |p̂(t, x_t) - p|²/D with ε ~ N(0, I), t from the law of times, and p what the network predicts. The
@@ -91,37 +92,25 @@ class DiffusionModel(Denoising, Scored, Model):
         transform: Transform,
         bin_width: float | None,
     ) -> None:
-        super().__init__()
-        check_settings(schedule, prediction, condition_dropout, sigma_data, regularized_items)
+        facts = {"num_classes": num_classes, "condition_shape": condition_shape, "bin_width": bin_width}
+        super().__init__(conditional, condition_dropout, shape=shape, transform=transform, **facts)
+        check_settings(schedule, prediction, sigma_data, regularized_items)
         self.regularizers, self.regularized_items = tuple(regularizers), regularized_items
         self.solver, self.controller = solver, controller or PI(1e-3, 1e-3, norm="batch")
         self.differentiates_twice = any(r.differentiates for r in self.regularizers)
-        self.shape, self.bin_width, self.transform = tuple(shape), bin_width, transform
-        self.conditional = conditional and (num_classes is not None or condition_shape is not None)
-        if not self.conditional:
-            num_classes, condition_shape = None, None
-        self.num_classes = num_classes
-        self.times, self.weighting, self.condition_dropout = times, weighting, condition_dropout
+        self.times, self.weighting = times, weighting
         self.coupling, self.measures = coupling, sigma_data is None
-        self.model_shape = transform.out_shape(self.shape)
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
-        built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
+        built = network(**sizes, **self.conditions.keywords)
         self.denoiser = denoiser_of(built, schedule, prediction, sigma_data or 1.0, time_condition)
-        if num_classes is None and condition_shape is not None:
-            # without dropout nothing would ever train it
-            self.null = nn.Parameter(torch.zeros(condition_shape), requires_grad=condition_dropout > 0)
-        else:
-            null = None if num_classes is None else torch.tensor(num_classes)
-            self.register_buffer("null", null, persistent=False)
 
     @property
     def schedule(self) -> Schedule:
         return self.denoiser.schedule
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters: what the network computes in."""
-        return next((p.dtype for p in self.denoiser.parameters()), torch.get_default_dtype())
+    def network(self) -> Network:
+        return self.denoiser.network
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +130,7 @@ class DiffusionModel(Denoising, Scored, Model):
         span = (denoiser.t_min, denoiser.t_max)
         t = self.times.sample(noise, self.schedule, span)
         scales, eps = self.schedule(t), noise.normal(*self.model_shape, dtype=x.dtype)
-        condition = self._drop(batch.condition, noise) if self.conditional else None
+        condition = self.conditions.drop(batch.condition, noise)
         eps = self.coupling(x, eps, batch.condition if self.conditional else None, noise)
         alpha, sigma = (expand_like(c, x).to(x.dtype) for c in (scales.alpha, scales.sigma))
         wanted = target(denoiser.prediction, x, eps, scales, denoiser.sigma_data)
@@ -171,18 +160,6 @@ class DiffusionModel(Denoising, Scored, Model):
             progress=self.progress,
             noise=noise,
         )
-
-    def _drop(self, condition: Condition | None, noise: Noise) -> Tensor:
-        """The conditions with a share of them replaced by "no condition", item by item."""
-        condition = self._checked(condition, noise.n, "loss", required=True)
-        if self.condition_dropout == 0:
-            return condition
-        hidden = expand_like(noise.uniform() < self.condition_dropout, condition)
-        return torch.where(hidden, self.null.to(condition), condition)
-
-    def _to_model_space(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.transform(x.to(torch.promote_types(x.dtype, self.dtype)), noise)
-        return y.to(self.dtype), log_det
 
     # ---- samples and latents -----------------------------------------------------------------------------------------
 
@@ -227,7 +204,7 @@ class DiffusionModel(Denoising, Scored, Model):
             NotApplicable: if the solver adds noise, and items and noise were coupled in training.
         """
         seeds = as_seeds(seeds)
-        condition = self._checked(condition, len(seeds), "sample")
+        condition = self.conditions.checked(condition, len(seeds), "sample")
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
         if warm_start and not isinstance(controller, Fixed):
             raise ValueError("sample: warm_start needs steps that all rows share. Use controller: fixed.")
@@ -262,7 +239,7 @@ class DiffusionModel(Denoising, Scored, Model):
         """
         self.check_items(x, "encode")
         y, _ = self._to_model_space(x, None)
-        condition = self._checked(condition, len(x), "encode")
+        condition = self.conditions.checked(condition, len(x), "encode")
         guided = Guidance(guidance, interval, guide)
         return Sampler(self, num_steps, solver, controller, grid, guided).solve(y, condition, False)
 
@@ -281,7 +258,7 @@ class DiffusionModel(Denoising, Scored, Model):
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
         self.check_items(z, "decode", self.model_shape)
-        condition = self._checked(condition, len(z), "decode")
+        condition = self.conditions.checked(condition, len(z), "decode")
         guided = Guidance(guidance, interval, guide)
         sampler = Sampler(self, num_steps, solver, controller, grid, guided)
         return self.transform.inverse(sampler.solve(z.to(self.dtype), condition, True))
@@ -298,25 +275,9 @@ class DiffusionModel(Denoising, Scored, Model):
 
     def velocity(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
         """[B, *shape] dx/dt of the probability-flow ODE, in model space per unit time."""
-        return self.denoiser.velocity(t, x, self._checked(condition, len(x), "velocity"))
+        return self.denoiser.velocity(t, x, self.conditions.checked(condition, len(x), "velocity"))
 
     def score(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
         """[B, *shape] ∇ log p_t(x), in model space; NotApplicable if noise and items were coupled in training."""
         self.check_independent("score")
-        return self.denoiser.score(t, x, self._checked(condition, len(x), "score"))
-
-    def _checked(self, condition: Condition | None, n: int, where: str, required: bool = False) -> Tensor | None:
-        """One condition for each of n items: "no condition" if None, and None for an unconditional model."""
-        if not self.conditional:
-            if condition is not None:
-                raise ValueError(f"{where}: a condition was given to an unconditional model. Drop it.")
-            return None
-        if condition is None and self.condition_dropout > 0 and not required:
-            return self.null.expand(n, *self.null.shape)
-        if not isinstance(condition, Tensor) or len(condition) != n:
-            found = f"{list(condition.shape)}" if isinstance(condition, Tensor) else type(condition).__name__
-            advice = "" if self.condition_dropout else " A model trained with condition_dropout=0 needs one."
-            raise ValueError(f"{where}: a tensor of {n} conditions is needed, one per item, found {found}.{advice}")
-        if where not in ("loss", "velocity", "score"):  # asked often, and reading labels waits for the device
-            check_labels(condition, self.num_classes, where)
-        return condition.to(self.device)
+        return self.denoiser.score(t, x, self.conditions.checked(condition, len(x), "score"))

@@ -52,17 +52,12 @@ class Guidance:
             return model.denoiser
         if self.guide is not None:
             guide = load_guide(self.guide, model)
-            learnt = guide.conditional and model.num_classes is None and model.condition_dropout > 0
-            nulls = (model.null, guide.null) if learnt else None
+            learnt = guide.conditional and model.conditions.num_classes is None and model.conditions.dropout > 0
+            nulls = (model.conditions.null, guide.conditions.null) if learnt else None
             guided: Denoiser = Autoguided(model.denoiser, guide.denoiser, self.scale, guide.conditional, nulls)
-        elif not model.conditional or model.condition_dropout == 0:
-            raise ValueError(
-                f"guidance {self.scale} needs a conditional model trained with condition_dropout > 0; this one has "
-                f"conditional={model.conditional}, condition_dropout={model.condition_dropout}. Use guidance=1, or "
-                "the run of a weaker model as guide."
-            )
         else:
-            guided = Guided(model.denoiser, self.scale, model.null)
+            model.conditions.check_guidance(self.scale, ", or the run of a weaker model as guide")
+            guided = Guided(model.denoiser, self.scale, model.conditions.null)
         return guided if self.interval is None else WithinInterval(guided, model.denoiser, self.interval)
 
 

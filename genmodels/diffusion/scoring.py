@@ -70,14 +70,12 @@ class Scored:
             (FFJORD), section 3.1; Kingma et al. 2021 (Variational diffusion models).
         """
         self.check_items(x, "likelihood")
-        if not self.transform.volume:
-            raise NotApplicable("the transform to model space has no log-determinant, so data have no density.")
-        condition = self._checked(condition, len(x), "likelihood")
+        self._check_volume()
+        condition = self.conditions.checked(condition, len(x), "likelihood")
         at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
         seeds = one_each(seeds, len(x))
-        wanted = x.requires_grad or any(p.requires_grad for p in self.parameters())
         parts = []
-        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):  # else a graph of every step for nothing
+        with self._gradients(x):
             for rows in torch.arange(len(x)).split(batch_size):
                 given = (x[rows], None if condition is None else condition[rows], seeds[rows])
                 if method == "elbo":
@@ -88,12 +86,6 @@ class Scored:
                     parts.append(self._draws(*given, draws, self._grid(num_steps, controller), ode))
         values = torch.cat(parts, -1)
         return mean_over_draws(values) if method == "elbo" else mean_over_probes(values, divergence)
-
-    def log_prob(
-        self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
-    ) -> Tensor:
-        """[B] nats: the value of `likelihood`, with its options."""
-        return self.likelihood(x, condition=condition, seeds=seeds, **options).value
 
     def check_independent(self, where: str) -> None:
         """Raises NotApplicable if a score is asked of a model that was trained with coupled noise."""

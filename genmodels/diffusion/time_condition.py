@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from fractions import Fraction
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -121,28 +122,34 @@ class LogSNR(TimeCondition):
 class Discrete(TimeCondition):
     """The time counted in steps, T t: what networks of discrete-time models were trained to see.
 
+    After k noising steps the time is t = k/T. The paper counts steps from 1: the label k = T t is 0 for the clean item.
+    Code of such chains counts them from 0: with `first: 0` the label is T t - 1, which at the steps of the schedule
+    "discrete" is the index into its table of ᾱ, and -1 for the clean item, which networks of such chains have never
+    seen. Networks of diffusers have a scale and an offset of time of their own for this: use one of the two, not both.
+
     Frequencies inside such networks are made for 0 … T; those of this package are made for about 0 … 1.
 
     Args:
         steps: T.
         whole: whether to round down to the step that has begun.
+        first: the label after the first noising step, 1 or 0.
     Raises:
         ConfigError: unless steps >= 1.
-    Source: Ho et al. 2020 (Denoising diffusion probabilistic models), section 4.
+    Source: Ho et al. 2020 (Denoising diffusion probabilistic models), section 2.
     """
 
-    def __init__(self, steps: int = 1000, whole: bool = False) -> None:
+    def __init__(self, steps: int = 1000, whole: bool = False, first: Literal[0, 1] = 1) -> None:
         if steps < 1:
             raise ConfigError(f"discrete.steps: at least 1 is needed, found {steps}.")
-        self.steps, self.whole = steps, whole
+        self.steps, self.whole, self.first = steps, whole, first
 
     def __call__(self, t: Tensor, schedule: Schedule) -> Tensor:
         if not self.whole:
-            return self.steps * t
+            return self.steps * t + (self.first - 1)
         # the product may round to just below a step: the beginning of that step, in the precision of t, decides
         index = (self.steps * t.detach()).round()
         begins = (index.double() / self.steps).to(t)
-        return torch.where(begins <= t, index, index - 1)
+        return torch.where(begins <= t, index, index - 1) + (self.first - 1)
 
 
 @register(TimeCondition, "remap")

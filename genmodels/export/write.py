@@ -91,7 +91,8 @@ def pipeline_of(
     transform = GenTransform(facts["transform"], list(model.shape))
     transform.back.load_state_dict(model.transform.state_dict())
     levels, width = facts.get("levels"), facts.get("bin_width") or 1.0
-    null = None if model.null is None or model.condition_dropout == 0 else model.null.tolist()
+    told = model.conditions
+    null = None if told.null is None or told.dropout == 0 else told.null.tolist()
     return GenPipeline(
         inner, chosen, transform.eval(), prior_scale=None if stock is None else model.prior_scale(), null=null,
         num_inference_steps=sample["num_steps"], guidance_scale=sample["guidance"],
@@ -126,9 +127,10 @@ def _inner(model: DiffusionModel, node: dict[str, Any]) -> Any:
     if _is_theirs(network):
         return network.model.eval()
     scale, offset = labels_of(model)
-    vectors = None if model.num_classes is not None or model.null is None else list(model.null.shape)
+    vectors = None if model.conditions.num_classes is not None else model.conditions.condition_shape
+    vectors = None if vectors is None else list(vectors)
     first, *rest = model.model_shape
-    wrapped = GenModel(node["network"], first, list(rest), model.num_classes, vectors, scale, offset)
+    wrapped = GenModel(node["network"], first, list(rest), model.conditions.num_classes, vectors, scale, offset)
     wrapped.inner.load_state_dict(network.state_dict())
     return nn.Module.to(wrapped, model.dtype).eval()  # theirs warns of parts that ours has not
 
@@ -252,7 +254,7 @@ def _dit_pipeline(model: DiffusionModel, facts: dict[str, Any], inner: Any, sche
     if not (isinstance(_network(model), DiffusersDiT) and hasattr(transform, "autoencoder") and scheduler is not None):
         return None
     stated = float(transform.scaling) == transform.autoencoder.config.scaling_factor and float(transform.shift) == 0
-    if not stated or model.num_classes != IMAGENET or model.denoiser.prediction not in PREDICTIONS:
+    if not stated or model.conditions.num_classes != IMAGENET or model.denoiser.prediction not in PREDICTIONS:
         return None
     return DiTPipeline(transformer=inner, vae=transform.autoencoder, scheduler=scheduler)
 

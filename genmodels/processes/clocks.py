@@ -58,9 +58,14 @@ def inside(value: Tensor, end: float, name: str) -> Tensor:
     """The value in float64, with rounding beyond the ends removed.
 
     Raises:
-        ValueError: if it lies outside [0, end] by more than rounding.
+        ValueError: if it is an integer tensor (steps are not times), or lies outside [0, end] by more than rounding.
     """
-    value = torch.as_tensor(value).double()
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        raise ValueError(
+            f"clock: {name} is a real number from 0 to {end:g}, found {value.dtype}. Step k of T, counted from 0, is "
+            "the time t = (k + 1)/T."
+        )
+    value = torch.as_tensor(value, dtype=torch.float64)
     slack = 1e-6 * end
     if value.device.type == "cpu" and bool(((value < -slack) | (value > end + slack) | value.isnan()).any()):
         wrong = value[(value < -slack) | (value > end + slack) | value.isnan()].flatten()[0]

@@ -5,8 +5,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..conditions import GuidedNetwork, check_interval
 from ..networks.network import Network
 from ..types import Condition
+from .clocks import inside
 from .linear import LinearDiffusion
 
 Parametrization = Literal["mixed", "noise"]
@@ -53,9 +55,18 @@ class JointScore(nn.Module):
         self.register_buffer("sigma_data", torch.tensor(sigma_data, dtype=torch.float64))
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """At times [] or [B] above 0."""
+        """At times [] or [B] above 0.
+
+        Raises:
+            ValueError: if they are integers or not in (0, 1].
+        """
         d = self.diffusion
-        t = t.double()
+        t = inside(t, 1.0, "t")
+        if t.device.type == "cpu" and bool((t <= 0).any()):
+            raise ValueError(
+                "multivariate_diffusion: times > 0 are needed, found t = 0, where u has no density given the item. The "
+                "model's own times begin at t_min."
+            )
         factor = d.factor.to(t)
         mean, noise = d.transition(torch.zeros_like(t), t)
         spread = mean[..., :, 1:] @ mean[..., :, 1:].mT * d.spread
@@ -96,6 +107,34 @@ class JointScore(nn.Module):
 
     def forward(self, t: Tensor, u: Tensor, condition: Condition | None = None) -> Tensor:
         return self.velocity(t, u, condition)
+
+    def guided(self, scale: float, null: Tensor, interval: tuple[float, float] | None = None) -> "JointScore":
+        """s_null + w (s - s_null), which is s with F guided so: at fixed t and u it is an affine function of F.
+
+        Args:
+            scale: w; 1 is off.
+            null: [*] the label or embedding that stands for "no condition".
+            interval: noise levels (low, high) of the item within which guidance acts.
+        Raises:
+            ValueError: unless 0 <= low < high.
+        Source: Kynkäänniemi et al. 2024 (Applying guidance in a limited interval).
+        """
+        if interval is not None:
+            check_interval(interval)
+
+        def acts(t: Tensor) -> Tensor:
+            level = self.noise_level(t)
+            return (interval[0] <= level) & (level <= interval[1])
+
+        network = GuidedNetwork(self.network, scale, null, None if interval is None else acts)
+        made = JointScore(network, self.diffusion, self.prediction, float(self.sigma_data))
+        return made.to(self.sigma_data.device)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """[] or [B] float64 σ/|α| of the item in u_t, σ the standard deviation of its noise, at times > 0."""
+        noise = self.diffusion.marginal(t.double(), 0.0)
+        scale = self.diffusion.transition(torch.zeros_like(t.double()), t.double())[0][..., 0, 0]
+        return noise[..., 0, 0].sqrt() / scale.abs()
 
     # ---- the frame in which the law at rest stands still -------------------------------------------------------------
 

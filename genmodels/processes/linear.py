@@ -111,7 +111,7 @@ def moments(matrix: Tensor, rate: Tensor, clock: Tensor) -> Moments:
     Van Loan's block exponential on a step of |A| B/2ᵐ < 1/2, then m doublings P(2B) = P(B) + e^{AB} P(B) e^{AᵀB}: sums
     of positive matrices, in which nothing cancels. A long block exponential would lose e^{2|A|B} of its precision.
 
-    Source: Van Loan 1978 (Computing integrals involving the matrix exponential).
+    Source: van Loan 1978 (Computing integrals involving the matrix exponential).
     """
     n, longest = len(matrix), float(torch.linalg.matrix_norm(matrix, 1)) * float(clock.max()) if clock.numel() else 0.0
     doublings = max(0, math.ceil(math.log2(2 * longest))) if longest > 0 else 0

@@ -12,6 +12,7 @@ from ..model import Model
 from ..networks.network import Network
 from ..registry import ConfigError, register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
+from ..score_model import ScoreModel
 from ..solvers.base import Controller, Fixed, Solver, integrate
 from ..solvers.divergence import mean_over_probes, transport
 from ..solvers.fields import RowField
@@ -23,7 +24,7 @@ from .increments import Times, TimesOfClock, check_increment, choose_increment
 from .local_bound import Bound
 from .local_kernels import Order, simulate
 from .local_objective import Divergence, Objective, Variance, Weight, is_exact
-from .local_score import Conditions, GuidedScore, LocalScore, flow_velocity
+from .local_score import LocalScore, flow_velocity
 from .mixing import measure, warn_unmixed
 from .prior_sampling import Spacing, reverse_grid, reverse_sample
 from .process import Langevin, Process
@@ -32,7 +33,7 @@ PREPARED = 1024  # items that the increment and the mixing are measured on
 
 
 @register(Model, "local_dsm")
-class LocalDSM(Model):
+class LocalDSM(ScoreModel):
     """The score of a diffusion with any drift, learnt from its Gaussian kernels over short increments.
 
     At a time u of the process the state y_s at u - δ is simulated from an item, and y_u = m + L z drawn from the local
@@ -92,28 +93,24 @@ class LocalDSM(Model):
         transform: Transform,
         bin_width: float | None,
     ) -> None:
-        super().__init__()
-        self.shape, self.bin_width, self.transform = tuple(shape), bin_width, transform
-        self.model_shape = transform.out_shape(self.shape)
+        facts = {"num_classes": num_classes, "condition_shape": condition_shape, "bin_width": bin_width}
+        super().__init__(conditional, condition_dropout, shape=shape, transform=transform, **facts)
         self.process = process(shape=self.model_shape)
-        if not conditional:
-            num_classes, condition_shape = None, None
-        self.conditions = Conditions(condition_dropout, num_classes, condition_shape)
-        self.conditional = self.conditions.active
+        self.process.check_noise()
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
-        built = network(**sizes, num_classes=num_classes, condition_shape=condition_shape)
+        built = network(**sizes, **self.conditions.keywords)
         self.score_network = LocalScore(built, self.process, residual)
         self.times = TimesOfClock(times, self.process.clock, t_min)
         self.objective, self.order, self.steps, self.chooses = objective, order, simulation_steps, increment is None
         self.differentiates_twice = objective == "ism"
         self.exact = is_exact(self.process)
-        self._check(increment, condition_dropout, variance)
+        self._check(increment, variance)
         kept = (self.score_network, self.times, simulation_steps, order, self.exact)
         self.training_objective = Objective(*kept, variance, weight, divergence)
         # δ before `prepare` has chosen one; a buffer, so that a checkpoint knows it
         self.register_buffer("increment", torch.tensor(0.02 if increment is None else increment, dtype=torch.float64))
 
-    def _check(self, increment: float | None, dropout: float, variance: Variance) -> None:
+    def _check(self, increment: float | None, variance: Variance) -> None:
         if increment is not None and not 0 < increment <= self.times.last:
             raise ConfigError(
                 f"model.increment: a number in (0, U], U = {self.times.last:g} the end of the process's clock, or null "
@@ -121,8 +118,6 @@ class LocalDSM(Model):
             )
         if self.steps < 1:
             raise ConfigError(f"model.simulation_steps: at least 1 is needed, found {self.steps}.")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"model.condition_dropout: 0 <= condition_dropout < 1 is needed, found {dropout}.")
         if self.objective == "global" and not self.exact:
             raise ConfigError(
                 f"model.objective: global needs kernels that are exact from the data on, which "
@@ -132,9 +127,8 @@ class LocalDSM(Model):
             raise ConfigError("model.variance: only the objective local has variates to control. Use variance: plain.")
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters: what the network computes in."""
-        return next((p.dtype for p in self.score_network.network.parameters()), torch.get_default_dtype())
+    def network(self) -> Network:
+        return self.score_network.network
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -187,10 +181,6 @@ class LocalDSM(Model):
         value = value.to(x.dtype) / math.prod(self.model_shape)
         return Loss(value, {self.objective: value.detach().mean()})
 
-    def _to_model_space(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.transform(x.to(torch.promote_types(x.dtype, self.dtype)), noise)
-        return y.to(self.dtype), log_det
-
     # ---- scores, samples and latents ---------------------------------------------------------------------------------
 
     def score(self, t: Tensor, x: Tensor, *, condition: Condition | None = None) -> Tensor:
@@ -202,7 +192,7 @@ class LocalDSM(Model):
         return self._field(self.score_network)(t, x, self.conditions.checked(condition, len(x), "velocity"))
 
     def _clock(self, t: Tensor) -> Tensor:
-        return self.process.clock(torch.as_tensor(t, dtype=torch.float64, device=self.device))
+        return self.process.clock(t).to(self.device)
 
     def _field(self, score: nn.Module) -> Callable[..., Tensor]:
         def velocity(t: Tensor, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -215,12 +205,8 @@ class LocalDSM(Model):
     def _guided(self, scale: float) -> nn.Module:
         if scale == 1:
             return self.score_network
-        if not self.conditional or self.conditions.dropout == 0:
-            raise ValueError(
-                f"guidance {scale} needs a conditional model trained with condition_dropout > 0; this one has "
-                f"conditional={self.conditional}, condition_dropout={self.conditions.dropout}. Use guidance=1."
-            )
-        return GuidedScore(self.score_network, scale, self.conditions.null)
+        self.conditions.check_guidance(scale)
+        return self.score_network.guided(scale, self.conditions.null)
 
     def _prior(self, where: str) -> Any:
         if self.process.prior is None:
@@ -254,7 +240,7 @@ class LocalDSM(Model):
             guidance: 1 is off; other values double the cost.
         Raises:
             NotApplicable: if the process has no prior.
-        Source: Singhal, Goldstein & Ranganath 2024 (Automated denoising score matching for nonlinear diffusions).
+        Source: Anderson 1982 (Reverse-time diffusion equation models).
         """
         prior, seeds = self._prior("sample"), as_seeds(seeds)
         condition = self.conditions.checked(condition, len(seeds), "sample")
@@ -357,16 +343,14 @@ class LocalDSM(Model):
         """
         self.check_items(x, "likelihood")
         self._prior("likelihood")
-        if not self.transform.volume:
-            raise NotApplicable("the transform to model space has no log-determinant, so data have no density.")
+        self._check_volume()
         condition = self.conditions.checked(condition, len(x), "likelihood")
         at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
         seeds = one_each(seeds, len(x))
         ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
         bound = Bound(self.process, self.score_network, self.times, self.steps, self.order, self.exact)
         drawn = None if divergence == "exact" else probes
-        wanted = x.requires_grad or any(p.requires_grad for p in self.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):  # else a graph of every step for nothing
+        with self._gradients(x):
             parts = []
             for rows in torch.arange(len(x)).split(batch_size):
                 given = None if condition is None else condition[rows]
@@ -390,9 +374,3 @@ class LocalDSM(Model):
         """[P, B] log-density of y in model space at t_min, one value for each probe."""
         moved = transport(RowField(self._field(self.score_network), condition), y, times, noise=noise, **ode)
         return (self.process.prior.log_prob(moved.z) + moved.log_det).reshape(-1, len(y))
-
-    def log_prob(
-        self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
-    ) -> Tensor:
-        """[B] nats: the value of `likelihood`, with its options."""
-        return self.likelihood(x, condition=condition, seeds=seeds, **options).value

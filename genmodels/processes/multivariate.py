@@ -9,17 +9,18 @@ from torch import Generator, Tensor
 
 from ..diffusion.checks import at_least_one, one_each
 from ..diffusion.model_space import root_mean_square
-from ..model import Model, check_labels
+from ..model import Model
 from ..networks.network import Network
 from ..registry import ConfigError, register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
+from ..score_model import ScoreModel
 from ..solvers.base import Controller, Fixed, Solver, integrate
 from ..solvers.divergence import mean_over_probes, transport
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5, Heun
 from ..solvers.step_size import PI
 from ..transforms import Transform
-from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, sum_items
+from ..types import Batch, Condition, Likelihood, Loss, Seeds, Shape, sum_items
 from .joint_sampling import Rule, reverse
 from .joint_score import JointScore, Parametrization, apply
 from .linear import CriticallyDamped, LinearDiffusion
@@ -29,7 +30,7 @@ HALF_STEP = 2.0**-25  # uniform draws are multiples of 2^-24: their midpoints ne
 
 
 @register(Model, "multivariate_diffusion")
-class MultivariateDiffusion(Model):
+class MultivariateDiffusion(ScoreModel):
     """A score of u = (T(x), v_1 … v_k) under a linear diffusion, and the equations back from noise that it defines.
 
     loss = |n̂(t, u_t) - n|²/(r D) with u_t = mean x + L ε, L Lᵀ the covariance given the item, and n = -C⁻¹ Gᵀ L⁻ᵀ ε of
@@ -47,6 +48,8 @@ class MultivariateDiffusion(Model):
             ∝ β tr(C Cᵀ) under which the weight "likelihood" varies least.
         t_min: first time, where the ODE ends; given the item u has no density at 0.
         conditional: whether the network sees the conditions of the data (labels, embeddings), if there are any.
+        condition_dropout: share of items whose condition is hidden in training, item by item; 0 gives up guidance and
+            unconditional answers.
         sigma_data: root mean square of T(x); null to measure it.
     Raises:
         ConfigError: if t_min or sigma_data is out of its range, or noise at t_min is below what float64 resolves.
@@ -64,6 +67,7 @@ class MultivariateDiffusion(Model):
         times: Literal["quadratic", "uniform", "importance"] = "quadratic",
         t_min: float = 1e-3,
         conditional: bool = True,
+        condition_dropout: float = 0.1,
         sigma_data: float | None = None,
         *,
         shape: Shape,
@@ -72,28 +76,23 @@ class MultivariateDiffusion(Model):
         transform: Transform,
         bin_width: float | None,
     ) -> None:
-        super().__init__()
+        facts = {"num_classes": num_classes, "condition_shape": condition_shape, "bin_width": bin_width}
+        super().__init__(conditional, condition_dropout, shape=shape, transform=transform, **facts)
         _check_settings(diffusion, t_min, sigma_data)
-        self.shape, self.bin_width, self.transform = tuple(shape), bin_width, transform
-        self.conditional = conditional and (num_classes is not None or condition_shape is not None)
-        self.num_classes = num_classes if self.conditional else None
         self.kernel, self.weighting, self.times, self.t_min = kernel, weighting, times, t_min
         self.measures, self.diffusion = sigma_data is None, diffusion
-        self.model_shape = transform.out_shape(self.shape)
         self.joint_shape = (diffusion.size, *self.model_shape)
         channels, *rest = self.model_shape
-        given = {"num_classes": self.num_classes, "condition_shape": condition_shape if self.conditional else None}
         sizes = {"in_shape": (diffusion.size * channels, *rest), "out_shape": (diffusion.noises * channels, *rest)}
-        built = network(**sizes, timed=True, **given)
+        built = network(**sizes, timed=True, **self.conditions.keywords)
         self.joint = JointScore(built, diffusion, prediction, 1.0 if sigma_data is None else sigma_data)
         edges, mass = self._time_law()
         self.register_buffer("edges", edges, persistent=False)
         self.register_buffer("mass", mass, persistent=False)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters: what the network computes in."""
-        return next((p.dtype for p in self.joint.parameters()), torch.get_default_dtype())
+    def network(self) -> Network:
+        return self.joint.network
 
     def _time_law(self) -> tuple[Tensor, Tensor]:
         """[K + 1] edges of cells of times, finer near t_min, and [K] their probabilities, ∝ ∫ β tr(C Cᵀ) dt."""
@@ -117,10 +116,11 @@ class MultivariateDiffusion(Model):
         self.check_items(batch.x, "loss")
         noise = BatchNoise(len(batch), generator=generator, device=batch.x.device)
         x, _ = self._to_model_space(batch.x, noise)
+        condition = self.conditions.drop(batch.condition, noise)
         t, density = self._draw_times(noise)
         c = self.joint.coefficients(t)
         u, wanted = self._noised(x, t, c, noise)
-        error = self.joint.answer(t, u, self._checked(batch.condition, len(x), "loss"), c) - wanted
+        error = self.joint.answer(t, u, condition, c) - wanted
         squared = error.square().reshape(len(x), -1).mean(1)
         value = squared
         if self.weighting == "likelihood":
@@ -155,10 +155,6 @@ class MultivariateDiffusion(Model):
         whiten = -torch.linalg.solve_triangular(c.scale, towards, upper=False)
         return apply(mean, start) + apply(root, eps), apply(whiten, eps)
 
-    def _to_model_space(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.transform(x.to(torch.promote_types(x.dtype, self.dtype)), noise)
-        return y.to(self.dtype), log_det
-
     # ---- samples and latents -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -171,31 +167,36 @@ class MultivariateDiffusion(Model):
         num_steps: int = 50,
         solver: Solver = Heun(),
         controller: Controller = Fixed(),
+        guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
         """[n, *shape] items in data units; item i depends on seed i (and condition i) alone.
 
         Args:
             seeds: n, or n seeds.
-            condition: [n, *] one per seed, if the model is conditional.
+            condition: [n, *] one per seed; None draws unconditionally.
             method: the ODE, or the reverse-time SDE by Euler and Maruyama's method or by splitting.
             num_steps: from t = 1 to t_min, shorter towards t_min as the squares of even steps.
             solver, controller: of the ODE; "pi" chooses the steps of each item by its tolerances.
+            guidance: 1 is off; other values double the cost (0, which ignores the condition, does not).
+            interval: noise levels (low, high) of σ/α of the item within which guidance acts.
             batch_size: how many are drawn at once.
         Raises:
-            ValueError: if the conditions do not fit, or "splitting" meets a diffusion that does not come to rest.
+            ValueError: if the conditions do not fit, guidance meets a model without conditions, or "splitting" meets a
+                diffusion that does not come to rest.
         """
-        seeds = as_seeds(seeds)
-        condition = self._checked(condition, len(seeds), "sample")
+        seeds, joint = as_seeds(seeds), self._guided(guidance, interval)
+        condition = self.conditions.checked(condition, len(seeds), "sample")
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
         root, drawn = torch.linalg.cholesky(self.prior_covariance()), []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             noise, given = SeedNoise(seeds[rows], device=self.device), None if condition is None else condition[rows]
             u = apply(root, noise.normal(*self.joint_shape, dtype=self.dtype))
             if method == "ode":
-                u = self._solve(u, given, True, num_steps, solver, controller)
+                u = self._solve(joint, u, given, True, num_steps, solver, controller)
             else:
-                u = reverse(self.joint, u, self._grid(num_steps, Fixed()).flip(0), method, noise, given)
+                u = reverse(joint, u, self._grid(num_steps, Fixed()).flip(0), method, noise, given)
             drawn.append(self.transform.inverse(u[:, 0]))
         return torch.cat(drawn)
 
@@ -207,6 +208,8 @@ class MultivariateDiffusion(Model):
         num_steps: int = 50,
         solver: Solver = Dopri5(),
         controller: Controller = PI(),
+        guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """[B, n, *model_shape] where the ODE takes x, with auxiliary variables 0, at t = 1.
 
@@ -215,7 +218,8 @@ class MultivariateDiffusion(Model):
         self.check_items(x, "encode")
         y = self._to_model_space(x, None)[0][:, None]
         u = torch.cat((y, y.new_zeros(len(y), self.diffusion.size - 1, *self.model_shape)), 1)
-        return self._solve(u, self._checked(condition, len(x), "encode"), False, num_steps, solver, controller)
+        given, joint = self.conditions.checked(condition, len(x), "encode"), self._guided(guidance, interval)
+        return self._solve(joint, u, given, False, num_steps, solver, controller)
 
     def decode(
         self,
@@ -225,19 +229,37 @@ class MultivariateDiffusion(Model):
         num_steps: int = 50,
         solver: Solver = Dopri5(),
         controller: Controller = PI(),
+        guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
         self.check_items(z, "decode", self.joint_shape)
-        given = self._checked(condition, len(z), "decode")
-        return self.transform.inverse(self._solve(z.to(self.dtype), given, True, num_steps, solver, controller)[:, 0])
+        given, joint = self.conditions.checked(condition, len(z), "decode"), self._guided(guidance, interval)
+        u = self._solve(joint, z.to(self.dtype), given, True, num_steps, solver, controller)
+        return self.transform.inverse(u[:, 0])
+
+    def _guided(self, scale: float, interval: tuple[float, float] | None) -> JointScore:
+        if scale == 1 and interval is not None:
+            raise ValueError("interval was given, and guidance = 1 is off. Give guidance another value.")
+        if scale == 1:
+            return self.joint
+        self.conditions.check_guidance(scale)
+        return self.joint.guided(scale, self.conditions.null, interval)
 
     def _solve(
-        self, u: Tensor, condition: Tensor | None, to_data: bool, num_steps: int, solver: Solver, controller: Controller
+        self,
+        joint: JointScore,
+        u: Tensor,
+        condition: Tensor | None,
+        to_data: bool,
+        num_steps: int,
+        solver: Solver,
+        controller: Controller,
     ) -> Tensor:
         times = self._grid(num_steps, controller)
         times = times.flip(0) if to_data else times
-        first, last = torch.linalg.inv(self.joint.frame(times[0])), self.joint.frame(times[-1])
-        field = RowField(self.joint.turned_velocity, condition)
+        first, last = torch.linalg.inv(joint.frame(times[0])), joint.frame(times[-1])
+        field = RowField(joint.turned_velocity, condition)
         return apply(last, integrate(field, apply(first, u), times.log(), solver=solver, controller=controller).x)
 
     def _grid(self, num_steps: int, controller: Controller) -> Tensor:
@@ -254,7 +276,7 @@ class MultivariateDiffusion(Model):
 
     def velocity(self, t: Tensor, u: Tensor, *, condition: Condition | None = None) -> Tensor:
         """[B, n, *shape] du/dt of the probability-flow ODE of item and auxiliary variables, per unit time."""
-        return self.joint.velocity(t, u, self._checked(condition, len(u), "velocity"))
+        return self.joint.velocity(t, u, self.conditions.checked(condition, len(u), "velocity"))
 
     # ---- likelihood --------------------------------------------------------------------------------------------------
 
@@ -280,7 +302,7 @@ class MultivariateDiffusion(Model):
 
         Args:
             x: [B, *shape] in data units.
-            condition: [B, *], if the model is conditional.
+            condition: [B, *]; None scores unconditionally.
             seeds: [B] for auxiliary variables, dequantisation and probes; 0 … B-1 if not given.
             divergence: exact costs a backward pass for each component and variable, hutchinson one for each probe.
             probes: how many, for hutchinson.
@@ -296,14 +318,12 @@ class MultivariateDiffusion(Model):
         Source: Dockhorn et al. 2022 (Critically-damped Langevin diffusion), for q without x.
         """
         self.check_items(x, "likelihood")
-        if not self.transform.volume:
-            raise NotApplicable("the transform to model space has no log-determinant, so data have no density.")
-        condition = self._checked(condition, len(x), "likelihood")
+        self._check_volume()
+        condition = self.conditions.checked(condition, len(x), "likelihood")
         at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
         seeds, times = one_each(seeds, len(x)), self._grid(num_steps, controller)
         ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
-        wanted = x.requires_grad or any(p.requires_grad for p in self.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):  # else a graph of every step for nothing
+        with self._gradients(x):
             parts = [
                 self._draws(x[rows], None if condition is None else condition[rows], seeds[rows], draws, times, ode)
                 for rows in torch.arange(len(x)).split(batch_size)
@@ -314,12 +334,6 @@ class MultivariateDiffusion(Model):
         each = values.mean(1) if draws > 1 else values[0]
         stderr = each.std(0) / math.sqrt(len(each)) if len(each) > 1 else None
         return Likelihood(values.mean((0, 1)), "bound", stderr)
-
-    def log_prob(
-        self, x: Tensor, *, condition: Condition | None = None, seeds: Seeds | None = None, **options: Any
-    ) -> Tensor:
-        """[B] nats: the value of `likelihood`, with its options."""
-        return self.likelihood(x, condition=condition, seeds=seeds, **options).value
 
     def _draws(
         self, x: Tensor, condition: Tensor | None, seeds: Tensor, count: int, times: Tensor, ode: dict[str, Any]
@@ -351,19 +365,6 @@ class MultivariateDiffusion(Model):
         apart = apply(root, z)
         v = slope.to(y.dtype).reshape(-1, *(1,) * (y.ndim - 1)) * y[:, None] + apart
         return torch.cat((y[:, None], v), 1), normal_log_prob(apart.double().flatten(2), root)
-
-    def _checked(self, condition: Condition | None, n: int, where: str) -> Tensor | None:
-        """One condition for each of n items; None for an unconditional model, which may be trained on labelled data."""
-        if not self.conditional:
-            if condition is not None and where != "loss":
-                raise ValueError(f"{where}: a condition was given to an unconditional model. Drop it.")
-            return None
-        if not isinstance(condition, Tensor) or len(condition) != n:
-            found = f"{list(condition.shape)}" if isinstance(condition, Tensor) else type(condition).__name__
-            raise ValueError(f"{where}: a tensor of {n} conditions is needed, one per item, found {found}.")
-        if where not in ("loss", "velocity"):  # asked often, and reading labels waits for the device
-            check_labels(condition, self.num_classes, where)
-        return condition.to(self.device)
 
 
 def normal_log_prob(u: Tensor, root: Tensor) -> Tensor:

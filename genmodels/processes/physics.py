@@ -70,10 +70,13 @@ class Quartic(Prior):
         return -12 * self.b * y / self.temperature
 
     def interval(self) -> tuple[float, float]:
-        # where a y² - b y⁴/2 is BEYOND nats (times T) below its largest value
-        depth = BEYOND * self.temperature + max(self.a, 0.0) ** 2 / (2 * self.b)
-        reach = math.sqrt((self.a + math.sqrt(self.a**2 + 2 * self.b * depth)) / self.b)
-        return -reach, reach
+        # where a y² - b y⁴/2 is BEYOND nats (times T) below its largest value, which is a²/2b at the wells if a > 0
+        depth = BEYOND * self.temperature
+        if self.a > 0:
+            square = (self.a + math.sqrt(2 * self.b * depth)) / self.b
+        else:
+            square = 2 * depth / (math.sqrt(self.a**2 + 2 * self.b * depth) - self.a)
+        return -math.sqrt(square), math.sqrt(square)
 
 
 @register(Process, "double_well")

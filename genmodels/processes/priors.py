@@ -170,7 +170,7 @@ class StudentT(Prior):
         scale: s > 0.
     Raises:
         ConfigError: unless both are > 0.
-    Source: Bailey 1994 (Polar generation of random variates with the t-distribution), equation 1.
+    Source: Bailey 1994 (Polar generation of random variates with the t-distribution).
     """
 
     def __init__(self, df: float = 5.0, scale: float = 1.0) -> None:

@@ -11,7 +11,7 @@ from torch.func import jvp, vmap
 
 from ..registry import ConfigError, kind, register
 from ..types import Shape, expand_like
-from .clocks import Clock, Constant, Linear
+from .clocks import Clock, Constant, Linear, inside
 from .gaussian_kernels import Kernel
 from .priors import Logistic, Prior
 
@@ -59,6 +59,24 @@ class Process(nn.Module, ABC):
     def amplitude(self, u: Tensor) -> Tensor:
         """G at u, per root of a unit of u: [] or [B] a scale, or an [n, m] matrix of a dense process."""
         return torch.ones((), dtype=torch.float64, device=u.device)
+
+    def check_noise(self) -> None:
+        """Whether G can be noise: then Q = G Gᵀ is positive semidefinite, whatever G is.
+
+        Raises:
+            ValueError: unless G is a finite number, or for dense processes a finite matrix of a row for each component.
+        """
+        u = torch.tensor(0.5 * self.clock.total, dtype=torch.float64)
+        for given in (u, u.expand(3)):
+            g = self.amplitude(given)
+            matrix = g.ndim == 2 and len(g) == self.size and self.structure == "dense"
+            if not (matrix or g.shape in ((), given.shape)) or not bool(g.isfinite().all()):
+                found = g.tolist() if g.numel() < 9 else list(g.shape)
+                raise ValueError(
+                    f"process: the amplitude of {type(self).__name__} must be a finite number at every u, or for a "
+                    f"dense process a finite matrix of {self.size} rows, found {found} where the structure is "
+                    f"{self.structure}. Noise that differs between components is a diagonal matrix."
+                )
 
     def covariance_rate(self, u: Tensor) -> Tensor:
         """Q = G Gᵀ at u, per unit of u: [] or [B] if G is a scale, or [n, n]."""
@@ -129,12 +147,12 @@ class Process(nn.Module, ABC):
 
     def drift(self, t: Tensor, y: Tensor) -> Tensor:
         """[B, *shape] β(t) F per unit of t."""
-        t = torch.as_tensor(t, dtype=torch.float64, device=y.device)
+        t = inside(t, 1.0, "t").to(y.device)
         return expand_like(self.clock.rate(t), y).to(y.dtype) * self.force(self.clock(t), y)
 
     def noise(self, t: Tensor) -> Tensor:
         """√β(t) G per root of a unit of t: as `amplitude`."""
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = inside(t, 1.0, "t")
         g, rate = self.amplitude(self.clock(t)), self.clock.rate(t).sqrt()
         return rate * g
 
@@ -189,7 +207,7 @@ class GivenProcess(Process):
         prior: law at the end, if it is known.
         clock: u(t).
     Raises:
-        ValueError: if the amplitude is neither a positive number nor an [n, m] matrix of a dense process.
+        ValueError: if the amplitude is neither a positive number nor a finite [n, m] matrix of a dense process.
     """
 
     def __init__(
@@ -205,13 +223,11 @@ class GivenProcess(Process):
     ) -> None:
         super().__init__(clock or Constant(), shape=shape)
         g = torch.as_tensor(amplitude, dtype=torch.float64)
-        if not (g.ndim == 0 and g > 0) and not (g.ndim == 2 and len(g) == self.size and structure == "dense"):
-            raise ValueError(
-                f"process: the amplitude must be a number > 0, or for a dense process a matrix of {self.size} rows, "
-                f"found {g.tolist() if g.numel() < 9 else list(g.shape)} for a {structure} process."
-            )
+        if g.ndim == 0 and not g > 0:
+            raise ValueError(f"process: the amplitude must be a number > 0, or a matrix, found {float(g):g}.")
         self.given, self.structure, self.autonomous, self.prior = force, structure, autonomous, prior
         self.register_buffer("matrix", g)
+        self.check_noise()
 
     def force(self, u: Tensor, y: Tensor) -> Tensor:
         return self.given(u, y)

@@ -104,6 +104,19 @@ def test_equilibrium_example_runs(capsys):
     torch.testing.assert_close(told["weight"].grad, ((1 - found.z.square()) * lam).T @ found.z, rtol=1e-5, atol=1e-6)
 
 
+def test_drift_example_runs(capsys):
+    torch.manual_seed(0)
+    told: dict = {}
+    exec(next(b for b in blocks("python") if "GivenProcess" in b), told)
+    assert capsys.readouterr().out.startswith("{'increment': tensor(0.")
+    told["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in told["model"].network.parameters())
+    y, u = told["batch"].x[:4].double(), torch.tensor(0.5, dtype=torch.float64)
+    jacobian = (1 - y.square().sum(1))[:, None, None] * torch.eye(2).double() - 2 * y[:, :, None] * y[:, None]
+    torch.testing.assert_close(told["model"].process.jacobian(u, y), jacobian)
+    torch.testing.assert_close(told["model"].process.ito(u, y), 0.5**2 * -4 * y)  # ½ Q ΔF
+
+
 def test_solver_example_runs(capsys):
     told: dict = {}
     exec(next(b for b in blocks("python") if "solution.dense" in b), told)

@@ -393,7 +393,8 @@ def test_labels_transformers_and_autoencoders(tmp_path):
     DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(tmp_path / "dit")
     found = from_diffusers(tmp_path / "dit")
     unit = 2 ** (len(vae.config.block_out_channels) - 1)
-    assert found.model.num_classes == DIT["num_embeds_ada_norm"] and found.model.condition_dropout == 0.1
+    told = found.model.conditions
+    assert told.num_classes == DIT["num_embeds_ada_norm"] and told.dropout == 0.1
     assert found.model.shape == (vae.config.in_channels, 8 * unit, 8 * unit)
     x, t = torch.randn(2, *found.model.model_shape), torch.tensor([0.3, 0.7], dtype=torch.float64)
     labels = torch.tensor([1, 2])
@@ -407,10 +408,7 @@ def test_labels_transformers_and_autoencoders(tmp_path):
     with pytest.raises(ConfigError, match="a table of 4 labels"):
         from_diffusers(folder)
     last, every = (from_diffusers(folder, null_label=null).model for null in (True, False))
-    assert (last.num_classes, last.condition_dropout) == (3, 0.1) and (every.num_classes, every.condition_dropout) == (
-        4,
-        0,
-    )
+    assert [(m.conditions.num_classes, m.conditions.dropout) for m in (last, every)] == [(3, 0.1), (4, 0)]
     x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 3])
     answers = [m.denoiser.answer(t, x, labels) for m in (last, every)]
     assert torch.equal(*answers) and torch.equal(answers[0], network(x, 1000 * t - 1, class_labels=labels).sample)

@@ -197,18 +197,18 @@ def test_conditions_are_dropped_item_by_item(share):
 def test_dropped_vectors_become_the_models_own():
     model, seen = make(condition_shape=(2, 3), condition_dropout=0.5), []
     with torch.no_grad():
-        model.null.copy_(torch.arange(6.0).reshape(2, 3))
+        model.conditions.null.copy_(torch.arange(6.0).reshape(2, 3))
     networks(model)[0].register_forward_pre_hook(lambda module, args: seen.append(args[2]))
     c = randn(400, 2, 3)
     loss = model.loss(Batch(randn(400, 2), condition=c), generator=seeded()).value
-    hidden = (seen[0] == model.null).flatten(1).all(1)
+    hidden = (seen[0] == model.conditions.null).flatten(1).all(1)
     assert 150 < hidden.sum() < 250 and torch.equal(seen[0][~hidden], c[~hidden])
     loss.mean().backward()
-    assert model.null.grad.abs().min() > 0
-    assert not make(condition_shape=(2, 3), condition_dropout=0.0).null.requires_grad
+    assert model.conditions.null.grad.abs().min() > 0
+    assert not make(condition_shape=(2, 3), condition_dropout=0.0).conditions.null.requires_grad
     free = model.velocity(torch.tensor(0.4), randn(5, 2))
     torch.testing.assert_close(
-        free, model.velocity(torch.tensor(0.4), randn(5, 2), condition=model.null.detach().expand(5, 2, 3))
+        free, model.velocity(torch.tensor(0.4), randn(5, 2), condition=model.conditions.null.detach().expand(5, 2, 3))
     )
 
 

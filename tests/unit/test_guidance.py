@@ -141,7 +141,7 @@ def test_denoiser_solvers_invert_through_the_model():
 def test_guidance_in_an_interval_is_guidance_there_and_nothing_elsewhere():
     """Row by row: levels σ/α from .2 to 5, ends included, are guided."""
     model, labels = make((3,), num_classes=3), torch.tensor([0, 1, 2, 1, 0])
-    guided, plain = Guided(model.denoiser, 2.5, model.null), model.denoiser
+    guided, plain = Guided(model.denoiser, 2.5, model.conditions.null), model.denoiser
     within = Guidance(2.5, (0.2, 5.0)).of(model)
     levels = torch.tensor([0.1, 0.2, 1.0, 4.0, 9.0]).double()
     t, x, inside = levels / (1 + levels), randn(5, 3), torch.tensor([False, True, True, True, False])
@@ -252,16 +252,16 @@ def test_guides_are_read_once_a_call(monkeypatch):
 def test_a_guide_is_told_no_condition_in_its_own_words(monkeypatch):
     """Models of vectors learn what stands for none, each its own; the conditions themselves are the same for both."""
     model, guide = (make((2,), condition_shape=(3,), prediction="eps", schedule="vp", moved=m) for m in (0.2, 0.1))
-    assert not torch.equal(model.null, guide.null)
+    assert not torch.equal(model.conditions.null, guide.conditions.null)
     monkeypatch.setattr("genmodels.diffusion.samplers.load_guide", lambda place, asking: guide)
     told: list[Tensor] = []
     guide.denoiser.network.register_forward_pre_hook(lambda _, given: told.append(given[2]))
-    denoiser, condition = Guidance(1.5, None, "weak").of(model), torch.stack((model.null.detach(), randn(3)))
+    denoiser, condition = Guidance(1.5, None, "weak").of(model), torch.stack((model.conditions.null.detach(), randn(3)))
     t, x = number(0.4), randn(2, 2)
     found = denoiser.predict(t, x, condition)
-    assert torch.equal(told[0], torch.stack((guide.null.detach(), condition[1])))
+    assert torch.equal(told[0], torch.stack((guide.conditions.null.detach(), condition[1])))
     strong, weak = model.denoiser.predict(t, x, condition), guide.denoiser.predict(t, x, told[0])
     torch.testing.assert_close(found.x, weak.x + 1.5 * (strong.x - weak.x))
     told.clear()
     model.sample(2, num_steps=1, guidance=1.5, guide="weak")
-    assert all(torch.equal(rows, guide.null.expand(2, 3)) for rows in told)
+    assert all(torch.equal(rows, guide.conditions.null.expand(2, 3)) for rows in told)

@@ -264,6 +264,9 @@ def test_questions_that_cannot_be_answered_are_refused():
     with pytest.raises(ValueError, match="'splitting' needs a diffusion that comes to rest"):
         make(diffusion=growing).sample(1, method="splitting", num_steps=2)
     model = make()
+    for t, message in ((1, r"found torch\.int64"), (1.5, r"found t = 1\.5"), (-0.1, "0 <= t <= 1"), (0.0, "times > 0")):
+        with pytest.raises(ValueError, match=message):
+            model.velocity(torch.tensor(t), torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match="built for"):
         model.decode(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="unconditional model"):
@@ -271,7 +274,7 @@ def test_questions_that_cannot_be_answered_are_refused():
     with pytest.raises(ValueError, match="empty, or 0 everywhere"):
         make(sigma_data=None).prepare([Batch(torch.zeros(4, 2))], generator=generator("prepare"))
     labelled = {"num_classes": 3, "condition_shape": None, "transform": Identity(), "bin_width": None}
-    node = resolve(Model, {"name": "multivariate_diffusion", "network": "mlp"}, "test")
+    node = resolve(Model, {"name": "multivariate_diffusion", "network": "mlp", "condition_dropout": 0.0}, "test")
     conditional = build(Model, node, shape=(2,), **labelled)
     with pytest.raises(ValueError, match="a tensor of 2 conditions is needed"):
         conditional.sample(2)

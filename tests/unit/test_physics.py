@@ -87,6 +87,16 @@ def test_the_quartic_law_is_a_density_and_its_samples_are_of_it(a):
     assert stats.kstest(drawn.numpy(), lambda v: np.interp(v, grid, cdf)).pvalue > 0.01
 
 
+def test_the_table_of_the_quartic_law_ends_where_its_density_does():
+    """Not later: cells beyond are lost to the wells. At the ends it is e^{-40} of that at the wells, for any a."""
+    for a in (20.0, 1.5, 0.0, -1.0, -1e5):
+        prior = Quartic(a, 0.7, 0.4)
+        peak = (max(a, 0.0) / 0.7) ** 0.5
+        y = torch.tensor([*prior.interval(), peak], dtype=torch.float64)
+        low, high, top = prior.log_density(y).tolist()
+        assert top - high == pytest.approx(40, rel=1e-9) == top - low
+
+
 def test_the_double_well_rests_at_its_prior_and_has_the_kernels_of_the_notes():
     process = DoubleWell(shape=(1,))
     equation = FokkerPlanck(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genmodels.diffusion.denoiser import Denoiser, Guided, OnSchedule, Preconditioned, denoiser_of
+from genmodels.diffusion.discrete import Discrete as DiscretePath
 from genmodels.diffusion.model import DiffusionModel
 from genmodels.diffusion.schedules import Linear, Schedule, VariancePreserving
 from genmodels.diffusion.time_condition import Discrete, Identity, LogSNR, Remap, Shared, TimeCondition
@@ -124,6 +125,21 @@ def test_steps_are_counted(dtype):
     assert traps
 
 
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_steps_counted_from_0_are_places_in_the_table_of_a_chain(dtype):
+    chain = DiscretePath(steps=100, betas="linear", beta_start=1e-3, beta_end=0.2)
+    table, t = chain.alphas_cumprod, chain.at(torch.arange(100)).to(dtype)
+    for whole in (False, True):
+        place, count = (Discrete(100, whole, first)(t, chain) for first in (0, 1))
+        torch.testing.assert_close(place, torch.arange(100).to(dtype), rtol=0, atol=1e-4)
+        torch.testing.assert_close(count, place + 1, rtol=0, atol=1e-4)
+        torch.testing.assert_close(chain.scales(t.double())[0].square(), table[place.round().long()], rtol=1e-4, atol=0)
+    # what models of diffusers are asked after import: T t + their offset of -1
+    early = torch.tensor([0.0, 0.003, 0.5], dtype=dtype)
+    assert torch.equal(Discrete(100, first=0)(early, chain), 100 * early - 1)
+    assert Discrete(100, whole=True, first=0)(early, chain).tolist() == [-1, -1, 49]
+
+
 def test_another_clock():
     t = torch.tensor([0.0, 0.04, 0.25, 1.0], dtype=torch.float64)
     torch.testing.assert_close(Remap()(t, VP), t.sqrt())
@@ -149,6 +165,7 @@ def test_another_clock():
         ({"name": "shared", "edges": [0.0]}, "are needed"),
         ({"name": "log_snr", "factor": -1.0}, "factor"),
         ({"name": "discrete", "steps": 0}, "at least 1"),
+        ({"name": "discrete", "first": 2}, "first"),
         ({"name": "remap", "power": 0.0}, "power"),
         ({"name": "remap", "points": [[0.0, 0.0], [0.0, 1.0]]}, "increase in both"),
         ({"name": "remap", "points": [[0.0, 1.0], [1.0, 0.0]]}, "increase in both"),
