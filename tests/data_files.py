@@ -98,7 +98,7 @@ IMAGENET = (*(f"train_data_batch_{k}" for k in range(1, 11)), "val_data")
 
 def imagenet_batch(name: str, count: int = 10, side: int = 32) -> dict[str, object]:
     """A batch with `count` random images in place of 128,116, labels among 1 and 1000, and the mean of all."""
-    rng = np.random.default_rng(IMAGENET.index(name))
+    rng = np.random.default_rng([2017, IMAGENET.index(name)])
     data = rng.integers(0, 256, (count, 3 * side * side), dtype=np.uint8)
     data[:, 0], data[:, -1] = 0, 255
     labels = [1, 1000, *rng.integers(1, 1001, count - 2).tolist()]
