@@ -104,7 +104,7 @@ SMALL = {
         name: ["model.network.channels=8", "model.network.head_channels=8"]
         for name in (
             *(f"cifar10/{name}" for name in ("trigonometric", "vp", "etsdm", "cld")),
-            *(f"imagenet32/{name}" for name in ("trigonometric", "vp", "edm")),
+            *(f"imagenet32/{name}" for name in ("vp", "edm")),
         )
     },
     "imagenet32/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
