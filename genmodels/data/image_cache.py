@@ -96,7 +96,8 @@ def cached_rows(
                     file.write(np.ascontiguousarray(block).data)
                     total += len(block)
                 file.seek(0)
-                assert _head(file, (total, width)) == start  # numpy pads headers, so that rows may be added later
+                end = _head(file, (total, width))
+                assert end == start  # numpy pads headers, so that rows may be added later
             _sign(path, facts | {"notes": notes})
         notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["notes"]
     return Mapped(path), notes

@@ -70,6 +70,8 @@ def test_every_published_form_gives_the_same_items(folder, tmp_path):
     ):
         place.mkdir(exist_ok=True)
         made, protocol = imagenet_batch(name), 2 + IMAGENET.index(name) % 3 if place.name == "e" else 4
+        if name == "train_data_batch_2":  # column by column in memory, as a pickle may hold it
+            made["data"] = np.asfortranarray(made["data"])
         old = {key.encode(): value for key, value in made.items()}
         (place / name).write_bytes(python2_pickle(old) if place.name == "f" else pickle.dumps(made, protocol))
     first = read(folder)
