@@ -8,6 +8,7 @@ import pickle
 import struct
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,46 @@ def write_cifar_archive(path: Path, files: dict[str, bytes]) -> Path:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return path
+
+
+IMAGENET = (*(f"train_data_batch_{k}" for k in range(1, 11)), "val_data")
+
+
+def imagenet_batch(name: str, count: int = 10, side: int = 32) -> dict[str, object]:
+    """A batch with `count` random images in place of 128,116, labels among 1 and 1000, and the mean of all."""
+    rng = np.random.default_rng([2017, IMAGENET.index(name)])
+    data = rng.integers(0, 256, (count, 3 * side * side), dtype=np.uint8)
+    data[:, 0], data[:, -1] = 0, 255
+    labels = [1, 1000, *rng.integers(1, 1001, count - 2).tolist()]
+    return {"data": data, "labels": labels, "mean": data.mean(0)}
+
+
+def imagenet_files(form: str = "pickle", side: int = 32, **changed: bytes | None) -> dict[str, bytes]:
+    """The contents of the eleven batches by the names of their files; one that is changed to None is left out."""
+    made = {}
+    for name in IMAGENET:
+        if form == "npz":
+            out = io.BytesIO()
+            np.savez(out, **imagenet_batch(name, side=side))
+            made[f"{name}.npz"] = out.getvalue()
+        else:
+            made[name] = pickle.dumps(imagenet_batch(name, side=side), 3)
+    return {name: content for name, content in (made | changed).items() if content is not None}
+
+
+def write_imagenet(folder: Path, files: dict[str, bytes] | None = None, zipped: bool = False, side: int = 32) -> Path:
+    """The files in a folder for training and one for validation, or in an archive each, as they are published."""
+    form = "_npz" if files and all(name.endswith(".npz") for name in files) else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (files or imagenet_files(side=side)).items():
+        place = f"Imagenet{side}_{'val' if name.startswith('val') else 'train'}{form}"
+        if zipped:
+            with zipfile.ZipFile(folder / f"{place}.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(f"{place}/{name}" if form else name, content)
+        else:
+            (folder / place).mkdir(exist_ok=True)
+            (folder / place / name).write_bytes(content)
+    return folder
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -271,6 +312,7 @@ def examples() -> dict[str, dict]:
             "val": 10,
             "checksum": "ignore",
         },
+        "imagenet32": {"path": str(write_imagenet(folder / "imagenet32")), "val": 10, "checksum": "ignore"},
         "mnist": {"path": str(write_mnist(folder / "mnist")), "val": 10},
         "wav_folder": {
             "path": str(write_sounds(folder / "sounds")),

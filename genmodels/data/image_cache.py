@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class CacheWarning(UserWarning):
 
 
 class Mapped:
-    """Images [N, C, H, W] uint8 in a .npy file, read as they are asked for; each process maps the file itself."""
+    """Images [N, C, H, W] or rows [N, W] uint8 in a .npy file, read as asked for; each process maps the file itself."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class Mapped:
         return {"path": self.path, "_array": None}  # a pickled map would be a copy of the whole file
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """[B, C, H, W] uint8."""
+        """[B, C, H, W] (or [B, W]) uint8."""
         if self._array is None:
             self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return torch.from_numpy(self._array[rows.numpy()])
@@ -61,18 +61,60 @@ def cached(
     """
     facts = {"version": VERSION, "source": source, "shape": list(shape)}
     path = folder / f"{digest(facts)}.npy"
+    size = f" ({np.prod(shape, dtype=np.int64) / 1e6:,.1f} MB)"
+    with _kept_in(folder, size, "to decode images whenever they are used"):
+        if not _sound(path, facts):
+            _write(path, facts, images())
+    return Mapped(path)
+
+
+def cached_rows(
+    folder: Path,
+    source: dict[str, Any],
+    width: int,
+    blocks: Callable[[dict[str, Any]], Iterator[np.ndarray]],
+) -> tuple[Mapped, dict[str, Any]]:
+    """The cache of rows whose number is known only when all were made, and the notes that their maker took.
+
+    Files and locks are those of `cached`; the notes lie in the manifest.
+
+    Args:
+        source: plain data that decides every row.
+        blocks: the rows [n, width] uint8, block by block; it may put plain data into the notes that it is given.
+    Raises:
+        ConfigError: if the folder cannot be written, or the disk is full; or from `blocks`.
+    """
+    facts = {"version": VERSION, "source": source, "width": width}
+    path = folder / f"{digest(facts)}.npy"
+    with _kept_in(folder, "", "to keep them in memory"):
+        if not _sound(path, facts):
+            path.with_suffix(".json").unlink(missing_ok=True)
+            notes: dict[str, Any] = {}
+            with new_file(path) as file:
+                start, total = _head(file, (10**12, width)), 0
+                for block in blocks(notes):
+                    file.write(np.ascontiguousarray(block).data)
+                    total += len(block)
+                file.seek(0)
+                end = _head(file, (total, width))
+                assert end == start  # numpy pads headers, so that rows may be added later
+            _sign(path, facts | {"notes": notes})
+        notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["notes"]
+    return Mapped(path), notes
+
+
+@contextmanager
+def _kept_in(folder: Path, size: str, without: str) -> Iterator[None]:
+    """The folder, made and locked; what goes wrong with it as an error that names it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / "cache.lock"):
-            if not _sound(path, facts):
-                _write(path, facts, images())
+            yield
     except OSError as error:
         raise ConfigError(
-            f"data.cache: {folder} cannot hold the decoded images ({np.prod(shape, dtype=np.int64) / 1e6:,.1f} MB): "
-            f"{error.strerror or error}. Choose another folder, free some space, or leave data.cache out to decode "
-            "images whenever they are used."
+            f"data.cache: {folder} cannot hold the decoded images{size}: {error.strerror or error}. Choose another "
+            f"folder, free some space, or leave data.cache out {without}."
         ) from error
-    return Mapped(path)
 
 
 @contextmanager
@@ -103,9 +145,20 @@ def _write(path: Path, facts: dict[str, Any], images: Iterable[np.ndarray]) -> N
 
     path.with_suffix(".json").unlink(missing_ok=True)
     with new_file(path) as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        _head(file, shape)
         for image in _counted(images, shape[0]):
             file.write(image.tobytes())
+    _sign(path, facts)
+
+
+def _head(file: BinaryIO, shape: tuple[int, ...]) -> int:
+    """Write the head of a .npy file of bytes; where it ends."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def _sign(path: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of a file that is complete."""
     text = json.dumps(facts | {"fingerprint": fingerprint_files([path], path.parent)}, indent=1)
     write_text(path.with_suffix(".json"), text)
 

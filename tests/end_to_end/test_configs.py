@@ -27,6 +27,7 @@ from genmodels.types import SupportsLogProb, SupportsPredict, SupportsSample
 from tests.data_files import (
     cifar_files,
     write_cifar_archive,
+    write_imagenet,
     write_mnist,
     write_physionet,
     write_pictures,
@@ -38,6 +39,7 @@ from tests.data_files import (
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "_base")
+FLOW_MATCHING = ROOT / "configs" / "cifar10" / "flow_matching.yaml"
 TINY = ["train.steps=2", "train.batch_size=4", "train.eval_every=0", "train.sample_every=2", "train.eval_items=4"]
 
 
@@ -54,6 +56,11 @@ def larger_pictures(folder: Path) -> list[str]:
 def archive(folder: Path) -> list[str]:
     made = write_cifar_archive(folder / "cifar-10-python.tar.gz", cifar_files())
     return [f"data.path={made}", "data.checksum=ignore", "data.val=10"]
+
+
+def downsampled(folder: Path) -> list[str]:
+    made = write_imagenet(folder / "imagenet32")
+    return [f"data.path={made}", f"data.cache={folder / 'cache'}", "data.checksum=ignore", "data.val=10"]
 
 
 def sounds(folder: Path) -> list[str]:
@@ -75,6 +82,7 @@ OWN_DATA = {
     "mnist": lambda folder: [f"data.path={write_mnist(folder / 'mnist', (28, 28))}", "data.val=10"],
     "tables": lambda folder: [f"data.path={write_table(folder / 'rows.csv')}"],
     "cifar10": archive,
+    "imagenet32": downsampled,
     "audio/waveflow_ljspeech": sounds,
     "audio/nanoflow_ljspeech": sounds,
     **{f"tables/{table}{kind}": uci(table) for table in UCI for kind in ("", "_ar")},
@@ -92,6 +100,18 @@ BRIEF = ["model.solver.max_steps=10", "model.gradient.max_iterations=5"]
 # networks of millions of parameters are cut down; what they are is tested by their count
 SMALL = {
     "cifar10/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
+    **{
+        name: ["model.network.channels=8", "model.network.head_channels=8"]
+        for name in (
+            *(f"cifar10/{name}" for name in ("trigonometric", "vp", "etsdm", "cld")),
+            *(f"imagenet32/{name}" for name in ("vp", "edm")),
+        )
+    },
+    "imagenet32/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
+    "imagenet32/kinetic_optimal": [
+        *("model.network.channels=8", "model.network.head_channels=8"),
+        "model.schedule.queries=20",
+    ],
     "cifar10/local_dsm": [
         "model.network.channels=8",
         "model.network.head_channels=8",
@@ -216,17 +236,31 @@ def test_configuration_travels_the_whole_way(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("flow_matching", 35_746_307), ("edm", 56_524_291), ("nsf", 11_835_054)]
+    ("name", "parameters"),
+    [
+        ("cifar10/flow_matching", 35_746_307),
+        ("cifar10/cld", 35_749_763),
+        ("cifar10/edm", 56_524_291),
+        ("cifar10/nsf", 11_835_054),
+    ],
 )
 def test_recipes_have_the_parameters_that_they_state(name, parameters):
     """What the comments of the files say; flow matching and NSF are derived in the tests of their parts."""
-    path = ROOT / "configs" / "cifar10" / f"{name}.yaml"
+    path = ROOT / "configs" / f"{name}.yaml"
     config = load([path], blank=True)
     shape = {"shape": [3, 32, 32], "num_classes": None, "condition_shape": None, "target_shape": None}
     node = resolve(Transform, config.tree["data"]["transform"] or centred(256), "data.transform")
     model = config.model({**shape, "bin_width": 1.0, "transform": node})
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert f"{parameters:,}" in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["cifar10/trigonometric", "cifar10/vp", "cifar10/etsdm", "imagenet32/flow_matching"])
+def test_recipes_that_share_a_network_state_its_parameters(name):
+    """Dropout has none."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    own, first = (load([p], blank=True).tree["model"]["network"] for p in (path, FLOW_MATCHING))
+    assert {**own, "dropout": 0} == {**first, "dropout": 0} and "35,746,307 parameters" in path.read_text()
 
 
 # of the published settings, counted by the code of the paper

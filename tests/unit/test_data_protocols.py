@@ -28,7 +28,9 @@ from genmodels.types import Batch, Likelihood, Shape
 from tests.data_files import (
     cifar_files,
     idx,
+    imagenet_files,
     write_cifar_archive,
+    write_imagenet,
     write_mnist,
     write_physionet,
     write_pictures,
@@ -40,7 +42,7 @@ from tests.evaluation_fakes import FakeRun, _Base
 
 pytestmark = pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
 OWN = sorted(path.stem for path in FOLDER.glob("*.yaml") if "???" in path.read_text())
-IMAGES = [name for name in OWN if name.startswith(("cifar10", "image_folder"))]
+IMAGES = [name for name in OWN if name.startswith(("cifar10", "image_folder", "imagenet32"))]
 TABLES = [name for name in OWN if name in uci.TABLES]
 SAMPLES = 60
 
@@ -101,8 +103,10 @@ def small(name: str, **dataset: Any) -> dict[str, Any]:
     """What the file says, for few samples and without a network."""
     tree = tree_of(name)
     metrics = [m | ({"features": "means"} if "features" in m else {}) for m in tree["metrics"]]
-    if name.startswith("cifar10"):
+    if name.startswith(("cifar10", "imagenet32")):
         dataset["checksum"] = "ignore"
+    if name == "imagenet32_10k":
+        dataset["val"] = 20  # of 100
     changed = {
         "metrics": [m for m in metrics if m["name"] in names(Metric)],
         "sample": {"num_items": SAMPLES},
@@ -118,6 +122,8 @@ def files(name: str, folder: Path) -> Path:
         return write_cifar_archive(folder / "cifar-10-python.tar.gz", cifar_files())
     if name.startswith("image_folder"):
         return write_pictures(folder / "pictures", 90, 66, 70)
+    if name.startswith("imagenet32"):
+        return write_imagenet(folder / "imagenet32")
     if name.startswith("mnist"):
         return write_mnist(folder / "mnist", (28, 28))
     if name.startswith("physionet"):
@@ -147,6 +153,8 @@ def test_data_of_protocols_are_complete_and_not_augmented(name, tmp_path):
     assert found.dataset.size("test") > 0
     if name.startswith("cifar10"):  # all training images are the reference, and none is held out
         assert [found.dataset.size(split) for split in ("train", "val", "test")] == [100, 0, 20]
+    if name == "imagenet32":
+        assert [found.dataset.size(split) for split in ("train", "val", "test")] == [100, 0, 10]
 
 
 def test_the_fid_protocol_asks_for_what_papers_report():
@@ -155,6 +163,11 @@ def test_the_fid_protocol_asks_for_what_papers_report():
     assert tree["sample"]["num_items"] == 50_000 and tree["sample"]["blocks"] == 3
     assert tree["dataset"]["val"] == 0 and "num_items" not in tree["likelihood"]
     assert cheap["sample"]["num_items"] == 10_000 and cheap["dataset"] == tree["dataset"]
+    large, cheap = tree_of("imagenet32"), tree_of("imagenet32_10k")
+    assert large["metrics"][0] == tree["metrics"][0] and large["sample"] == tree["sample"]
+    assert large["dataset"]["val"] == 0 and "num_items" not in large["likelihood"]
+    # features of 1,281,167 images are asked for by the full protocol alone
+    assert {m.get("reference") for m in cheap["metrics"][:-1]} == {"val"} and cheap["dataset"]["val"] == 50_000
 
 
 # ---- from files to numbers ----
@@ -258,7 +271,7 @@ def test_two_users_with_the_same_files_have_one_hash(name, tmp_path):
     assert protocol(name, yours).hash == first.hash
     if yours.is_dir():
         assert protocol(name, yours.rename(yours.with_name("other"))).hash == first.hash
-    if name.startswith("image_folder"):
+    if name.startswith(("image_folder", "imagenet32")):
         assert protocol(name, mine, cache=str(tmp_path / "cache")).hash == first.hash
     if name.startswith("cifar10"):
         with tarfile.open(yours) as archive:
@@ -273,6 +286,9 @@ def test_other_contents_have_another_hash(name, tmp_path):
     if name.startswith("cifar10"):
         content = cifar_files()
         path = write_cifar_archive(path, content | {"data_batch_2": content["data_batch_1"]})
+    elif name.startswith("imagenet32"):
+        content = imagenet_files()
+        path = write_imagenet(tmp_path / "other", content | {"val_data": content["train_data_batch_1"]})
     elif name.startswith("image_folder"):
         place = path / "class0"
         shutil.copy(place / "000.png", place / "002.png")
