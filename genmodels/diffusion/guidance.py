@@ -1,5 +1,6 @@
 """Guidance beyond the condition: within some noise levels only, and by a weaker model."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,9 @@ class Combined(Denoiser):
         self.t_min, self.t_max, self.sigma_data = denoiser.t_min, denoiser.t_max, denoiser.sigma_data
         self.denoiser = denoiser
 
+    def label(self, t: Tensor) -> Tensor:
+        return self.denoiser.label(t)
+
     def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         clean, eps = self.predict(t, x, condition)
         scales = self.schedule(t)
@@ -40,11 +44,14 @@ class Autoguided(Combined):
     The weaker model's path may be another: it is asked at the same log-SNR.
 
     Args:
-        denoiser: the model.
+        denoiser: the model, guided away from no condition or not.
         guide: the weaker one.
         scale: w; 1 is off.
         conditional: whether the guide is given the condition.
-        nulls: [*] "no condition" for the model and for the guide, where each has learnt its own.
+        nulls: [*] "no condition" for the model and for the guide, where each has learnt its own; None for a guide
+            that has learnt none.
+    Raises:
+        ValueError: if a guide that has learnt none is asked without a condition.
     Source: Karras et al. 2024 (Guiding a diffusion model with a bad version of itself).
     """
 
@@ -54,7 +61,7 @@ class Autoguided(Combined):
         guide: Denoiser,
         scale: float,
         conditional: bool = True,
-        nulls: tuple[Tensor, Tensor] | None = None,
+        nulls: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
         super().__init__(denoiser)
         self.nulls = nulls
@@ -70,9 +77,17 @@ class Autoguided(Combined):
         """The condition for the guide: "no condition" in its own words."""
         if self.nulls is None or not isinstance(condition, Tensor):
             return condition
-        own, others = (null.to(condition) for null in self.nulls)
-        hidden = (condition == own).flatten(1).all(1)
-        return torch.where(expand_like(hidden, condition), others, condition)
+        own, others = self.nulls
+        hidden = (condition == own.to(condition)).reshape(len(condition), -1).all(1)
+        if others is not None:
+            return torch.where(expand_like(hidden, condition), others.to(condition), condition)
+        if bool(hidden.any()):
+            raise ValueError(
+                "guide: the weaker model was trained with condition_dropout=0, and has learnt no answer without a "
+                f"condition, which {int(hidden.sum())} of {len(hidden)} items lack. Pass condition=, or guide by a "
+                "model trained with condition_dropout > 0."
+            )
+        return condition
 
 
 class WithinInterval(Combined):
@@ -88,11 +103,9 @@ class WithinInterval(Combined):
     """
 
     def __init__(self, guided: Denoiser, plain: Denoiser, interval: tuple[float, float]) -> None:
-        low, high = interval
-        if not 0 <= low < high:
-            raise ValueError(f"interval: noise levels σ/α with 0 <= low < high are needed, found {[low, high]}.")
+        check_interval(interval)
         super().__init__(guided)
-        self.plain, self.interval = plain, (low, high)
+        self.plain, self.interval = plain, tuple(interval)
 
     def predict(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Prediction:
         alpha, sigma = self.schedule.scales(t)
@@ -107,6 +120,41 @@ class WithinInterval(Combined):
             for whole, part in zip(out, found, strict=True):
                 whole[rows] = part
         return Prediction(*out)
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raises ValueError unless an interval is (low, high) with 0 <= low < high."""
+    ends = list(interval) if isinstance(interval, tuple | list) else [interval]
+    if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends) or not 0 <= ends[0] < ends[1]:
+        raise ValueError(
+            f"interval: two noise levels σ/α, (low, high) with 0 <= low < high, are needed, found {interval}."
+        )
+
+
+def check_guidance(scale: float, interval: tuple[float, float] | None, guide: str | None, own: float | None) -> None:
+    """Raises ValueError if a number of `Guidance` is none, or if an option has no effect."""
+    for name, value in (("guidance", scale), ("guide_scale", own)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name}: a finite number is needed, found {value}; {name} = 1 is off.")
+    if interval is not None:
+        check_interval(interval)
+    if own is not None and guide is None:
+        raise ValueError("guide_scale was given without a guide. Give the run of a weaker model as guide, or drop it.")
+    if own == 1:
+        raise ValueError("guide_scale = 1 leaves the guide without effect. Give another value, or drop the guide.")
+    if scale == 1 and own is None:
+        for name, value in (("interval", interval), ("guide", guide)):
+            if value is not None:
+                raise ValueError(f"{name} was given, and guidance = 1 is off. Give guidance another value.")
+
+
+def nulls_of(model: "DiffusionModel", guide: "DiffusionModel") -> tuple[Tensor, Tensor | None] | None:
+    """What `Autoguided` is told of "no condition"; None if both mean the same by the same, or never meet it."""
+    if not guide.conditional or model.condition_dropout == 0:
+        return None
+    if guide.condition_dropout == 0:
+        return model.null, None
+    return (model.null, guide.null) if model.num_classes is None else None
 
 
 def load_guide(place: str, model: "DiffusionModel") -> "DiffusionModel":
