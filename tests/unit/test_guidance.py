@@ -327,8 +327,8 @@ def test_guidance_that_is_no_number_is_refused():
 
 def test_combined_denoisers_tell_their_networks_labels():
     model = make((2,), num_classes=3, schedule="vp", prediction="eps", time_condition="shared")
-    guide, t = make((2,), num_classes=3), torch.tensor([0.013, 0.059, 0.5]).double()
-    expected = torch.tensor([0.0, 0.04, 0.5]).double()
+    guide, t = make((2,), num_classes=3), torch.tensor([0.013, 0.059, 0.5], dtype=torch.float64)
+    expected = torch.tensor([0.0, 0.04, 0.5], dtype=torch.float64)
     pushed = Autoguided(Guided(model.denoiser, 2.0, model.null), guide.denoiser, 1.5)
     for combined in (pushed, WithinInterval(pushed, model.denoiser, (0.1, 1.0))):
         assert torch.equal(combined.label(t), expected)
