@@ -118,6 +118,8 @@ class GenScheduler(SchedulerMixin, ConfigMixin):
             self._lay(self.grid.of(num_inference_steps), device)
             return
         values = torch.as_tensor(sigmas if timesteps is None else timesteps, dtype=torch.float64, device="cpu")
+        if values.ndim != 1 or not len(values) or not bool(values.isfinite().all()):
+            raise ValueError(f"set_timesteps: {given[0]} must be a list of finite numbers, found {values.tolist()}.")
         if num_inference_steps is not None and num_inference_steps != len(values):
             raise ValueError(f"set_timesteps: {num_inference_steps} steps, but {len(values)} {given[0]} are given.")
         t = self.labels.times(values) if sigmas is None else times_of_sigmas(self.path, values, self.grid.span)

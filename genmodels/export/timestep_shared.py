@@ -55,7 +55,7 @@ def share(timestep: Timestep, edges: tuple[float, ...]) -> Timestep:
     if not whole and not timestep.is_floating_point():
         timestep = timestep.double()
     bounds = torch.tensor(edges, dtype=timestep.dtype, device=timestep.device)
-    index = torch.bucketize(timestep, bounds[1:-1], right=True)
+    index = torch.bucketize(timestep.contiguous(), bounds[1:-1], right=True)
     return torch.where(timestep < bounds[-1], bounds[index], timestep)
 
 

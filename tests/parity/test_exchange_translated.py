@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from genmodels.commands import main
+from genmodels.config import Config
 from genmodels.diffusion.denoiser import OnSchedule
 from genmodels.diffusion.schedules import Linear, Schedule
 from genmodels.diffusion.tabulated import Tabulated
@@ -15,12 +17,14 @@ from genmodels.export.pipeline import GenPipeline
 from genmodels.export.read import from_diffusers
 from genmodels.export.timestep_shared import TimestepShared
 from genmodels.export.wrappers import OnStraightPath, Relabelled
+from genmodels.export.write import pipeline_of
 from genmodels.registry import ConfigError, build, resolve
 from genmodels.solvers.base import integrate
 from genmodels.solvers.exponential import DDIM, DPMpp
 from genmodels.solvers.runge_kutta import Euler
+from genmodels.training.run import Run
 from genmodels.transforms import Identity
-from tests.parity.test_exchange import LEVELS17, UNET, drawn, from_noise, made, noise, written
+from tests.parity.test_exchange import IMAGES, LEVELS17, UNET, drawn, from_noise, made, noise, written
 
 POINTS = {"shape": [2], "levels": None, "bin_width": None, "transform": "identity"}
 MLP = {"name": "mlp", "hidden": [16, 16]}
@@ -92,6 +96,42 @@ def test_stock_pipelines_draw_models_with_labels_of_their_own(name, tmp_path):
     torch.testing.assert_close(scales, model[0].schedule.scales(t), rtol=0, atol=1e-6)
 
 
+RELABELLED = {
+    "labels without an end": {"network": MLP, "time_condition": CONDITIONS["log_snr"]},
+    "shared, own network": {"network": MLP, "schedule": "vp", "prediction": "eps", "time_condition": "shared"},
+    "edm": {"network": MLP, "schedule": "edm", "prediction": "edm", "time_condition": CONDITIONS["remap"]},
+    "edm, shared": {"network": MLP, "schedule": "vp", "prediction": "edm", "time_condition": "shared"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RELABELLED)
+def test_our_scheduler_draws_models_with_labels_of_their_own(case, tmp_path):
+    """With its times, which end where labels do: the samples of `DiffusionModel.sample`, seed by seed."""
+    sample = {"num_steps": 5, "solver": "heun", "grid": "log_snr"}
+    model, config, facts = made(RELABELLED[case], sample, **POINTS)
+    pipeline = written(tmp_path, (model, config, facts), "own")
+    assert type(pipeline.model) is (TimestepShared if case == "shared, own network" else Relabelled)
+    expected = model.sample([5, 9, 2], **config.options("sample"))
+    torch.testing.assert_close(pipeline(seeds=[5, 9, 2]).images, expected, rtol=1e-5, atol=1e-5)
+    if case == "labels without an end":
+        assert pipeline.scheduler.init_noise_sigma == pytest.approx(1000 / 1001)
+        stock = written(tmp_path / "stock", (model, config, facts))  # which asks at t = 1 first, where α is 0
+        assert type(stock.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+        x, last = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), model.denoiser.t_max
+        with torch.no_grad():
+            wanted = model.denoiser.answer(torch.tensor(last, dtype=torch.float64), x)
+            torch.testing.assert_close(stock.model(x, torch.tensor(1000.0)).sample, wanted)
+        with pytest.raises(ConfigError, match="holds the class GenModel; known are UNet2DModel"):
+            from_diffusers(tmp_path)
+    if case == "edm":
+        stock = written(tmp_path / "stock", (model, config, facts))
+        assert type(stock.scheduler) is diffusers.EDMEulerScheduler and type(stock.model) is Relabelled
+        t, x = torch.tensor([0.3, 0.9], dtype=torch.float64), torch.randn(2, 2)
+        with torch.no_grad():
+            wanted = model.denoiser.network(t.sqrt(), x, None)
+            torch.testing.assert_close(stock.model(x, -model.schedule.log_snr(t) / 8).sample, wanted)
+
+
 # ---- paths found from data -------------------------------------------------------------------------------------------
 
 
@@ -145,8 +185,8 @@ def test_any_model_has_a_stock_scheduler_on_the_straight_path(case, tmp_path):
     """Images with classes: stock steps at the model's own times, x̂ at the end; and the folder comes back."""
     node = {
         "fitted": {"schedule": "kinetic_optimal"}, "vp, velocity": {"schedule": "vp", "prediction": "velocity"},
-        "edm": {"schedule": "edm", "prediction": "edm", "sigma_data": 0.6, "time_condition": CONDITIONS["remap"]},
-        "x with labels": {"schedule": "trigonometric", "prediction": "x", "time_condition": CONDITIONS["log_snr"]},
+        "edm": {"schedule": "linear", "prediction": "edm", "sigma_data": 0.6, "time_condition": CONDITIONS["remap"]},
+        "x with labels": {"schedule": "linear", "prediction": "x", "time_condition": CONDITIONS["log_snr"]},
     }[case]  # fmt: skip
     classes = {} if case == "fitted" else {"num_classes": 3}
     sample = {"num_steps": 4, "solver": "ddim", "denoise": True, "guidance": 1.0 if case == "fitted" else 1.7}
@@ -180,3 +220,130 @@ def test_any_model_has_a_stock_scheduler_on_the_straight_path(case, tmp_path):
         ours, theirs = (m.denoiser.predict(t, x, labels) for m in (model, found.model))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# ---- priors of their own ---------------------------------------------------------------------------------------------
+
+LOGISTIC = {"name": "langevin", "prior": "logistic"}
+
+
+def whole(node: dict, sample: dict, **facts: object) -> tuple:
+    """A model with a prior of its own off its initial values, its configuration and facts."""
+    given = {"num_classes": None, "condition_shape": None, "target_shape": None, "sample_rate": None}
+    given |= {**IMAGES, **POINTS} | facts
+    config = Config({"name": "x", "data": "external", "model": node, "sample": sample})
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = config.model(given).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+    return model, config, given
+
+
+@pytest.mark.parametrize("case", ["logistic", "multivariate", "images with classes"])
+def test_models_with_priors_of_their_own_go_out_whole(case, tmp_path):
+    """Saved and loaded, the samples of the model for the same seeds; with fitted numbers and conditions."""
+    node, sample, facts = {
+        "logistic": ({"name": "local_dsm", "network": MLP, "process": LOGISTIC}, {"num_steps": 6}, {}),
+        "multivariate": ({"name": "multivariate_diffusion", "network": MLP}, {"num_steps": 4, "solver": "euler"},
+                         {"transform": "standardize"}),
+        "images with classes": ({"name": "local_dsm", "network": SMALL}, {"num_steps": 3, "guidance": 1.6},
+                                {**IMAGES, "transform": LEVELS17, "num_classes": 3}),
+    }[case]  # fmt: skip
+    model, config, facts = whole(node, sample, **facts)
+    if case == "multivariate":
+        model.transform.mean.copy_(torch.tensor([3.0, -1.0]))
+        model.joint.sigma_data.fill_(0.7)
+    pipeline = written(tmp_path, (model, config, facts))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert type(pipeline) is GenPipeline and index["model"][1] == "GenWhole" and index["scheduler"] == [None, None]
+    labels = torch.tensor([2, 0, 1]) if facts.get("num_classes") else None
+    expected = model.sample([5, 9, 2], condition=labels, **config.options("sample"))
+    torch.testing.assert_close(pipeline(class_labels=labels, seeds=[5, 9, 2]).images, expected, rtol=1e-6, atol=1e-6)
+    fewer = model.sample([5, 9, 2], condition=labels, **config.options("sample") | {"num_steps": 2})
+    again = pipeline(class_labels=labels, seeds=[5, 9, 2], num_inference_steps=2).images
+    torch.testing.assert_close(again, fewer, rtol=1e-6, atol=1e-6)
+    assert (fewer - expected).abs().max() > 1e-3
+    one, two = (pipeline(2, generator=torch.Generator().manual_seed(k), num_inference_steps=2).images for k in (0, 1))
+    assert one.shape == two.shape == (2, *model.shape) and (one - two).abs().amax() > 1e-3
+    if labels is None:
+        with pytest.raises(ValueError, match="condition was given to an unconditional model"):
+            pipeline(class_labels=[1], seeds=[1])
+    else:
+        plain = pipeline(class_labels=labels, seeds=[5, 9, 2], guidance_scale=1.0).images
+        unguided = model.sample([5, 9, 2], condition=labels, **config.options("sample") | {"guidance": 1.0})
+        torch.testing.assert_close(plain, unguided)
+        assert pipeline(class_labels=labels, output_type="pil").images[0].size == (8, 8)
+    for options, message in (
+        ({"sigmas": [1.0]}, "lays its own steps out"),
+        ({"seeds": [1], "class_labels": [0, 1]}, "one seed an item"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline(**options)
+    if case == "multivariate":
+        with pytest.raises(ValueError, match="MultivariateDiffusion knows no guidance"):
+            pipeline(2, guidance_scale=2.0)
+
+
+def test_why_a_model_cannot_be_written():
+    model, config, facts = whole({"name": "local_dsm", "network": MLP}, {})
+    for changed, choice, message in (
+        (model, "stock", r"no scheduler of diffusers runs a model of 'local_dsm', whose paths are not"),
+        (prior_free(model), "auto", "has no prior that could be sampled"),
+        (torch.nn.Linear(1, 1), "auto", "a Linear has no pipeline; models of 'diffusion', 'local_dsm' and"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipeline_of(changed, config.tree["model"], facts, config.answer("sample"), choice)
+
+
+def prior_free(model: object) -> object:
+    model.process.prior = None
+    return model
+
+
+def test_edges_that_are_no_times_are_refused(tmp_path):
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4, 8), norm_num_groups=2, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    for edges in ((-5.0, 20.0), (0.0, 1200.0)):
+        folder = tmp_path / str(edges[0])
+        diffusers.DDPMPipeline(TimestepShared(network, edges=edges), diffusers.DDPMScheduler()).save_pretrained(folder)
+        with pytest.raises(ConfigError, match="are no times of a path whose timesteps run from -1 to 999"):
+            from_diffusers(folder)
+    with pytest.raises(ValueError, match="two edges or more that increase are needed"):
+        TimestepShared(network, edges=[0.0, 0.0])
+    x = torch.zeros(1, 1, 8, 8)
+    with torch.no_grad():  # a whole timestep is told an edge that is not whole
+        told = TimestepShared(network.eval(), edges=[0.0, 33.4, 90.0])(x + 1, torch.tensor(50)).sample
+        assert torch.equal(told, network(x + 1, torch.tensor(33.4, dtype=torch.float64)).sample)
+        assert not torch.equal(told, network(x + 1, torch.tensor(33)).sample)
+
+
+def test_the_command_writes_all_of_them(tmp_path, monkeypatch, capsys):
+    """A run on a fitted path in stock steps, and one with a prior of its own; what to type is said and works."""
+    monkeypatch.chdir(tmp_path)
+    path, prior = (
+        made({"network": SMALL, "schedule": "kinetic_optimal"}),
+        whole({"name": "local_dsm", "network": MLP}, {"num_steps": 3}),
+    )
+    fitted(path[0])
+    state = {"step": 0, "samples": 0, "seconds": 0.0, "steps": 1, "world_size": 1, "data": None, "best": None}
+    for name, (model, config, facts) in (("path", path), ("prior", prior)):
+        Run.create(Config(config.tree | {"name": name})).save({"model": model.state_dict()}, state, facts)
+    assert main(["export", "runs/path", "--to", "stock", "--scheduler", "stock"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].endswith("(DDPMPipeline with FlowMatchEulerDiscreteScheduler; needs genmodels)")
+    assert said[-1].startswith("import genmodels.export.pipeline; from diffusers import DDPMPipeline; ")
+    assert main(["export", "runs/prior", "--to", "own"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].endswith("(GenPipeline with its own steps; needs genmodels)")
+    found: dict = {}
+    exec(said[-1], found)
+    model = Run.open("runs/prior").load()
+    torch.testing.assert_close(found["pipeline"](seeds=[4, 5]).images, model.sample([4, 5], num_steps=3))
+    assert main(["import", "stock", "--name", "back"]) == 0
+    back, model = (Run.open(f"runs/{name}").load() for name in ("back", "path"))
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(back.schedule.scales(t), model.schedule.scales(t), rtol=0, atol=1e-12)
