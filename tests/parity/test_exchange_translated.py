@@ -13,9 +13,11 @@ from genmodels.config import Config
 from genmodels.diffusion.denoiser import OnSchedule
 from genmodels.diffusion.schedules import Linear, Schedule
 from genmodels.diffusion.tabulated import Tabulated
+from genmodels.diffusion.time_condition import TimeCondition
 from genmodels.export.pipeline import GenPipeline
 from genmodels.export.read import from_diffusers
-from genmodels.export.timestep_shared import TimestepShared
+from genmodels.export.schedulers import through, training_of
+from genmodels.export.timestep_shared import TimestepShared, share, shared_edges
 from genmodels.export.wrappers import OnStraightPath, Relabelled
 from genmodels.export.write import pipeline_of
 from genmodels.registry import ConfigError, build, resolve
@@ -29,6 +31,7 @@ from tests.parity.test_exchange import IMAGES, LEVELS17, UNET, drawn, from_noise
 POINTS = {"shape": [2], "levels": None, "bin_width": None, "transform": "identity"}
 MLP = {"name": "mlp", "hidden": [16, 16]}
 SMALL = UNET | {"block_out_channels": [4, 8], "attention_head_dim": 4}
+KINETIC = {"name": "kinetic_optimal", "estimator": "gaussian"}  # the quickest to find
 CONDITIONS = {
     "shared": {"name": "shared", "intervals": 3, "until": 0.5},  # edges 0, 166.7, 333.3 among the timesteps
     "remap": {"name": "remap", "power": 0.5},
@@ -96,6 +99,24 @@ def test_stock_pipelines_draw_models_with_labels_of_their_own(name, tmp_path):
     torch.testing.assert_close(scales, model[0].schedule.scales(t), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n", "t_tilde"), [(5, 400), (3, 100), (7, 500), (2, 999)])
+def test_every_timestep_is_told_the_same_edge_on_both_sides(n, t_tilde, tmp_path):
+    """All 1000 of them, where products of floats lie on the wrong side of some; written and read."""
+    k = torch.arange(1000)
+    model, config, facts = made(
+        {"network": MLP, "schedule": "vp", "prediction": "eps",
+         "time_condition": {"name": "shared", "intervals": n, "until": t_tilde / 1000}}, **POINTS,
+    )  # fmt: skip
+    wrapped = pipeline_of(model, config.tree["model"], facts, config.answer("sample"), "own").model
+    told = 1000 * model.denoiser.label(k.double() / 1000)
+    torch.testing.assert_close(share(k, wrapped.edges).double(), told, rtol=1e-12, atol=1e-12)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
+    training = through(training_of(tmp_path), {"_class_name": "TimestepShared", "n": n, "t_tilde": t_tilde})
+    condition = build(TimeCondition, resolve(TimeCondition, training.time_condition, "shared"))
+    back = 1000 * condition((k.double() + 1) / 1000, model.schedule) - 1
+    torch.testing.assert_close(share(k, shared_edges(n, t_tilde)).double(), back, rtol=1e-12, atol=1e-9)
+
+
 RELABELLED = {
     "labels without an end": {"network": MLP, "time_condition": CONDITIONS["log_snr"]},
     "shared, own network": {"network": MLP, "schedule": "vp", "prediction": "eps", "time_condition": "shared"},
@@ -137,7 +158,7 @@ def test_our_scheduler_draws_models_with_labels_of_their_own(case, tmp_path):
 
 def test_a_table_makes_a_fitted_path_again():
     """Scales and derivatives to rounding, ends exact, and through JSON."""
-    model = made({"network": MLP, "schedule": "kinetic_optimal"}, **POINTS)[0]
+    model = made({"network": MLP, "schedule": KINETIC}, **POINTS)[0]
     fitted(model)
     node = resolve(Schedule, json.loads(json.dumps(Tabulated.node(model.schedule))), "schedule")
     again, t = build(Schedule, node), torch.linspace(0, 1, 1001, dtype=torch.float64)
@@ -158,7 +179,7 @@ def test_fitted_paths_are_drawn_by_our_pipeline_and_by_stock_steps(tmp_path):
     times give its samples to float32 rounding, in stock code but for the network's wrapper.
     """
     sample = {"num_steps": 6, "solver": "ddim"}
-    model, config, facts = made({"network": MLP, "schedule": "kinetic_optimal"}, sample, **POINTS)
+    model, config, facts = made({"network": MLP, "schedule": KINETIC}, sample, **POINTS)
     fitted(model)
     expected = model.sample([5, 9, 2], **config.options("sample"))
     for choice, kind in (("own", "GenScheduler"), ("stock", "FlowMatchEulerDiscreteScheduler")):
@@ -184,7 +205,7 @@ def test_fitted_paths_are_drawn_by_our_pipeline_and_by_stock_steps(tmp_path):
 def test_any_model_has_a_stock_scheduler_on_the_straight_path(case, tmp_path):
     """Images with classes: stock steps at the model's own times, x̂ at the end; and the folder comes back."""
     node = {
-        "fitted": {"schedule": "kinetic_optimal"}, "vp, velocity": {"schedule": "vp", "prediction": "velocity"},
+        "fitted": {"schedule": KINETIC}, "vp, velocity": {"schedule": "vp", "prediction": "velocity"},
         "edm": {"schedule": "linear", "prediction": "edm", "sigma_data": 0.6, "time_condition": CONDITIONS["remap"]},
         "x with labels": {"schedule": "linear", "prediction": "x", "time_condition": CONDITIONS["log_snr"]},
     }[case]  # fmt: skip
@@ -325,7 +346,7 @@ def test_the_command_writes_all_of_them(tmp_path, monkeypatch, capsys):
     """A run on a fitted path in stock steps, and one with a prior of its own; what to type is said and works."""
     monkeypatch.chdir(tmp_path)
     path, prior = (
-        made({"network": SMALL, "schedule": "kinetic_optimal"}),
+        made({"network": SMALL, "schedule": KINETIC}),
         whole({"name": "local_dsm", "network": MLP}, {"num_steps": 3}),
     )
     fitted(path[0])
