@@ -73,6 +73,11 @@ def test_stock_pipelines_draw_models_with_labels_of_their_own(name, tmp_path):
     assert (times[:-1] < 0.34).sum() >= 2  # steps that share their edges with others
     y = from_noise(model[0], noise(), times, DDIM())
     torch.testing.assert_close(x, shown(y), rtol=0, atol=2e-5 * float(1 + y.abs().max()))
+    ddim = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)
+    ddim.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(0)
+    pictures = ddim(batch_size=3, generator=g, num_inference_steps=8, output_type="np").images
+    torch.testing.assert_close(torch.from_numpy(pictures).permute(0, 3, 1, 2), x, rtol=0, atol=1e-5)
     plain = made({"network": SMALL, "schedule": "vp", "prediction": "v"})[0]
     plain.load_state_dict(model[0].state_dict())
     assert (shown(from_noise(plain, noise(), times, DDIM())) - x).abs().max() > 1e-3
