@@ -84,10 +84,12 @@ class Conditions(nn.Module):
 
 
 def check_interval(interval: tuple[float, float]) -> None:
-    """Raises ValueError unless an interval of noise levels is one."""
-    low, high = interval
-    if not 0 <= low < high:
-        raise ValueError(f"interval: noise levels σ/α with 0 <= low < high are needed, found {[low, high]}.")
+    """Raises ValueError unless an interval is (low, high) with 0 <= low < high."""
+    ends = list(interval) if isinstance(interval, tuple | list) else [interval]
+    if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends) or not 0 <= ends[0] < ends[1]:
+        raise ValueError(
+            f"interval: two noise levels σ/α, (low, high) with 0 <= low < high, are needed, found {interval}."
+        )
 
 
 def guide(

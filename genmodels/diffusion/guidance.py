@@ -1,5 +1,6 @@
 """Guidance beyond the condition: within some noise levels only, and by a weaker model."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ class Combined(Denoiser):
         self.t_min, self.t_max, self.sigma_data = denoiser.t_min, denoiser.t_max, denoiser.sigma_data
         self.denoiser = denoiser
 
+    def label(self, t: Tensor) -> Tensor:
+        return self.denoiser.label(t)
+
     def answer(self, t: Tensor, x: Tensor, condition: Condition | None = None) -> Tensor:
         clean, eps = self.predict(t, x, condition)
         scales = self.schedule(t)
@@ -41,11 +45,14 @@ class Autoguided(Combined):
     The weaker model's path may be another: it is asked at the same log-SNR.
 
     Args:
-        denoiser: the model.
+        denoiser: the model, guided away from no condition or not.
         guide: the weaker one.
         scale: w; 1 is off.
         conditional: whether the guide is given the condition.
-        nulls: [*] "no condition" for the model and for the guide, where each has learnt its own.
+        nulls: [*] "no condition" for the model and for the guide, where each has learnt its own; None for a guide
+            that has learnt none.
+    Raises:
+        ValueError: if a guide that has learnt none is asked without a condition.
     Source: Karras et al. 2024 (Guiding a diffusion model with a bad version of itself).
     """
 
@@ -55,7 +62,7 @@ class Autoguided(Combined):
         guide: Denoiser,
         scale: float,
         conditional: bool = True,
-        nulls: tuple[Tensor, Tensor] | None = None,
+        nulls: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
         super().__init__(denoiser)
         self.nulls = nulls
@@ -71,9 +78,17 @@ class Autoguided(Combined):
         """The condition for the guide: "no condition" in its own words."""
         if self.nulls is None or not isinstance(condition, Tensor):
             return condition
-        own, others = (null.to(condition) for null in self.nulls)
-        hidden = (condition == own).flatten(1).all(1)
-        return torch.where(expand_like(hidden, condition), others, condition)
+        own, others = self.nulls
+        hidden = (condition == own.to(condition)).reshape(len(condition), -1).all(1)
+        if others is not None:
+            return torch.where(expand_like(hidden, condition), others.to(condition), condition)
+        if bool(hidden.any()):
+            raise ValueError(
+                "guide: the weaker model was trained with condition_dropout=0, and has learnt no answer without a "
+                f"condition, which {int(hidden.sum())} of {len(hidden)} items lack. Pass condition=, or guide by a "
+                "model trained with condition_dropout > 0."
+            )
+        return condition
 
 
 class WithinInterval(Combined):
@@ -106,6 +121,32 @@ class WithinInterval(Combined):
             for whole, part in zip(out, found, strict=True):
                 whole[rows] = part
         return Prediction(*out)
+
+
+def check_guidance(scale: float, interval: tuple[float, float] | None, guide: str | None, own: float | None) -> None:
+    """Raises ValueError if a number of `Guidance` is none, or if an option has no effect."""
+    for name, value in (("guidance", scale), ("guide_scale", own)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name}: a finite number is needed, found {value}; {name} = 1 is off.")
+    if interval is not None:
+        check_interval(interval)
+    if own is not None and guide is None:
+        raise ValueError("guide_scale was given without a guide. Give the run of a weaker model as guide, or drop it.")
+    if own == 1:
+        raise ValueError("guide_scale = 1 leaves the guide without effect. Give another value, or drop the guide.")
+    if scale == 1 and own is None:
+        for name, value in (("interval", interval), ("guide", guide)):
+            if value is not None:
+                raise ValueError(f"{name} was given, and guidance = 1 is off. Give guidance another value.")
+
+
+def nulls_of(model: "DiffusionModel", guide: "DiffusionModel") -> tuple[Tensor, Tensor | None] | None:
+    """What `Autoguided` is told of "no condition"; None if both mean the same by the same, or never meet it."""
+    if not guide.conditional or model.conditions.dropout == 0:
+        return None
+    if guide.conditions.dropout == 0:
+        return model.conditions.null, None
+    return (model.conditions.null, guide.conditions.null) if model.conditions.num_classes is None else None
 
 
 def load_guide(place: str, model: "DiffusionModel") -> "DiffusionModel":

@@ -177,6 +177,7 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
         guidance: float = 1.0,
         interval: tuple[float, float] | None = None,
         guide: str | None = None,
+        guide_scale: float | None = None,
         diffusivity: Diffusivity = OfPath(),
         warm_start: bool = False,
         batch_size: int = 256,
@@ -194,6 +195,7 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
             guidance: 1 is off; other values double the cost (0, which ignores the condition, does not).
             interval: noise levels (low, high) of σ/α within which guidance acts.
             guide: the run of a weaker model to guide by in place of no condition (`runs/small`, or with `:weights`).
+            guide_scale: of the guide, so that `guidance` away from no condition acts on the model before; null for one.
             diffusivity: e(t) of the SDE.
             warm_start: whether equilibrium networks start their searches at the states of the evaluation before.
             batch_size: how many are drawn at once.
@@ -208,7 +210,7 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
         if warm_start and not isinstance(controller, Fixed):
             raise ValueError("sample: warm_start needs steps that all rows share. Use controller: fixed.")
-        guided = Guidance(guidance, interval, guide)
+        guided = Guidance(guidance, interval, guide, guide_scale)
         sampler = Sampler(self, num_steps, solver, controller, grid, guided, denoise, diffusivity)
         drawn = []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
@@ -232,6 +234,7 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
         guidance: float = 1.0,
         interval: tuple[float, float] | None = None,
         guide: str | None = None,
+        guide_scale: float | None = None,
     ) -> Tensor:
         """[B, *model_shape] where the ODE takes x at t_max; of law N(0, σ(t_max)²) for items of the model's law.
 
@@ -240,7 +243,7 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
         self.check_items(x, "encode")
         y, _ = self._to_model_space(x, None)
         condition = self.conditions.checked(condition, len(x), "encode")
-        guided = Guidance(guidance, interval, guide)
+        guided = Guidance(guidance, interval, guide, guide_scale)
         return Sampler(self, num_steps, solver, controller, grid, guided).solve(y, condition, False)
 
     def decode(
@@ -255,11 +258,12 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
         guidance: float = 1.0,
         interval: tuple[float, float] | None = None,
         guide: str | None = None,
+        guide_scale: float | None = None,
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
         self.check_items(z, "decode", self.model_shape)
         condition = self.conditions.checked(condition, len(z), "decode")
-        guided = Guidance(guidance, interval, guide)
+        guided = Guidance(guidance, interval, guide, guide_scale)
         sampler = Sampler(self, num_steps, solver, controller, grid, guided)
         return self.transform.inverse(sampler.solve(z.to(self.dtype), condition, True))
 

@@ -25,6 +25,7 @@ class DenoiserRows:
     def __init__(self, denoiser: Denoiser, condition: Condition | None = None) -> None:
         self.denoiser, self.condition = denoiser, condition
         self.schedule: Schedule = denoiser.schedule
+        self.t_max = denoiser.t_max
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         return self.denoiser.velocity(t, x, self.condition)

@@ -13,7 +13,7 @@ from ..solvers.fields import SDE
 from .checks import at_least_one
 from .denoiser import Denoiser, Guided
 from .grids import TimeGrid
-from .guidance import Autoguided, WithinInterval, load_guide
+from .guidance import Autoguided, WithinInterval, check_guidance, load_guide, nulls_of
 from .parametrization import domain
 from .reverse import DenoiserRows, Diffusivity, PathSDE
 
@@ -29,35 +29,43 @@ FINEST = 2.0**-40
 class Guidance:
     """How x̂ is pushed: x̂_other + scale (x̂ - x̂_other), where the other is told no condition, or is a weaker model.
 
+    With a guide and a scale of its own both act: x̂_guide + guide_scale (x̂_null + scale (x̂ - x̂_null) - x̂_guide).
+
     Args:
         scale: 1 is off.
-        interval: noise levels (low, high) of σ/α within which it acts; None for all.
+        interval: noise levels (low, high) of σ/α within which it acts, all of it; None for all.
         guide: the run of the weaker model; None for no condition.
+        guide_scale: of the guide; None if `scale` is the guide's, and nothing is pushed away from no condition.
+    Raises:
+        ValueError: if a number is not finite, the interval is not one, or an option has no effect.
+    Source: Karras et al. 2024 (Guiding a diffusion model with a bad version of itself); Ho & Salimans 2022
+        (Classifier-free diffusion guidance).
     """
 
     scale: float = 1.0
     interval: tuple[float, float] | None = None
     guide: str | None = None
+    guide_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        check_guidance(self.scale, self.interval, self.guide, self.guide_scale)
 
     def of(self, model: "DiffusionModel") -> Denoiser:
         """The guided denoiser of a model.
 
         Raises:
-            ValueError: if the model cannot be guided so, or an option has no effect.
+            ValueError: if the model cannot be guided so.
         """
-        if self.scale == 1:
-            for name, value in (("interval", self.interval), ("guide", self.guide)):
-                if value is not None:
-                    raise ValueError(f"{name} was given, and guidance = 1 is off. Give guidance another value.")
+        if self.scale == 1 and self.guide_scale is None:
             return model.denoiser
-        if self.guide is not None:
-            guide = load_guide(self.guide, model)
-            learnt = guide.conditional and model.conditions.num_classes is None and model.conditions.dropout > 0
-            nulls = (model.conditions.null, guide.conditions.null) if learnt else None
-            guided: Denoiser = Autoguided(model.denoiser, guide.denoiser, self.scale, guide.conditional, nulls)
-        else:
+        guided: Denoiser = model.denoiser
+        if self.scale != 1 and (self.guide is None or self.guide_scale is not None):
             model.conditions.check_guidance(self.scale, ", or the run of a weaker model as guide")
             guided = Guided(model.denoiser, self.scale, model.conditions.null)
+        if self.guide is not None:
+            guide = load_guide(self.guide, model)
+            scale = self.scale if self.guide_scale is None else self.guide_scale
+            guided = Autoguided(guided, guide.denoiser, scale, guide.conditional, nulls_of(model, guide))
         return guided if self.interval is None else WithinInterval(guided, model.denoiser, self.interval)
 
 

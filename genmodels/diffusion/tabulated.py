@@ -14,7 +14,7 @@ from .interpolation import cubic, limit_slopes, pchip_slopes
 from .schedules import Scales, Schedule, as_times
 
 HALVINGS = 60  # of the place between two knots
-COLUMNS = ("t", "log_snr", "alpha", "sigma")
+COLUMNS = ("t", "log_snr", "alpha", "sigma", "dalpha", "dsigma")
 
 
 class Table(Schedule, nn.Module):
@@ -104,9 +104,11 @@ def knots_of(
         alpha, sigma: [K] >= 0, never both 0; σ/α must increase.
         dalpha, dsigma: [K] derivatives by t.
     Raises:
-        ConfigError: naming the first knot that is out of order or range.
+        ConfigError: naming the first knot that is out of order or range, or if derivatives are no numbers.
     """
     _check(t, alpha, sigma)
+    if any(d is not None and (d.shape != t.shape or not d.isfinite().all()) for d in (dalpha, dsigma)):
+        raise ConfigError(f"tabulated: dalpha and dsigma must be finite, one number for each of {len(t)} times.")
     radius, angle = torch.hypot(alpha, sigma), torch.atan2(sigma, alpha)
     if dalpha is None or dsigma is None:
         turn, rate = pchip_slopes(t, angle), pchip_slopes(t, radius)
@@ -159,8 +161,10 @@ class Tabulated(Table):
         times: increasing, in [0, 1]; 0 is data and 1 is noise.
         log_snr: 2 log(α/σ) at the times, falling; infinite ends can be written in a file, or as alpha and sigma.
         alpha, sigma: instead of log_snr.
+        dalpha, dsigma: beside alpha and sigma their derivatives by t, of which shape-preserving ones are made if not
+            given.
         form: what log_snr leaves open: α² + σ² = 1 (variance_preserving), or α + σ = 1 (straight).
-        file: instead of them a .csv with a header, or a .npz, of the columns t with log_snr, or with alpha and sigma.
+        file: instead of them a .csv with a header, or a .npz, of such columns, t for times.
             Checkpoints hold its knots, so that a run does without the file.
     Raises:
         ConfigError: if knots are missing, given twice, or out of order.
@@ -175,16 +179,28 @@ class Tabulated(Table):
         log_snr: tuple[float, ...] = (),
         alpha: tuple[float, ...] = (),
         sigma: tuple[float, ...] = (),
+        dalpha: tuple[float, ...] = (),
+        dsigma: tuple[float, ...] = (),
         form: Literal["variance_preserving", "straight"] = "variance_preserving",
         file: str | None = None,
     ) -> None:
-        if (file is None) == (len(times) == 0) or (file is not None and (log_snr or alpha or sigma)):
+        if (file is None) == (len(times) == 0) or (
+            file is not None and (log_snr or alpha or sigma or dalpha or dsigma)
+        ):
             raise ConfigError("tabulated: give either times (with log_snr, or alpha and sigma), or a file.")
         self.file = None if file is None else Path(file).expanduser()
         columns: dict[str, tuple[float, ...]] = {"t": times, "log_snr": log_snr, "alpha": alpha, "sigma": sigma}
+        columns |= {"dalpha": dalpha, "dsigma": dsigma}
         if self.file is not None:
             columns = _columns(self.file) if self.file.exists() else {}
         super().__init__(_knots(columns, form) if columns else None)
+
+    @staticmethod
+    def node(path: Table) -> dict[str, Any]:
+        """The arguments that make a path again, to rounding: all of it in numbers, without state or files."""
+        t = path._read(torch.device("cpu"))[0]
+        values = dict(zip(("alpha", "sigma", "dalpha", "dsigma"), path(t), strict=True))
+        return {"name": "tabulated", "times": t.tolist(), **{key: value.tolist() for key, value in values.items()}}
 
     def missing(self) -> str:
         return f"tabulated: there is no file {self.file}, and no checkpoint with its knots was loaded."
@@ -194,13 +210,14 @@ def _knots(columns: Mapping[str, Any], form: str) -> Tensor:
     given = {key: torch.tensor(v, dtype=torch.float64) for key, v in columns.items() if len(v)}
     if set(given) == {"t", "log_snr"}:
         alpha, sigma = scales_of(given["log_snr"], form)
-    elif set(given) == {"t", "alpha", "sigma"}:
+    elif set(given) in ({"t", "alpha", "sigma"}, {"t", "alpha", "sigma", "dalpha", "dsigma"}):
         alpha, sigma = given["alpha"], given["sigma"]
     else:
         raise ConfigError(
-            f"tabulated: t with log_snr, or with alpha and sigma, is needed, found {', '.join(given) or 'nothing'}."
+            "tabulated: t with log_snr, or with alpha and sigma (and both of dalpha and dsigma, or none), is needed, "
+            f"found {', '.join(given) or 'nothing'}."
         )
-    return knots_of(given["t"], alpha, sigma)
+    return knots_of(given["t"], alpha, sigma, given.get("dalpha"), given.get("dsigma"))
 
 
 def _columns(path: Path) -> dict[str, Any]:

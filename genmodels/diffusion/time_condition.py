@@ -58,12 +58,16 @@ class Shared(TimeCondition):
         intervals: n, of equal length.
         until: t̃, a time of the path.
         edges: the n + 1 edges 0 = t₀ < … < tₙ = t̃, in place of `intervals` and `until`.
+        first: what the first interval is told in place of 0; the first step of a chain, t = 1/T, where that is told.
     Raises:
-        ConfigError: if there is no interval, if the edges do not increase from 0, or if t̃ is no time of the path.
+        ConfigError: if there is no interval, if the edges do not increase from 0, if `first` is not within the first
+            interval, or if t̃ is no time of the path.
     Source: Yang et al. 2024 (Lipschitz Singularities in Diffusion Models).
     """
 
-    def __init__(self, intervals: int = 5, until: float = 0.1, edges: tuple[float, ...] | None = None) -> None:
+    def __init__(
+        self, intervals: int = 5, until: float = 0.1, edges: tuple[float, ...] | None = None, first: float = 0.0
+    ) -> None:
         if edges is None:
             if intervals < 1:
                 raise ConfigError(f"shared.intervals: at least 1 is needed, found {intervals}.")
@@ -74,12 +78,15 @@ class Shared(TimeCondition):
                 f"shared: edges 0 = t₀ < t₁ < … < t̃ are needed, found {list(edges)}. Begin at 0 and let them increase: "
                 "t̃ (`until`) must be positive."
             )
-        self.edges = tuple(float(edge) for edge in edges)
+        if not 0 <= first < edges[1]:
+            raise ConfigError(f"shared.first: a time from 0 to before {edges[1]:g} is needed, found {first}.")
+        self.edges, self.first = tuple(float(edge) for edge in edges), float(first)
 
     def __call__(self, t: Tensor, schedule: Schedule) -> Tensor:
         edges = torch.tensor(self.edges, dtype=torch.float64).to(t)
         index = torch.bucketize(t.detach().contiguous(), edges[1:-1], right=True)
-        return torch.where(t < edges[-1], edges[index], t)
+        told = torch.tensor((self.first, *self.edges[1:]), dtype=torch.float64).to(t)
+        return torch.where(t < edges[-1], told[index], t)
 
     def domain(self, schedule: Schedule) -> tuple[float, float]:
         if not schedule.t_min < self.edges[-1] <= schedule.t_max:

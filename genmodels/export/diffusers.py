@@ -10,6 +10,7 @@ from torch import Tensor
 from ..diffusion.grids import TimeGrid
 from ..diffusion.parametrization import Target, target
 from ..diffusion.schedules import Schedule
+from ..diffusion.time_condition import TimeCondition
 from ..registry import build
 from ..solvers.base import Solver
 from ..solvers.brownian import BrownianTree
@@ -39,6 +40,7 @@ class GenScheduler(SchedulerMixin, ConfigMixin):
             t_max to t_min. Either way edm_heun, whose step to σ = 0 is Euler's, has 2n - 1 entries and the order 2, as
             Heun's method has in diffusers.
         time_scale, time_offset: of the labels; num_train_timesteps (1 for "edm") and 0 if not given.
+        time_condition: what the network makes of the time, where its labels do not do for all times of the path.
     Raises:
         ConfigError: if path, prediction, solver or numbers do not fit.
     Source: Karras et al. 2022 (EDM), algorithm 1 and equation 7; von Platen et al. 2022 (Diffusers), class
@@ -59,11 +61,13 @@ class GenScheduler(SchedulerMixin, ConfigMixin):
         denoise: bool = True,
         time_scale: float | None = None,
         time_offset: float = 0.0,
+        time_condition: Node | None = None,
     ) -> None:
         self.path: Schedule = build(Schedule, schedule)
         self.solver: Solver = build(Solver, solver)
         check_solver(self.solver)
-        self.denoiser = Pushed(self.path, prediction, sigma_data)
+        told = None if time_condition is None else build(TimeCondition, time_condition)
+        self.denoiser = Pushed(self.path, prediction, sigma_data, told)
         scale = time_scale or (1.0 if prediction == "edm" else float(num_train_timesteps))
         self.labels = Labels(self.path, prediction == "edm", scale, time_offset)
         span = (self.denoiser.t_min, self.denoiser.t_max)
@@ -114,6 +118,8 @@ class GenScheduler(SchedulerMixin, ConfigMixin):
             self._lay(self.grid.of(num_inference_steps), device)
             return
         values = torch.as_tensor(sigmas if timesteps is None else timesteps, dtype=torch.float64, device="cpu")
+        if values.ndim != 1 or not len(values) or not bool(values.isfinite().all()):
+            raise ValueError(f"set_timesteps: {given[0]} must be a list of finite numbers, found {values.tolist()}.")
         if num_inference_steps is not None and num_inference_steps != len(values):
             raise ValueError(f"set_timesteps: {num_inference_steps} steps, but {len(values)} {given[0]} are given.")
         t = self.labels.times(values) if sigmas is None else times_of_sigmas(self.path, values, self.grid.span)

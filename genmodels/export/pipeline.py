@@ -17,7 +17,11 @@ from ..registry import build
 from ..rng import SeedNoise
 from ..transforms import Transform
 
+# diffusers loads components of pipelines from modules that have been imported, and imports none itself
+from . import timestep_shared, whole, wrappers  # noqa: F401
+
 Null = int | list[float] | None
+SEEDS = 2**62  # seeds that a generator chooses among
 
 
 class Answer(BaseOutput):
@@ -107,10 +111,10 @@ class GenPipeline(DiffusionPipeline):
     """Items of any shape from noise, with or without conditions, in the units of the data.
 
     Unlike DDPMPipeline it scales the noise it starts from and the network's input as the scheduler says, which paths
-    that do not preserve the variance need.
+    that do not preserve the variance need. A `GenWhole` draws from its own prior, and has no scheduler.
 
     Args:
-        model: a U-Net or transformer of diffusers, or a `GenModel`.
+        model: a U-Net or transformer of diffusers, a `GenModel`, a wrapper of one, or a `GenWhole`.
         scheduler: one of diffusers, or a `GenScheduler`.
         transform: to data units; without one items stay in model space.
         prior_scale: standard deviation of the noise at the start; the scheduler's `init_noise_sigma` if not given.
@@ -119,13 +123,13 @@ class GenPipeline(DiffusionPipeline):
         low, high: values of the data that are black and white, for pictures.
     """
 
-    _optional_components: ClassVar[list[str]] = ["transform"]
+    _optional_components: ClassVar[list[str]] = ["transform", "scheduler"]
     model_cpu_offload_seq = "model->transform"
 
     def __init__(
         self,
         model: nn.Module,
-        scheduler: Any,
+        scheduler: Any = None,
         transform: nn.Module | None = None,
         prior_scale: float | None = None,
         null: Null = None,
@@ -160,18 +164,26 @@ class GenPipeline(DiffusionPipeline):
             batch_size: how many; that of the labels or seeds if they are given.
             class_labels: a label or vector for each; none draws unconditionally.
             guidance_scale: 1 is off.
-            seeds: one for each item, which then depends on its seed alone and is that of `DiffusionModel.sample`.
+            seeds: one for each item, which then depends on its seed alone and is that of the model's `sample`.
             generator: of the noise where no seeds are given.
             output_type: "pt" and "np" in data units, "pil" pictures.
-            timesteps: `sigmas` or `timesteps`, for schedulers that take them in place of num_inference_steps.
+            timesteps: `sigmas` or `timesteps`, for schedulers that take them in place of num_inference_steps; without
+                them a network `OnStraightPath` says the sigmas of as many steps.
         Raises:
             ValueError: if labels and seeds differ in number, or the model has no conditions.
         """
-        device = self._execution_device
+        if isinstance(self.model, whole.GenWhole):
+            return self._whole(
+                batch_size, class_labels, guidance_scale, num_inference_steps, seeds, generator, output_type,
+                return_dict, **timesteps,
+            )  # fmt: skip
+        device, steps = self._execution_device, num_inference_steps or self.config.num_inference_steps
+        if not timesteps and isinstance(self.model, wrappers.OnStraightPath):
+            timesteps = {"sigmas": self.model.sigmas(steps)}
         if timesteps:
             self.scheduler.set_timesteps(device=device, **timesteps)
         else:
-            self.scheduler.set_timesteps(num_inference_steps or self.config.num_inference_steps, device=device)
+            self.scheduler.set_timesteps(steps, device=device)
         x = self._start(batch_size, class_labels, seeds, generator)
         if hasattr(self.scheduler, "set_seeds"):
             self.scheduler.set_seeds(seeds)
@@ -192,6 +204,28 @@ class GenPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return Items(images=items) if return_dict else (items,)
 
+    def _whole(
+        self, batch_size: int, labels: Any, guidance: float | None, steps: int | None, seeds: list[int] | None,
+        generator: Any, output_type: str, return_dict: bool, **timesteps: Any,
+    ) -> Items | tuple[Any]:  # fmt: skip
+        if timesteps:
+            raise ValueError(
+                f"{', '.join(timesteps)}: the model of this pipeline lays its own steps out. Leave it out."
+            )
+        n, device = _count(batch_size, labels, seeds), self._execution_device
+        if seeds is None:
+            each = generator if isinstance(generator, list) else [generator]
+            counts = [1] * n if isinstance(generator, list) else [n]
+            drawn = [torch.randint(SEEDS, (k,), generator=g) for k, g in zip(counts, each, strict=True)]
+            seeds = torch.cat(drawn)
+        given = None if labels is None else torch.as_tensor(labels, device=device)
+        if given is not None and given.is_floating_point():
+            given = given.to(self.model.dtype)
+        items = self.model.draw(torch.as_tensor(seeds), given, steps, guidance)
+        items = self._shown(items, output_type)
+        self.maybe_free_model_hooks()
+        return Items(images=items) if return_dict else (items,)
+
     def _ask(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         return self.model(x, t.expand(len(x)), class_labels=labels).sample[:, : x.shape[1]]
 
@@ -199,10 +233,7 @@ class GenPipeline(DiffusionPipeline):
         self, batch_size: int, labels: Tensor | list[int] | None, seeds: list[int] | None, generator: Any
     ) -> Tensor:
         config, device = self.model.config, self._execution_device
-        counts = {len(given) for given in (labels, seeds) if given is not None}
-        if len(counts) > 1:
-            raise ValueError(f"there are {len(labels)} class_labels and {len(seeds)} seeds; give one seed an item.")
-        n = counts.pop() if counts else batch_size
+        n = _count(batch_size, labels, seeds)
         size = config.sample_size
         shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
         if seeds is not None:
@@ -241,3 +272,11 @@ class GenPipeline(DiffusionPipeline):
         low, high = self.config.low, self.config.high
         pixels = ((items.float() - low) / (high - low)).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         return self.numpy_to_pil(np.nan_to_num(pixels))
+
+
+def _count(batch_size: int, labels: Any, seeds: Any) -> int:
+    """How many items are wanted: as many as there are labels or seeds, if they are given."""
+    counts = {len(given) for given in (labels, seeds) if given is not None}
+    if len(counts) > 1:
+        raise ValueError(f"there are {len(labels)} class_labels and {len(seeds)} seeds; give one seed an item.")
+    return counts.pop() if counts else batch_size

@@ -14,10 +14,11 @@ from ..config import Config
 from ..data.dataset import context
 from ..diffusion.model import DiffusionModel
 from ..model import Model
+from ..pretrained import unwrapped
 from ..registry import ConfigError, build, resolve
 from ..training.run import Run
 from ..transforms import Transform
-from .schedulers import Training, read_json, training_of
+from .schedulers import WRAPPERS, Training, read_json, through, training_of
 
 NETWORKS = {"UNet2DModel": "diffusers_unet", "DiTTransformer2DModel": "diffusers_dit"}
 PARTS = ("unet", "transformer", "model")  # what pipelines call their network
@@ -57,7 +58,8 @@ def from_diffusers(
     """The diffusion model that a pipeline folder holds: its path, prediction, network and labels of time.
 
     The path of schedulers with a table of ᾱ is that table, exact at its steps (`discrete`); flow-matching schedulers
-    have the linear path, those of EDM theirs. Clipping and thresholding of x̂ are no part of the model and are left out.
+    have the linear path, those of EDM theirs. A network in a wrapper of this package is taken out of it, and what the
+    wrapper says of time and path goes to the model. Clipping and thresholding of x̂ are no part of it and are left out.
 
     Args:
         folder: with model_index.json, as `save_pretrained` of a pipeline writes it: a UNet2DModel or a
@@ -78,12 +80,15 @@ def from_diffusers(
             f"import: {folder} needs a scheduler and one of {', '.join(PARTS)}; it has {parts or 'none'}."
         )
     config = read_json(folder / part / "config.json", "a network")
+    wrapper, config = config, unwrapped(config)
     name = NETWORKS.get(config.get("_class_name", ""))
     if name is None:
         raise ConfigError(
-            f"import: {folder / part} holds the class {config.get('_class_name')}; known are {', '.join(NETWORKS)}."
+            f"import: {folder / part} holds the class {config.get('_class_name')}; known are {', '.join(NETWORKS)}, "
+            f"alone or in {', '.join(WRAPPERS)}."
         )
     training = training_of(folder / "scheduler", _tokens(config) if image_tokens is None else image_tokens)
+    training = training if wrapper is config else through(training, wrapper)
     network = {"name": name, "path": str(folder / part), "time_scale": training.time_scale,
                "time_offset": training.time_offset}  # fmt: skip
     num_classes, null = _labels(config, name, null_label)
@@ -94,6 +99,7 @@ def from_diffusers(
     node = {
         "name": "diffusion", "network": network, "schedule": training.schedule, "prediction": training.prediction,
         "sigma_data": training.sigma_data, "condition_dropout": 0.1 if null else 0.0,
+        "time_condition": training.time_condition,
     }  # fmt: skip
     tree = {"data": "external", "model": node, "sample": training.sample}
     model = build(Model, resolve(Model, node, "model"), **context(facts))

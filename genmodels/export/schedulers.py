@@ -2,11 +2,13 @@
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..diffusion.parametrization import Target
 from ..registry import ConfigError
+from .timestep_shared import shared_edges
 
 TABLES = (  # with a table of ᾱ
     "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler",
@@ -18,6 +20,7 @@ TABLES = (  # with a table of ᾱ
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 LEVELS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 OWN = "GenScheduler"
+WRAPPERS = ("TimestepShared", "Relabelled", "OnStraightPath")
 PREDICTIONS: dict[str, Target] = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
 FLOW = "flow_prediction"
 
@@ -31,6 +34,7 @@ class Training(NamedTuple):
         sigma_data: for "edm".
         negated: whether the network answers with the other sign.
         sample: the section on sampling that draws as the scheduler does.
+        time_condition: node of what the network is told of times; None for the label itself.
     """
 
     schedule: dict[str, Any]
@@ -40,6 +44,7 @@ class Training(NamedTuple):
     sigma_data: float
     negated: bool
     sample: dict[str, Any]
+    time_condition: dict[str, Any] | None = None
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -175,3 +180,42 @@ def _own(config: dict[str, Any]) -> Training:
     sample = {key: config[key] for key in ("solver", "grid", "denoise")}
     schedule = {"name": schedule} if isinstance(schedule, str) else schedule
     return Training(schedule, prediction, scale, config["time_offset"], config["sigma_data"], False, sample)
+
+
+def through(training: Training, wrapper: dict[str, Any]) -> Training:
+    """What is known of the model when its network stands in a wrapper of `genmodels.export`.
+
+    Args:
+        wrapper: the configuration of `TimestepShared`, `Relabelled` or `OnStraightPath`.
+    Raises:
+        ConfigError: if the wrapper is not known, or has edges of time that no path has.
+    """
+    name = wrapper["_class_name"]
+    if name == "TimestepShared":
+        return training._replace(time_condition=_shared(wrapper, training))
+    own = {"time_scale": wrapper["own_scale"], "time_offset": wrapper["own_offset"]}
+    if name == "Relabelled":
+        # labels are those of times on this path, of which a chain is but a table
+        sample = training.sample | {"grid": {"name": "even"}}
+        kept = {"schedule": wrapper["schedule"], "time_condition": wrapper["time_condition"], "sample": sample}
+        return training._replace(**kept, **own)
+    if name == "OnStraightPath":
+        # a step of Euler's on the straight path is one of DDIM's on the path itself
+        sample = {"solver": {"name": "ddim"}, "grid": wrapper["grid"], "denoise": True, "num_steps": 50}
+        kept = {key: wrapper[key] for key in ("schedule", "prediction", "sigma_data", "time_condition")}
+        return Training(**kept, **own, negated=False, sample=sample)
+    raise ConfigError(f"import: the wrapper {name} is not known; known are {', '.join(WRAPPERS)}.")
+
+
+def _shared(wrapper: dict[str, Any], training: Training) -> dict[str, Any]:
+    """The node of shared times whose edges are those of timesteps."""
+    edges = wrapper.get("edges") or shared_edges(wrapper["n"], wrapper["t_tilde"])
+    scale, offset = (Fraction(repr(float(value))) for value in (training.time_scale, training.time_offset))
+    # of fractions, as those of floats may lie on the wrong side of a timestep; no time lies before 0
+    first, *later = (float((Fraction(repr(float(edge))) - offset) / scale) for edge in edges)
+    if first < 0 or later[-1] > 1:
+        raise ConfigError(
+            f"import: edges of TimestepShared from {edges[0]:g} to {edges[-1]:g} are no times of a path whose "
+            f"timesteps run from {training.time_offset:g} to {training.time_scale + training.time_offset:g}."
+        )
+    return {"name": "shared", "edges": [0.0, *later], "first": first}

@@ -10,6 +10,7 @@ from ..diffusion.grids import TimeGrid
 from ..diffusion.parametrization import Target
 from ..diffusion.samplers import FINEST, LACKING
 from ..diffusion.schedules import BISECTIONS, Linear, Schedule
+from ..diffusion.time_condition import TimeCondition
 from ..diffusion.times import Span
 from ..registry import ConfigError
 from ..rng import Noise, SeedNoise, as_seeds
@@ -34,8 +35,10 @@ class Pushed(Denoiser):
         silent: answer 0 in place of asking, to find out when a solver asks.
     """
 
-    def __init__(self, schedule: Schedule, prediction: Target, sigma_data: float) -> None:
-        super().__init__(None, schedule, prediction, sigma_data)
+    def __init__(
+        self, schedule: Schedule, prediction: Target, sigma_data: float, told: TimeCondition | None = None
+    ) -> None:
+        super().__init__(None, schedule, prediction, sigma_data, told)
         self.silent = False
         self.push(())
 

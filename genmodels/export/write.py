@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,15 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from ..commands import guarded
+from ..diffusion.discrete import Discrete
 from ..diffusion.model import DiffusionModel
 from ..diffusion.schedules import EDM, Linear, Schedule
+from ..diffusion.tabulated import Table, Tabulated
+from ..diffusion.time_condition import Identity, LogSNR, Shared
+from ..model import Model
 from ..networks.diffusers import DiffusersDiT, DiffusersUNet
 from ..networks.network import Network
-from ..registry import ConfigError, build
+from ..processes.local_dsm import LocalDSM
+from ..processes.multivariate import MultivariateDiffusion
+from ..registry import ConfigError, build, resolve
 from ..solvers.base import Solver, title
 from ..training.run import Run
 
 Choice = Literal["auto", "stock", "own"]
+STRAIGHT = "OnStraightPath"
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x": "sample"}  # their names in schedulers of diffusers
 IMAGENET = 1000  # classes, and so the label that DiTPipeline takes for "no class"
 
@@ -30,30 +38,31 @@ def export(
 
     Networks that are of diffusers already are written as such, others as `GenModel`. The folder is a DDPMPipeline or
     DiTPipeline where these draw what the model means, else a `GenPipeline`, which needs genmodels to be installed.
+    Models of 'local_dsm' and 'multivariate_diffusion' are a `GenPipeline` around the whole of them.
 
     Args:
         weights: as in `Run.load`.
         scheduler: "stock" for one of diffusers (FlowMatchEuler on the linear path with the prediction velocity,
-            EDMEuler for EDM, DDIM on variance-preserving paths with eps, v or x), "own" for `GenScheduler` with the
-            run's solver and steps, "auto" for a stock one where there is one.
+            EDMEuler for EDM, DDIM on variance-preserving paths with eps, v or x; for all others FlowMatchEuler with
+            the network `OnStraightPath`), "own" for `GenScheduler` with the run's solver and steps, "auto" for a stock
+            one where there is one that needs no other path.
     Raises:
-        ConfigError: if the model is no diffusion model, or has no stock scheduler where one is asked for, or if the
-            folder holds something else.
+        ConfigError: if the model is of another kind or cannot be sampled, if a stock scheduler is asked for and there
+            is none, or if the folder holds something else.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     model = run.load(weights)
-    if not isinstance(model, DiffusionModel):
-        raise ConfigError(f"export: {run.path} holds a {type(model).__name__}; models of 'diffusion' can be exported.")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"export: {folder} exists and is not empty. Choose another folder, or remove it.")
     pipeline = pipeline_of(model, run.config.tree["model"], run.facts(), run.config.answer("sample"), scheduler)
     pipeline.save_pretrained(folder)
-    return type(pipeline).__name__, type(pipeline.scheduler).__name__
+    steps = "its own steps" if pipeline.scheduler is None else type(pipeline.scheduler).__name__
+    return type(pipeline).__name__, steps
 
 
 def pipeline_of(
-    model: DiffusionModel,
+    model: Model,
     node: dict[str, Any],
     facts: dict[str, Any],
     sample: dict[str, Any],
@@ -65,27 +74,37 @@ def pipeline_of(
         node: of the model, resolved.
         facts: of its data.
         sample: the resolved section on sampling.
+    Raises:
+        ConfigError: as `export`.
     """
     from diffusers import DDPMPipeline
 
     from .pipeline import GenPipeline, GenTransform
 
-    _check_path(model.schedule, node["schedule"])
-    _check_labels(model)
-    inner = _inner(model, node)
-    stock = None if scheduler == "own" else stock_scheduler(model)
-    if scheduler == "stock" and stock is None:
+    if isinstance(model, LocalDSM | MultivariateDiffusion):
+        return _whole(model, node, facts, sample, scheduler)
+    if not isinstance(model, DiffusionModel):
         raise ConfigError(
-            f"export: no scheduler of diffusers runs the path '{node['schedule']['name']}' with the prediction "
-            f"'{node['prediction']}' and these labels of time. Use --scheduler own."
+            f"export: a {type(model).__name__} has no pipeline; models of 'diffusion', 'local_dsm' and "
+            "'multivariate_diffusion' can be exported."
         )
-    if sample["guidance"] != 1 and (sample["interval"] is not None or sample["guide"] is not None):
+    node = node | {"schedule": path_node(model.schedule, node["schedule"])}
+    _check_labels(model)
+    if sample["interval"] is not None or sample["guide"] is not None:
         raise ConfigError("export: guidance in an interval or by another model has no place in a pipeline.")
+    stock, prior = None if scheduler == "own" else stock_scheduler(model), model.prior_scale()
+    if stock is None and scheduler == "stock":
+        inner, stock = _straight(model, node, sample)
+        prior = inner.sigmas(1)[0]
+    else:
+        inner = _inner(model, node)
     chosen = own_scheduler(model, node, sample) if stock is None else stock
     dit = _dit_pipeline(model, facts, inner, stock)
     if dit is not None:
         return dit
-    plain = not model.conditional and abs(model.prior_scale() - 1) < 1e-3 and node["prediction"] != "edm"
+    unscaled = node["prediction"] != "edm" or type(inner).__name__ == STRAIGHT  # a DDPMPipeline does not scale
+    whole = prior > 1 - 1e-9 if type(inner).__name__ == STRAIGHT else abs(prior - 1) < 1e-3
+    plain = not model.conditional and whole and unscaled
     if plain and len(model.model_shape) == 3 and _symmetric(model):
         return DDPMPipeline(unet=inner, scheduler=chosen)
     transform = GenTransform(facts["transform"], list(model.shape))
@@ -94,7 +113,7 @@ def pipeline_of(
     told = model.conditions
     null = None if told.null is None or told.dropout == 0 else told.null.tolist()
     return GenPipeline(
-        inner, chosen, transform.eval(), prior_scale=None if stock is None else model.prior_scale(), null=null,
+        inner, chosen, transform.eval(), prior_scale=None if stock is None else prior, null=null,
         num_inference_steps=sample["num_steps"], guidance_scale=sample["guidance"],
         low=0.0 if levels else -1.0, high=width * (levels - 1) if levels else 1.0,
     )  # fmt: skip
@@ -111,22 +130,104 @@ def _is_theirs(network: Network) -> bool:
     return isinstance(network, DiffusersDiT)
 
 
-def labels_of(model: DiffusionModel) -> tuple[float, float]:
-    """Scale and offset of the labels of time that the exported network takes."""
+def network_labels(model: DiffusionModel) -> tuple[float, float]:
+    """Scale and offset of the timesteps of the network as a model of diffusers, by its own labels of time."""
     network = _network(model)
     if _is_theirs(network):
         return network.time_scale, network.time_offset
     return (1.0 if model.denoiser.prediction == "edm" else 1000.0), 0.0
 
 
+def _relabels(model: DiffusionModel) -> bool:
+    """Whether the network is told of times by other labels than timesteps are: t itself, or log(σ/α)/4 for "edm"."""
+    told = model.denoiser.time_condition
+    if model.denoiser.prediction == "edm":
+        return not (type(told) is LogSNR and told.factor == 0.25)
+    return type(told) is not Identity
+
+
+def _shares(model: DiffusionModel) -> bool:
+    """Whether it is told the left edge of an interval of timesteps, which `TimestepShared` says as well."""
+    return type(model.denoiser.time_condition) is Shared and model.denoiser.prediction != "edm"
+
+
+def labels_of(model: DiffusionModel) -> tuple[float, float]:
+    """Scale and offset of the timesteps that a scheduler counts out."""
+    if not _relabels(model) or _shares(model):
+        return network_labels(model)
+    if model.denoiser.prediction == "edm":
+        return 1.0, 0.0
+    # step k of a chain is the time (k + 1)/T
+    return (float(model.schedule.steps), -1.0) if isinstance(model.schedule, Discrete) else (1000.0, 0.0)
+
+
 def _inner(model: DiffusionModel, node: dict[str, Any]) -> Any:
-    """The network as a model of diffusers."""
+    """The network as a model of diffusers that takes the timesteps of a scheduler."""
+    from .timestep_shared import TimestepShared
+    from .wrappers import Relabelled
+
+    bare, told, (scale, offset) = _bare(model, node), model.denoiser.time_condition, labels_of(model)
+    if not _relabels(model):
+        return bare
+    if _shares(model):
+        # by fractions, as products of floats may lie on the wrong side of a whole timestep
+        at = [Fraction(repr(edge)) * Fraction(repr(scale)) + Fraction(repr(offset)) for edge in told.edges]
+        first = Fraction(repr(told.first)) * Fraction(repr(scale)) + Fraction(repr(offset))
+        return TimestepShared(bare, edges=[float(edge) for edge in (first, *at[1:])]).eval()
+    own_scale, own_offset = network_labels(model)
+    return Relabelled(
+        bare, node["schedule"], node["time_condition"], scale, offset, model.denoiser.prediction == "edm", own_scale,
+        own_offset,
+    ).eval()  # fmt: skip
+
+
+def _straight(model: DiffusionModel, node: dict[str, Any], sample: dict[str, Any]) -> tuple[Any, Any]:
+    """The network as a velocity on the straight path, and the stock scheduler of that."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from .wrappers import OnStraightPath
+
+    network = OnStraightPath(
+        _bare(model, node), node["schedule"], node["prediction"], float(model.denoiser.sigma_data),
+        node["time_condition"], *network_labels(model), sample["grid"],
+    )  # fmt: skip
+    return network.eval(), FlowMatchEulerDiscreteScheduler()
+
+
+def _whole(model: Model, node: dict[str, Any], facts: dict[str, Any], sample: dict[str, Any], scheduler: Choice) -> Any:
+    """The pipeline of a model that draws for itself."""
+    from .pipeline import GenPipeline
+    from .whole import GenWhole
+
+    name = node["name"]
+    if scheduler == "stock":
+        raise ConfigError(
+            f"export: no scheduler of diffusers runs a model of '{name}', whose paths are not α x + σ ε with N(0, I) "
+            "at their end. Use --scheduler auto."
+        )
+    if isinstance(model, LocalDSM) and model.process.prior is None:
+        raise ConfigError(
+            f"export: {type(model.process).__name__} has no prior that could be sampled, so that a pipeline could draw "
+            "nothing from it. Choose a process with a prior."
+        )
+    whole = GenWhole(node, facts, sample)
+    whole.inner.load_state_dict(model.state_dict())
+    levels, width = facts.get("levels"), facts.get("bin_width") or 1.0
+    return GenPipeline(
+        nn.Module.to(whole, model.dtype).eval(), num_inference_steps=sample["num_steps"],
+        guidance_scale=sample.get("guidance", 1.0), low=0.0 if levels else -1.0,
+        high=width * (levels - 1) if levels else 1.0,
+    )  # fmt: skip
+
+
+def _bare(model: DiffusionModel, node: dict[str, Any]) -> Any:
+    """The network as a model of diffusers that takes its own labels, as timesteps."""
     from .pipeline import GenModel
 
     network = _network(model)
     if _is_theirs(network):
         return network.model.eval()
-    scale, offset = labels_of(model)
+    scale, offset = network_labels(model)
     vectors = None if model.conditions.num_classes is not None else model.conditions.condition_shape
     vectors = None if vectors is None else list(vectors)
     first, *rest = model.model_shape
@@ -135,20 +236,27 @@ def _inner(model: DiffusionModel, node: dict[str, Any]) -> Any:
     return nn.Module.to(wrapped, model.dtype).eval()  # theirs warns of parts that ours has not
 
 
-def _check_path(schedule: Schedule, node: dict[str, Any]) -> None:
-    """Raises ConfigError if the schedule is not what its configuration says, but was fitted to data."""
+def path_node(schedule: Schedule, node: dict[str, Any]) -> dict[str, Any]:
+    """The node of a path as it is now: a table of numbers for one that was fitted to data or read from a file.
+
+    Raises:
+        ConfigError: if the path is neither what its configuration says nor a table.
+    """
+    if isinstance(schedule, Table):
+        return resolve(Schedule, Tabulated.node(schedule), "schedule")
     t = torch.linspace(schedule.t_min, schedule.t_max, 101, dtype=torch.float64)
     made = build(Schedule, node)
     if not all(torch.equal(a, b) for a, b in zip(made.scales(t), schedule.scales(t), strict=True)):
         raise ConfigError(
-            f"export: the path of the schedule '{node['name']}' was fitted to data, and a scheduler's configuration "
-            "cannot hold it. Export a model on a path of numbers, such as linear or vp."
+            f"export: the path of the schedule '{node['name']}' was fitted to data, and is no table that a "
+            "scheduler's configuration could hold. Export a model on a path of numbers, such as linear or vp."
         )
+    return node
 
 
 @torch.no_grad()
 def _check_labels(model: DiffusionModel) -> None:
-    """Raises ConfigError if the network is told of times by other labels than those that schedulers can count out."""
+    """Raises ConfigError if the network is told of times by other labels than its `time_condition` says."""
     denoiser, told = model.denoiser, []
     t = torch.linspace(denoiser.t_min, denoiser.t_max, 5, dtype=torch.float64, device=model.device)[1:-1]
     hook = _network(model).register_forward_pre_hook(lambda _, given: told.append(given[0]))
@@ -161,12 +269,12 @@ def _check_labels(model: DiffusionModel) -> None:
     share = torch.cat((torch.linspace(0, 1, 1001), torch.logspace(-5, 0, 501))).to(t)
     every = denoiser.t_min + span * share
     for found, times in ((told[0], t), (denoiser.label(every), every)):
-        expected = -model.schedule.log_snr(times) / 8 if denoiser.prediction == "edm" else times
+        expected = denoiser.time_condition(times, model.schedule)
         if torch.allclose(found.double(), expected, rtol=1e-9, atol=1e-9):
             continue
         raise ConfigError(
-            "export: the network of this model is told of times by labels of its own, which timesteps of a scheduler "
-            "are not. Export a model whose labels are its times (or log σ/α for edm)."
+            "export: the network of this model is told of times by labels of its own, which its time_condition does "
+            "not say. Export a model whose labels are those of a registered time condition."
         )
 
 
@@ -212,7 +320,7 @@ def own_scheduler(model: DiffusionModel, node: dict[str, Any], sample: dict[str,
     return GenScheduler(
         schedule=node["schedule"], prediction=node["prediction"], solver=sample["solver"],
         sigma_data=float(model.denoiser.sigma_data), grid=sample["grid"], denoise=sample["denoise"], time_scale=scale,
-        time_offset=offset,
+        time_offset=offset, time_condition=node["time_condition"],
     )  # fmt: skip
 
 
@@ -279,4 +387,5 @@ def main(argv: Sequence[str]) -> None:
     needs |= pipeline.startswith("Gen")
     how = "genmodels.export.pipeline" if pipeline.startswith("Gen") else "diffusers"
     print(f"{given.to}  ({pipeline} with {scheduler}{'; needs genmodels' if needs else ''})")
-    print(f'from {how} import {pipeline}; pipeline = {pipeline}.from_pretrained("{given.to}")')
+    first = "import genmodels.export.pipeline; " if needs and how == "diffusers" else ""  # which diffusers would not
+    print(f'{first}from {how} import {pipeline}; pipeline = {pipeline}.from_pretrained("{given.to}")')

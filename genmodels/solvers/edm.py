@@ -20,7 +20,7 @@ class Churned(DenoisingSolver):
     """A step in r = σ/α for y = x/α, where dy/dr = ε̂, after noise was added: r̂ = (1 + γ) r, ŷ = y + √(r̂² - r²) s z.
 
     γ = min(s_churn/N, √2 - 1) over a grid of N steps, where s_min <= r <= s_max, and s = s_noise. r̂ is at most the last
-    level of the path.
+    level at which the denoiser can be asked.
 
     Raises:
         ConfigError: unless s_churn >= 0, 0 <= s_min <= s_max and s_noise > 0.
@@ -63,7 +63,8 @@ class Churned(DenoisingSolver):
         inside = (ratio >= self.s_min) & (ratio <= (math.inf if self.s_max is None else self.s_max))
         factor = 1 + min(self.s_churn / self.steps, MOST_CHURN) * (inside & ratio.isfinite() & (s != t)).double()
         later = field.schedule.time(-2 * (ratio * factor).log())
-        later = torch.where(factor > 1, torch.maximum(later, t), t)
+        last = getattr(field, "t_max", field.schedule.t_max)  # where a network ends may lie before the end of its path
+        later = torch.where(factor > 1, torch.maximum(later.clamp(max=last), t), t)
         then = Level.of(field, later)
         scale = torch.where(now.alpha > 0, then.alpha / now.alpha, 1.0)
         spread = then.alpha * ((then.sigma / then.alpha).square() - ratio.square()).clamp(min=0).sqrt()

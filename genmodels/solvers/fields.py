@@ -49,6 +49,8 @@ class SDE(Protocol):
 class DenoisingField(Protocol):
     """A denoiser along a Gaussian path x_t = α(t) x + σ(t) ε, row by row.
 
+    It may have a `t_max`, the last time at which it can be asked, where that is not the end of its path.
+
     Attributes:
         schedule: the path: `scales(t)`, `log_snr(t)`, its inverse `time`, and called, scales with derivatives.
     """

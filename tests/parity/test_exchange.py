@@ -203,12 +203,7 @@ def test_our_scheduler_draws_what_the_model_samples(case, tmp_path):
 
 def test_what_cannot_be_written_is_said(tmp_path):
     for node, sample, scheduler, message in (
-        (
-            {"network": UNET, "schedule": "vp", "prediction": "velocity"},
-            {},
-            "stock",
-            "no scheduler of diffusers runs the path 'vp'",
-        ),
+        ({"network": UNET}, {"guidance": 2.0, "guide": "runs/weak"}, "auto", "by another model has no place"),
         ({"network": UNET}, {"controller": "pi", "solver": "dopri5"}, "own", "chooses steps while it samples"),
         ({"network": UNET}, {"solver": "euler_maruyama"}, "own", "solver 'euler_maruyama' needs"),
     ):
@@ -221,12 +216,8 @@ def test_what_cannot_be_written_is_said(tmp_path):
         written(tmp_path / "x", relabelled)
 
 
-def test_shared_times_and_noise_under_a_coupling_cannot_be_written(tmp_path):
-    """Labels of early times alone differ from times; and a pipeline must not draw what `sample` refuses."""
-    for until in (0.1, 0.01):
-        shared = made({"network": UNET, "time_condition": {"name": "shared", "until": until}})
-        with pytest.raises(ConfigError, match="told of times by labels of its own"):
-            written(tmp_path / "x", shared)
+def test_noise_under_a_coupling_cannot_be_written(tmp_path):
+    """A pipeline must not draw what `sample` refuses."""
     coupled = made({"network": UNET, "coupling": "minibatch_ot"}, {"solver": "ddpm"})
     with pytest.raises(NotApplicable, match="adds noise: under the coupling"):
         written(tmp_path / "x", coupled, "own")

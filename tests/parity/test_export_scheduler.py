@@ -238,6 +238,9 @@ def test_refusals(scheduler):
         ({"sigmas": [0.5, 0.7]}, "sigmas must fall strictly"),
         ({"timesteps": [1500, 200]}, "timesteps must fall strictly"),
         ({"sigmas": [1.5, 0.2]}, "between 0 and 1 on this path"),
+        ({"sigmas": []}, r"sigmas must be a list of finite numbers, found \[\]"),
+        ({"sigmas": [1.0, float("nan")]}, "sigmas must be a list of finite numbers"),
+        ({"timesteps": [[1000.0], [500.0]]}, "timesteps must be a list of finite numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             s.set_timesteps(**options)

@@ -265,3 +265,80 @@ def test_a_guide_is_told_no_condition_in_its_own_words(monkeypatch):
     told.clear()
     model.sample(2, num_steps=1, guidance=1.5, guide="weak")
     assert all(torch.equal(rows, guide.conditions.null.expand(2, 3)) for rows in told)
+
+
+def weaker(monkeypatch: pytest.MonkeyPatch, guide: object) -> None:
+    monkeypatch.setattr("genmodels.diffusion.samplers.load_guide", lambda place, asking: guide)
+
+
+def test_both_guidances_at_once_by_formula(monkeypatch):
+    """x̂_guide + w_ag (x̂_null + w (x̂ - x̂_null) - x̂_guide), the guide under the condition; w = 1 is autoguidance."""
+    model, guide = (make((3,), num_classes=3, moved=m) for m in (0.2, 0.1))
+    weaker(monkeypatch, guide)
+    t, x, labels = torch.tensor([0.2, 0.6]).double(), randn(2, 3), torch.tensor([2, 0])
+    strong, weak = (m.denoiser.predict(t, x, labels) for m in (model, guide))
+    free = model.denoiser.predict(t, x, model.conditions.null.expand(2))
+    found = Guidance(2.5, None, "weak", 1.8).of(model)
+    for a, b, c, d in zip(found.predict(t, x, labels), strong, free, weak, strict=True):
+        torch.testing.assert_close(a, d + 1.8 * (c + 2.5 * (b - c) - d), rtol=1e-12, atol=1e-12)
+    alone, before = (Guidance(*given).of(model) for given in ((1.0, None, "weak", 1.8), (1.8, None, "weak")))
+    torch.testing.assert_close(alone.velocity(t, x, labels), before.velocity(t, x, labels), rtol=1e-12, atol=1e-12)
+    drawn = [model.sample(2, condition=labels, num_steps=3, **given) for given in (
+        {"guidance": 2.5, "guide": "weak", "guide_scale": 1.8}, {"guidance": 1.8, "guide": "weak"}, {"guidance": 2.5},
+    )]  # fmt: skip
+    assert min((drawn[0] - other).abs().max() for other in drawn[1:]) > 1e-3
+    with pytest.raises(ValueError, match=r"guidance 2\.5 needs a conditional model"):
+        Guidance(2.5, None, "weak", 1.8).of(make((3,)))
+
+
+def test_a_guide_without_a_null_is_not_asked_for_it(monkeypatch):
+    """Neither of labels nor of vectors; with conditions it guides, also away from no condition."""
+    for kind in ({"num_classes": 3}, {"condition_shape": (4,)}):
+        model, guide = make((2,), **kind), make((2,), condition_dropout=0.0, moved=0.1, **kind)
+        weaker(monkeypatch, guide)
+        condition = torch.tensor([0, 1]) if "num_classes" in kind else randn(2, 4)
+        options = {"num_steps": 2, "guidance": 1.5, "guide": "weak"}
+        with pytest.raises(ValueError, match=r"condition_dropout=0, and has learnt no answer without .* 2 of 2 items"):
+            model.sample(2, **options)
+        both = model.sample(2, condition=condition, **options | {"guide_scale": 1.2})
+        assert (both - model.sample(2, condition=condition, **options)).abs().max() > 1e-4
+    model, mixed = make((2,), num_classes=3), torch.tensor([0, 3])
+    weaker(monkeypatch, make((2,), num_classes=3, condition_dropout=0.0))
+    with pytest.raises(ValueError, match="which 1 of 2 items lack"):
+        model.sample(2, condition=mixed, num_steps=2, guidance=1.5, guide="weak")
+
+
+def test_guidance_that_is_no_number_is_refused():
+    for given, message in (
+        ((float("nan"),), "guidance: a finite number is needed, found nan"),
+        ((2.0, None, "weak", float("inf")), "guide_scale: a finite number is needed, found inf"),
+        ((2.0, (1.0,)), r"two noise levels σ/α.* found \(1\.0,\)"),
+        ((2.0, (0.1, 1.0, 2.0)), "two noise levels"),
+        ((2.0, (0.1, float("nan"))), "two noise levels"),
+        ((2.0, ("low", 1.0)), "two noise levels"),
+        ((2.0, 0.3), "two noise levels"),
+        ((2.0, None, None, 1.5), "guide_scale was given without a guide"),
+        ((2.0, None, "weak", 1.0), "guide_scale = 1 leaves the guide without effect"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Guidance(*given)
+    Guidance(1.0, (0.0, float("inf")), "weak", 2.0)
+
+
+def test_combined_denoisers_tell_their_networks_labels():
+    model = make((2,), num_classes=3, schedule="vp", prediction="eps", time_condition="shared")
+    guide, t = make((2,), num_classes=3), torch.tensor([0.013, 0.059, 0.5], dtype=torch.float64)
+    expected = torch.tensor([0.0, 0.04, 0.5], dtype=torch.float64)
+    pushed = Autoguided(Guided(model.denoiser, 2.0, model.conditions.null), guide.denoiser, 1.5)
+    for combined in (pushed, WithinInterval(pushed, model.denoiser, (0.1, 1.0))):
+        assert torch.equal(combined.label(t), expected)
+
+
+def test_churn_ends_where_the_denoiser_does():
+    """For eps on the linear path at α/σ = 1e-3, t = 1/1.001: steps near it churn no further, and are finite."""
+    model = oracle(LINE, "eps")
+    last, asked = model.denoiser.t_max, []
+    model.denoiser.network.register_forward_pre_hook(lambda _, given: asked.append(given[0].max().item()))
+    x = model.sample(3, solver=EDMHeun(s_churn=1e3), num_steps=4, grid=Karras(rho=3.0))
+    assert last == pytest.approx(1000 / 1001) and x.isfinite().all()
+    assert max(asked) <= last + 1e-15 and len({round(t, 6) for t in asked}) > 5

@@ -84,6 +84,13 @@ def test_edges_are_rounded_once():
     )
 
 
+def test_the_first_interval_may_be_told_a_step_of_a_chain():
+    """Only it: 0 and what follows see 1/T, later intervals their left edges."""
+    t = torch.tensor([0.0, 0.001, 0.019, 0.02, 0.5], dtype=torch.float64)
+    expected = torch.tensor([0.001, 0.001, 0.001, 0.02, 0.5], dtype=torch.float64)
+    assert torch.equal(Shared(5, 0.1, first=0.001)(t, VP), expected)
+
+
 def test_shared_labels_are_a_projection():
     """f(t) <= t, f is monotone and f(f(t)) = f(t); its derivative is 0 below t̃ and 1 from there on."""
     shared, t = Shared(7, 0.3), torch.linspace(0, 1, 4001, dtype=torch.float64, requires_grad=True)
@@ -163,6 +170,8 @@ def test_another_clock():
         ({"name": "shared", "edges": [0.0, 0.1, 0.1]}, "let them increase"),
         ({"name": "shared", "edges": [0.1, 0.2]}, "Begin at 0"),
         ({"name": "shared", "edges": [0.0]}, "are needed"),
+        ({"name": "shared", "first": 0.02}, r"shared.first: a time from 0 to before 0.02 is needed, found 0.02"),
+        ({"name": "shared", "first": -0.001}, "shared.first"),
         ({"name": "log_snr", "factor": -1.0}, "factor"),
         ({"name": "discrete", "steps": 0}, "at least 1"),
         ({"name": "discrete", "first": 2}, "first"),
