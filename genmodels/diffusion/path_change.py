@@ -26,7 +26,7 @@ def moved(denoiser: Denoiser, schedule: Schedule | None) -> Denoiser:
         return denoiser
     if isinstance(schedule, KineticOptimal) and not schedule.fitted:
         raise ValueError(
-            "schedule: 'kinetic_optimal' is found from data in training, and this one was not. Train a model on it, and "
+            "schedule: 'kinetic_optimal' is found from data in training, and this one was not. Train a model on it and "
             "give the table that its run keeps: schedule={name: tabulated, file: runs/<run>/prepare/kinetic_path.csv}."
         )
     found = OnSchedule(denoiser, schedule)
