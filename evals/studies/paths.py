@@ -63,6 +63,7 @@ TRAINING = (
     "train.steps=3000",
     "train.sample_every=0",
     "train.eval_every=0",
+    "likelihood={divergence: hutchinson, probes: 1, controller: {name: pi, rtol: 1.0e-4, atol: 1.0e-4}}",
     "sample={solver: {name: dpmpp}, num_steps: 50, grid: {name: shifted, shift: 1.0}, guidance: 1.0}",
 )
 LABELS = {"free": "model.conditional=false", "given": "model.conditional=true"}
@@ -78,7 +79,8 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "edm_heun": {"solver": {"name": "edm_heun"}, "grid": "even"},
 }
 FEW = ("euler", "dpmpp_2m")  # of every run but the first of each path
-OTHERS = ("kinetic_optimal", "trigonometric", "vp")  # on which the linear model is sampled, by Euler's and Heun's steps
+OTHERS = ("kinetic_optimal", "trigonometric", "vp")  # on which the linear model is sampled,
+MOVED = ("euler", "heun")  # by these
 Row = dict[str, Any]
 
 
@@ -172,7 +174,7 @@ def measured(folder: Path) -> list[Row]:
     if name == Named("linear", "free", 0):
         for other in OTHERS:
             schedule = schedule_of(other, folder.parent)
-            moved = [drawn(run, s, budget, schedule=schedule) for s in ("euler", "heun") for budget in BUDGETS]
+            moved = [drawn(run, s, budget, schedule=schedule) for s in MOVED for budget in BUDGETS]
             rows += [row and {**row, "on": other} for row in moved]
     rows += [{"sampler": "bound", **bound(run)}]
     told = [{**name._asdict(), **row} for row in rows if row is not None]

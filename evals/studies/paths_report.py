@@ -190,7 +190,8 @@ def draw(rows: Sequence[Row], known: Sequence[Row], path: Path) -> None:
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3, lw=0.5)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
     if test is not None:
         first.annotate("test images", (columns[0], test), (0, 3), textcoords="offset points", fontsize=8, color="0.4")
     for panel in panels[1]:
