@@ -4,8 +4,8 @@
 
 Five models are trained alike: told in what interval an early time lies, the time itself, the log-SNR or √t, and one
 of the linear path; then E-TSDM with other numbers of intervals n and other t̃. It writes etsdm.md (Lipschitz constants,
-errors at early times, Fréchet distances by evaluations) and etsdm.png (K over t, distances) into the folder of the runs, or with
-`--publish` into evals/results.
+errors at early times, Fréchet distances by evaluations) and etsdm.png (K over t, distances) into the folder of the runs,
+or with `--publish` into evals/results.
 """
 
 from collections.abc import Iterator
