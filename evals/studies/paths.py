@@ -7,10 +7,11 @@ nothing but the path differs, as in Shaul et al. 2023, table 1; but "edm" is tra
 noise of σ = 80 as it is), and "vp, eps" is the second path by noise prediction, as DDPM is trained. Unconditional and,
 by fewer samplers, class-conditional without guidance.
 
-Rule of times: solvers in t (Euler, Heun, EDM's on its own path) take even steps of the path's t, which is what a path
-chooses. Solvers of denoisers (DDIM, DPM-Solver++ 2M and 3M, its SDE) take the same noise levels on every path, evenly
-spaced in σ/(α + σ): their steps depend on these alone, so that what differs between paths is what was learnt. A budget
-buys as many steps as it pays for; 3M needs three.
+Rule of times: Euler and Heun take even steps of the path's own t, which is what a path chooses; on EDM's path they are
+EDM's, steps in σ between even times. (Heun asks at the first time as well, where σ' of VP and cosine is large.) Solvers
+of denoisers take the same noise levels on every path, as their steps depend on these alone: what differs between paths
+is what was learnt. These are evenly spaced in σ/(α + σ); DPM-Solver++ 3M, which extrapolates over two steps of the log-SNR, has
+EDM's (ρ = 7), where the last step is not many times the one before. A budget buys as many steps as it pays for.
 
 The linear models are sampled on the paths of the others as well (`sample.schedule`). It writes paths.md, paths.json
 (every figure) and paths.png into the folder of the runs, or with `--publish` into evals/results, and publishes what
@@ -44,7 +45,7 @@ from .plans import ROOT, Plan
 RESULTS = ROOT / "evals" / "results"
 PROTOCOL = "digits_paths"
 BUDGETS = (2, 5, 10, 20, 50, 100)
-LEVELS = {"name": "shifted", "shift": 1.0}
+SHARES, LEVELS = {"name": "shifted", "shift": 1.0}, {"name": "karras", "rho": 7.0}
 PARTS = 50  # of the evidence bound
 KEPT = "paths-measured.json"  # in the folder of a run, so that a study that was interrupted goes on
 
@@ -72,12 +73,12 @@ SEEDS = {"free": (0, 1), "given": (0,)}
 SAMPLERS: dict[str, dict[str, Any]] = {
     "euler": {"solver": {"name": "euler"}, "grid": "even"},
     "heun": {"solver": {"name": "heun"}, "grid": "even"},
-    "ddim": {"solver": {"name": "ddim"}, "grid": LEVELS},
-    "dpmpp_2m": {"solver": {"name": "dpmpp", "order": 2}, "grid": LEVELS},
+    "ddim": {"solver": {"name": "ddim"}, "grid": SHARES},
+    "dpmpp_2m": {"solver": {"name": "dpmpp", "order": 2}, "grid": SHARES},
     "dpmpp_3m": {"solver": {"name": "dpmpp", "order": 3}, "grid": LEVELS},
-    "sde_2m": {"solver": {"name": "dpmpp", "order": 2, "eta": 1.0}, "grid": LEVELS},
-    "edm_heun": {"solver": {"name": "edm_heun"}, "grid": "even"},
+    "sde_2m": {"solver": {"name": "dpmpp", "order": 2, "eta": 1.0}, "grid": SHARES},
 }
+ON_EDM = {"euler": {"name": "edm_euler"}, "heun": {"name": "edm_heun"}}
 FEW = ("euler", "dpmpp_2m")  # of every run but the first of each path
 OTHERS = ("kinetic_optimal", "trigonometric", "vp")  # on which the linear model is sampled,
 MOVED = ("euler", "heun")  # by these
@@ -114,8 +115,13 @@ STUDIES = {"digits": digits}
 
 def samplers(run: Named) -> list[str]:
     """Those that a run is drawn with."""
-    every = [name for name in SAMPLERS if name != "edm_heun" or run.path == "edm"]
-    return every if run.labels == "free" and run.seed == 0 else [name for name in every if name in FEW]
+    return list(SAMPLERS) if run.labels == "free" and run.seed == 0 else list(FEW)
+
+
+def options(sampler: str, path: str) -> dict[str, Any]:
+    """What a sampler is on a path, for the section `sample`."""
+    found = SAMPLERS[sampler]
+    return {**found, "solver": ON_EDM[sampler]} if path == "edm" and sampler in ON_EDM else found
 
 
 def steps_for(sampler: str, budget: int) -> int | None:
@@ -136,12 +142,12 @@ def protocol(*metrics: str) -> Protocol:
     return Protocol({**tree, "name": f"{PROTOCOL}_{'_'.join(metrics)}", "metrics": kept})
 
 
-def drawn(run: Run, sampler: str, budget: int, **options: Any) -> Row | None:
+def drawn(run: Run, sampler: str, budget: int, **more: Any) -> Row | None:
     """The distance of what a sampler draws with no more than so many evaluations."""
     steps = steps_for(sampler, budget)
     if steps is None:
         return None
-    sample = {**SAMPLERS[sampler], "num_steps": steps, **options}
+    sample = {**options(sampler, Named.of(run.name).path), "num_steps": steps, **more}
     result = evaluate(run, protocol("frechet"), overrides={"sample": sample})
     (found,) = result["metrics"]
     nfe = result["cost"]["sample"]["nfe"]
@@ -166,7 +172,15 @@ def schedule_of(path: str, root: Path) -> dict[str, Any]:
 def measured(folder: Path) -> list[Row]:
     """All distances of a run, and its bound; from its own notes if these were made of the same run and plan."""
     run, name = Run.open(folder), Named.of(folder.name)
-    plan = [BUDGETS, {s: SAMPLERS[s] for s in samplers(name)}, OTHERS, PARTS, protocol("frechet").hash, run.step]
+    plan = [
+        BUDGETS,
+        {s: options(s, name.path) for s in samplers(name)},
+        OTHERS,
+        MOVED,
+        PARTS,
+        protocol("frechet").hash,
+        run.step,
+    ]
     key, notes = digest({"config": run.config.hash, "plan": plan}), folder / KEPT
     if notes.is_file() and (known := json.loads(notes.read_text()))["key"] == key:
         return known["rows"]

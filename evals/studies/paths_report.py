@@ -24,7 +24,6 @@ SAMPLERS = {
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_3m": "DPM++ 3M",
     "sde_2m": "DPM++ 2M SDE",
-    "edm_heun": "EDM's Heun",
 }
 LABELS = {"free": "unconditional", "given": "class-conditional"}
 COLOURS = (
@@ -174,12 +173,12 @@ def draw(rows: Sequence[Row], known: Sequence[Row], path: Path) -> None:
     (first, second), (third, fourth) = panels
     linear = {"path": "linear", "labels": "free", "seed": 0}
     _lines(first, rows, SAMPLERS, [{**linear, "sampler": sampler} for sampler in SAMPLERS])
-    first.set_title("samplers, linear path")
+    first.set_title("samplers, linear path", fontsize=10)
     for panel, sampler, how in ((second, "euler", "even steps of t"), (third, "dpmpp_2m", "the same noise levels")):
         _lines(panel, rows, PATHS, [{"path": name, "labels": "free", "sampler": sampler} for name in PATHS])
-        panel.set_title(f"paths, {SAMPLERS[sampler]} ({how})")
+        panel.set_title(f"paths, {SAMPLERS[sampler]} ({how})", fontsize=10)
     _lines(fourth, rows, PATHS, [{**linear, "sampler": "euler", "on": None if p == "linear" else p} for p in PATHS])
-    fourth.set_title("linear model on other paths, Euler")
+    fourth.set_title("linear model on other paths, Euler", fontsize=10)
     columns = budgets(rows)
     test = known[0]["FD-digits"]["references"].get("test set")
     for panel in panels.flat:
@@ -191,7 +190,7 @@ def draw(rows: Sequence[Row], known: Sequence[Row], path: Path) -> None:
         panel.grid(alpha=0.3, lw=0.5)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=8)
+            panel.legend(frameon=False, fontsize=8, ncol=2)
     if test is not None:
         first.annotate("test images", (columns[0], test), (0, 3), textcoords="offset points", fontsize=8, color="0.4")
     for panel in panels[1]:

@@ -52,6 +52,9 @@ def test_budgets_buy_the_steps_that_they_pay_for():
         "sde_2m": True
     }
     assert study.samplers(study.Named("edm", "free", 0)) == list(study.SAMPLERS)
+    on = {path: study.options("heun", path)["solver"]["name"] for path in study.PATHS}
+    assert on.pop("edm") == "edm_heun" and set(on.values()) == {"heun"}
+    assert all(build(Solver, node).stages == 4 // study.steps_for(s, 4) for s, node in study.ON_EDM.items())
     assert study.samplers(study.Named("vp", "given", 0)) == study.samplers(study.Named("vp", "free", 1)) == [*study.FEW]
 
 
