@@ -3,15 +3,16 @@
     python -m evals.studies.paths digits [--jobs 2] [--root runs/paths] [--publish]
 
 One network and one training serve all paths. Rule: they are flow matching (velocity, even times, no weighting), so that
-nothing but the path differs, as in Shaul et al. 2023, table 1; but "edm" is trained as EDM is (a network cannot be fed
-noise of σ = 80 as it is), and "vp, eps" is the second path by noise prediction, as DDPM is trained. Unconditional and,
-by fewer samplers, class-conditional without guidance.
+nothing but the path differs; but "edm" is trained as EDM is (a network cannot be fed noise of σ = 80 as it is), and
+"vp_eps" is the path of "vp" by noise prediction, as DDPM is trained. Unconditional and, by fewer samplers,
+class-conditional without guidance.
 
 Rule of times: Euler and Heun take even steps of the path's own t, which is what a path chooses; on EDM's path they are
 EDM's, steps in σ between even times. (Heun asks at the first time as well, where σ' of VP and cosine is large.) Solvers
 of denoisers take the same noise levels on every path, as their steps depend on these alone: what differs between paths
-is what was learnt. These are evenly spaced in σ/(α + σ); DPM-Solver++ 3M, which extrapolates over two steps of the log-SNR, has
-EDM's (ρ = 7), where the last step is not many times the one before. A budget buys as many steps as it pays for.
+is what was learnt. These are evenly spaced in σ/(α + σ); DPM-Solver++ 3M, which extrapolates over two steps of the
+log-SNR, has EDM's (ρ = 7), where the last step is not many times the one before. A budget buys as many steps as it
+pays for.
 
 The linear models are sampled on the paths of the others as well (`sample.schedule`). It writes paths.md, paths.json
 (every figure) and paths.png into the folder of the runs, or with `--publish` into evals/results, and publishes what
