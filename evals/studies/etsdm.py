@@ -215,6 +215,8 @@ def draw(found: list[Row], path: Path) -> None:
     quality.set_title("DDIM (solid) and DPM-Solver++ 2M (dotted)", fontsize=9.5)
     quality.set_xticks(BUDGETS, map(str, BUDGETS))
     quality.set_xticks([], minor=True)
+    quality.yaxis.set_major_formatter("{x:g}")
+    quality.yaxis.set_minor_formatter("{x:g}")
     for each in (panel, quality):
         each.grid(alpha=0.3, lw=0.5)
         each.spines[["top", "right"]].set_visible(False)

@@ -187,6 +187,7 @@ def draw(rows: Sequence[Row], known: Sequence[Row], path: Path) -> None:
         panel.set(xscale="log", yscale="log")
         panel.set_xticks(columns, map(str, columns))
         panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3, lw=0.5)
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
