@@ -4,8 +4,8 @@
 
 Five models are trained alike: told in what interval an early time lies, the time itself, the log-SNR or √t, and one
 of the linear path; then E-TSDM with other numbers of intervals n and other t̃. It writes etsdm.md (Lipschitz constants,
-errors at early times, Fréchet distances by evaluations) and etsdm.png (K over t) into the folder of the runs, or with
-`--publish` into evals/results.
+errors at early times, Fréchet distances by evaluations) and etsdm.png (K over t, distances) into the folder of the
+runs, or with `--publish` into evals/results.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,12 @@ from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.protocol import Protocol
 from genmodels.files import write_text
 from genmodels.metrics.lipschitz import Grid, grid, perturbed_error, quotients
-from genmodels.registry import build, names
 from genmodels.rng import SeedNoise
-from genmodels.solvers.base import Solver
 from genmodels.training.run import Run
 from genmodels.types import Batch
 
 from . import plans
+from .paths_report import shown
 from .plans import ROOT, Plan
 
 RESULTS = ROOT / "evals" / "results"
@@ -36,6 +35,8 @@ CURVE = (*range(1, 121), *range(130, 300, 10), *range(300, 1000, 50), T)
 ITEMS = 250  # noised test items behind each K
 OFF = 0.05  # standard deviation of the perturbation of early states, in model space
 BUDGETS = (5, 10, 20, 50)
+# one evaluation a step; 2M extrapolates over steps of the log-SNR, the last of which is huge if they are even in t
+SOLVERS: dict[str, Any] = {"ddim": "even", "dpmpp": {"name": "shifted", "shift": 1.0}}
 FEW = (10, 50)  # of the ablations
 DRAWN = 2000
 MAIN = {
@@ -47,6 +48,7 @@ MAIN = {
 OTHERS = [(n, 0.1) for n in (1, 2, 10, 20)] + [(5, until) for until in (0.05, 0.2, 0.4)]
 OTHER_LABELS = {"remap": ("model.time_condition={name: remap, power: 0.5}", "√t")}
 Row = dict[str, Any]
+Pair = tuple[float, float]
 
 
 class Constants(NamedTuple):
@@ -75,9 +77,9 @@ def shared(n: int, until: float) -> str:
     return f"model.time_condition={{name: shared, intervals: {n}, until: {until}}}"
 
 
-def solvers() -> list[str]:
-    """Samplers for few steps, or the midpoint rule: Heun's asks at t_min, where dσ/dt is 50 in front of all errors."""
-    return [name for name in ("ddim", "dpmpp") if name in names(Solver)] or ["midpoint"]
+def mean_of(values: Tensor) -> Pair:
+    """Mean over items and its standard error."""
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
 def protocol() -> Protocol:
@@ -89,10 +91,9 @@ def protocol() -> Protocol:
     )
 
 
-def distance(run: Run, solver: str, budget: int) -> tuple[float, float]:
-    """Fréchet distance at no more than so many evaluations, and its standard error."""
-    steps = max(1, budget // build(Solver, solver).stages)
-    options = {"solver": solver, "num_steps": steps}
+def distance(run: Run, solver: str, budget: int) -> Pair:
+    """Fréchet distance at so many evaluations, and its standard error."""
+    options = {"solver": solver, "num_steps": budget, "grid": SOLVERS[solver]}
     (estimate,) = evaluate(run, protocol(), overrides={"sample": options})["metrics"]
     return estimate["value"], estimate["stderr"]
 
@@ -113,7 +114,7 @@ def constants(run: Run) -> Constants:
 
 
 @torch.no_grad()
-def early_errors(run: Run) -> tuple[float, float]:
+def early_errors(run: Run) -> tuple[Pair, Pair]:
     """Mean squared error of the network's answer for t < 0.1, and the same with states off by noise of size `OFF`."""
     model, (batch, seeds) = run.load(), held_out(run)
     condition = batch.condition if model.conditional else None
@@ -125,15 +126,26 @@ def early_errors(run: Run) -> tuple[float, float]:
         x = scales.alpha * y + scales.sigma * eps
         wanted = target(model.denoiser.prediction, y, eps, scales, model.denoiser.sigma_data)
         answer = partial(model.answer, condition=condition)
-        errors.append([perturbed_error(answer, t, x, wanted, size * off).mean() for size in (0.0, OFF)])
-    plain, perturbed = torch.tensor(errors).mean(0).tolist()
-    return plain, perturbed
+        errors.append(torch.stack([perturbed_error(answer, t, x, wanted, size * off) for size in (0.0, OFF)]))
+    plain, perturbed = torch.stack(errors).mean(0)  # of each item, which has one noise at all times
+    return mean_of(plain), mean_of(perturbed)
 
 
 def summary(found: Constants) -> Row:
-    """The largest K inside intervals, over edges, and at any time but those."""
+    """The largest K inside intervals, over edges, and at any time but those, each with its standard error.
+
+    The largest of noisy means errs upwards by about that error.
+    """
     kinds = {"inside": found.at.inside, "edge": found.at.edge, "other": ~(found.at.inside | found.at.edge)}
-    return {name: float(found.value[where].max()) if where.any() else None for name, where in kinds.items()}
+    return {name: largest(found, where) for name, where in kinds.items()}
+
+
+def largest(found: Constants, where: Tensor) -> Pair | None:
+    """The largest K among some times."""
+    if not where.any():
+        return None
+    k = int(found.value[where].argmax())
+    return float(found.value[where][k]), float(found.stderr[where][k])
 
 
 def label_of(name: str) -> str:
@@ -154,7 +166,7 @@ def rows(root: Path) -> Iterator[Row]:
             continue
         run = Run.open(root / plan.name)
         budgets = BUDGETS if name in MAIN else FEW
-        distances = {(solver, b): distance(run, solver, b) for solver in solvers() for b in budgets}
+        distances = {(solver, b): distance(run, solver, b) for solver in SOLVERS for b in budgets}
         plain, perturbed = early_errors(run)
         found = constants(run)
         row = {"name": name, "label": label_of(name), "constants": found, "distances": distances}
@@ -164,30 +176,50 @@ def rows(root: Path) -> Iterator[Row]:
 
 def table(found: list[Row]) -> str:
     """The rows in Markdown; K per 1/1000 of time."""
-    columns = [(solver, budget) for solver in solvers() for budget in BUDGETS]
+    columns = [(solver, budget) for solver in SOLVERS for budget in BUDGETS]
     head = ["network is told", "K inside ↓", "K over an edge ↓", "largest K elsewhere ↓"]
     head += ["error, t < 0.1 ↓", f"states off by {OFF:g} ↓", *(f"FD {s}, {b} evaluations ↓" for s, b in columns)]
     lines = [f"| {' | '.join(head)} |", "|:---|" + "---:|" * (len(head) - 1)]
     for r in found:
-        cells = ["" if r[key] is None else f"{r[key]:.3g}" for key in ("inside", "edge", "other", "error", "perturbed")]
-        given = [r["distances"].get(column) for column in columns]
-        cells += ["" if pair is None else f"{pair[0]:.2f} ± {pair[1]:.2f}" for pair in given]
+        cells = [shown(r[key]) for key in ("inside", "edge", "other", "error", "perturbed")]
+        cells += [shown(r["distances"].get(column)) for column in columns]
         lines.append(f"| {r['label']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7")
+
+
 def draw(found: list[Row], path: Path) -> None:
-    """K over t for the models of the comparison; jumps at edges are drawn as points, and K = 0 inside not at all."""
+    """K over t, where jumps at edges are points and K = 0 inside intervals is not drawn; FD over evaluations."""
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    for k, r in enumerate(r for r in found if r["name"] in (*MAIN, *OTHER_LABELS)):
-        at, value = r["constants"].at, r["constants"].value
+    figure, (panel, quality) = plt.subplots(1, 2, figsize=(10.4, 4.2), layout="constrained")
+    kept = [r for r in found if r["name"] in (*MAIN, *OTHER_LABELS)]
+    for colour, r in zip(COLOURS, kept, strict=False):
+        at, value, error = r["constants"].at, r["constants"].value, r["constants"].stderr
         line, edge = ~(at.inside | at.edge), at.edge
-        panel.plot(at.t[line], value[line], color=f"C{k}", lw=1.2, label=r["label"])
-        panel.plot(at.t[edge], value[edge], "o", color=f"C{k}", mfc="none")
+        # a line does not lead over the times whose labels are shared
+        curve = torch.where(line, value, torch.nan)
+        panel.plot(at.t, curve, color=colour, lw=1.2, label=r["label"])
+        panel.fill_between(at.t, curve - 2 * error, curve + 2 * error, color=colour, alpha=0.2, lw=0)
+        panel.errorbar(at.t[edge], value[edge], 2 * error[edge], color=colour, ls="", marker="o", mfc="none", capsize=2)
+        for solver, style in zip(SOLVERS, ("-", ":"), strict=True):
+            points = [(b, *r["distances"][solver, b]) for b in BUDGETS if (solver, b) in r["distances"]]
+            drawn = {"color": colour, "ls": style, "marker": "o", "ms": 3.5, "lw": 1.2, "capsize": 2}
+            if points:
+                quality.errorbar(*zip(*points, strict=True), **drawn, label=r["label"] if style == "-" else None)
     panel.set(xscale="log", yscale="log", xlabel="t", ylabel="K(t), per 1/1000 of time")
-    panel.grid(alpha=0.3, lw=0.5)
+    panel.set_title("how fast the answer changes (points: over an edge)", fontsize=9.5)
+    quality.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="FD-digits")
+    quality.set_title("DDIM (solid) and DPM-Solver++ 2M (dotted)", fontsize=9.5)
+    quality.set_xticks(BUDGETS, map(str, BUDGETS))
+    quality.set_xticks([], minor=True)
+    quality.yaxis.set_major_formatter("{x:g}")
+    quality.yaxis.set_minor_formatter("{x:g}")
+    for each in (panel, quality):
+        each.grid(alpha=0.3, lw=0.5)
+        each.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -11,20 +11,26 @@ import torch
 from .kinetic import Energy
 from .schedules import Linear, Schedule
 from .separation import Curve
+from .tabulated import Table
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.55"
 
 
-def write(folder: Path, data: Curve, path: Schedule, energies: Mapping[str, Energy]) -> list[Path]:
-    """λ, the path and the energies in `kinetic_path.png`, and their numbers in `kinetic_path.json`."""
+def write(folder: Path, data: Curve, path: Table, energies: Mapping[str, Energy]) -> list[Path]:
+    """λ, the path and the energies in `kinetic_path.png`, their numbers in `kinetic_path.json`, the path in a .csv.
+
+    The latter is what the schedule `tabulated` reads: other models can be trained or sampled on the path.
+    """
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
     numbers, picture = folder / "kinetic_path.json", folder / "kinetic_path.png"
     numbers.write_text(json.dumps(_numbers(data, energies), indent=1) + "\n", encoding="utf-8")
+    table = folder / "kinetic_path.csv"
+    table.write_text(_columns(path), encoding="utf-8")
     with matplotlib.rc_context({"font.size": 9}):
         _figure(data, path, energies).savefig(picture, dpi=160)
-    return [picture, numbers]
+    return [picture, numbers, table]
 
 
 def _numbers(data: Curve, energies: Mapping[str, Energy]) -> dict[str, Any]:
@@ -42,6 +48,13 @@ def _numbers(data: Curve, energies: Mapping[str, Energy]) -> dict[str, Any]:
         },
         "mended": data.problems(),
     }
+
+
+def _columns(path: Table) -> str:
+    """Times and scales of the knots, as a .csv that loses no digit."""
+    t = path.knots[0]
+    rows = zip(*(part.tolist() for part in (t, *path.scales(t))), strict=True)
+    return "\n".join(["t,alpha,sigma", *(",".join(map(repr, row)) for row in rows)]) + "\n"
 
 
 def _figure(data: Curve, path: Schedule, energies: Mapping[str, Energy]) -> Any:

@@ -179,6 +179,7 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
         guide: str | None = None,
         guide_scale: float | None = None,
         diffusivity: Diffusivity = OfPath(),
+        schedule: Schedule | None = None,
         warm_start: bool = False,
         batch_size: int = 256,
     ) -> Tensor:
@@ -197,12 +198,13 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
             guide: the run of a weaker model to guide by in place of no condition (`runs/small`, or with `:weights`).
             guide_scale: of the guide, so that `guidance` away from no condition acts on the model before; null for one.
             diffusivity: e(t) of the SDE.
+            schedule: the path to be sampled on, at whose times the grid lies; null for that of training.
             warm_start: whether equilibrium networks start their searches at the states of the evaluation before.
             batch_size: how many are drawn at once.
         Raises:
             ValueError: if the conditions do not fit, there are too few steps for the solver, guidance meets a model
-                without conditions, or `warm_start` meets step control, under which rows do not stay together, or no
-                equilibrium network.
+                without conditions, the path cannot stand in for that of training, or `warm_start` meets step control,
+                under which rows do not stay together, or no equilibrium network.
             NotApplicable: if the solver adds noise, and items and noise were coupled in training.
         """
         seeds = as_seeds(seeds)
@@ -211,7 +213,7 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
         if warm_start and not isinstance(controller, Fixed):
             raise ValueError("sample: warm_start needs steps that all rows share. Use controller: fixed.")
         guided = Guidance(guidance, interval, guide, guide_scale)
-        sampler = Sampler(self, num_steps, solver, controller, grid, guided, denoise, diffusivity)
+        sampler = Sampler(self, num_steps, solver, controller, grid, guided, denoise, diffusivity, schedule)
         drawn = []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             noise = SeedNoise(seeds[rows], device=self.device)

@@ -15,7 +15,9 @@ from .denoiser import Denoiser, Guided
 from .grids import TimeGrid
 from .guidance import Autoguided, WithinInterval, check_guidance, load_guide, nulls_of
 from .parametrization import domain
+from .path_change import moved
 from .reverse import DenoiserRows, Diffusivity, PathSDE
+from .schedules import Schedule
 
 if TYPE_CHECKING:
     from .model import DiffusionModel
@@ -75,11 +77,12 @@ class Sampler:
     Args:
         denoise: whether the last step goes from the first time of the path to σ = 0, where it gives x̂.
         diffusivity: of the SDE, for solvers of SDEs.
+        schedule: the path to be solved along; None for that of the model.
     Attributes:
         times: [L] rising, from data to noise.
         scale: standard deviation of the latents: σ at the last time.
     Raises:
-        ValueError: if there are too few steps, or if guidance does not fit the model.
+        ValueError: if there are too few steps, or if guidance or the path does not fit the model.
         NotApplicable: if the solver adds noise, and items and noise were coupled in training.
     """
 
@@ -93,11 +96,12 @@ class Sampler:
         guidance: Guidance,
         denoise: bool = False,
         diffusivity: Diffusivity | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         at_least_one("diffusion", num_steps=num_steps)
         if solver.draws:  # what a step takes away for the noise that it adds is told by the score
             model.check_independent(f"solver '{title(solver)}', which adds noise")
-        self.denoiser, self.controller = guidance.of(model), controller
+        self.denoiser, self.controller = moved(guidance.of(model), schedule), controller
         self.diffusivity = diffusivity if solver.needs is SDE else None
         span = self.denoiser.t_min, self.denoiser.t_max
         if self.diffusivity is not None:  # its drift is singular at both ends

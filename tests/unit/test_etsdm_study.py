@@ -40,16 +40,20 @@ def test_the_table_and_the_picture_are_made_of_runs(tmp_path, monkeypatch):
     config = load([ROOT / "configs" / "digits" / "etsdm.yaml"], [f"name={plan.name}", *TINY])
     run = train(config, root=tmp_path, quiet=True)
     (row,) = study.rows(tmp_path)
-    assert row["inside"] == 0 and row["edge"] > 0 and row["other"] > 0
+    assert row["inside"] == (0, 0) and row["edge"][0] > row["edge"][1] > 0 and row["other"][0] > 0
     at = row["constants"].at
     assert at.index.tolist() == [1, 10, 20, 40, 60, 80, 100, 300]
-    assert row["edge"] == row["constants"].value[at.edge].max()
+    k = row["constants"].value[at.edge].argmax()
+    assert row["edge"] == (row["constants"].value[at.edge][k], row["constants"].stderr[at.edge][k])
     head, _, line = study.table([row]).splitlines()
-    assert head.count("|") == line.count("|") == 7 + len(study.solvers())
-    assert line.startswith(f"| E-TSDM, n = 5, t̃ = 0.1 | 0 | {row['edge']:.3g} |")
+    assert head.count("|") == line.count("|") == 7 + len(study.SOLVERS)
+    assert line.startswith(f"| E-TSDM, n = 5, t̃ = 0.1 | 0 | {study.shown(row['edge'])} |")
+    assert set(row["distances"]) == {("ddim", 4), ("dpmpp", 4)} and all(e > 0 for _, e in row["distances"].values())
     study.draw([row], tmp_path / "etsdm.png")
     assert (tmp_path / "etsdm.png").stat().st_size > 10_000
     # an answer of 0 is as wrong as the noise is large, wherever it is asked
     monkeypatch.setattr(type(run.load()), "answer", lambda self, t, x, condition=None: torch.zeros_like(x))
     plain, perturbed = study.early_errors(run)
-    assert plain == perturbed == pytest.approx(1, abs=0.2)
+    assert plain == pytest.approx(perturbed) and plain[0] == pytest.approx(1, abs=4 * plain[1])
+    # each item's is a mean of the squares of 64 noises, and the standard error that of 20 items
+    assert plain[1] == pytest.approx((2 / 64 / 20) ** 0.5, rel=0.5)

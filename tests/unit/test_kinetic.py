@@ -17,7 +17,7 @@ from genmodels.diffusion.model import DiffusionModel
 from genmodels.diffusion.parametrization import domain
 from genmodels.diffusion.schedules import Cosine, Linear, Schedule, Trigonometric, VariancePreserving
 from genmodels.diffusion.separation import Separation, Spectrum, of_mixture
-from genmodels.diffusion.tabulated import Table
+from genmodels.diffusion.tabulated import Table, Tabulated
 from genmodels.metrics.kinetic import KineticEnergy
 from genmodels.metrics.metric import Subject
 from genmodels.networks.mlp import MLP
@@ -302,7 +302,12 @@ def test_a_run_has_one_path_from_the_first_step_to_the_last(tmp_path, monkeypatc
     assert told["separation"]["lambda"][-1] == pytest.approx(1, abs=1e-6)
     assert (straight.path / "prepare" / "kinetic_path.png").read_bytes()[:4] == b"\x89PNG"
     assert straight.metrics()[0]["prepare/kinetic_energy_kinetic_optimal"] == pytest.approx(own)
-    assert straight.load().sample(4, num_steps=2).isfinite().all()
+    table = Tabulated(file=str(straight.path / "prepare" / "kinetic_path.csv"))  # the path for other models
+    assert torch.equal(table.knots[0], paths[0].knots[0])
+    t = torch.linspace(0, 1, 500, dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(table.scales(t)), torch.stack(paths[0].scales(t)), rtol=0, atol=1e-4)
+    own, other = (straight.load().sample(4, num_steps=20, schedule=s) for s in (None, table))
+    torch.testing.assert_close(other, own, rtol=0, atol=1e-2)
 
 
 # ---- the metric ------------------------------------------------------------------------------------------------------
