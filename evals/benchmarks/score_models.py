@@ -216,7 +216,13 @@ def local_training(batches: dict[str, int]) -> dict[str, Tasks]:
 
 @torch.no_grad()
 def pipeline(
-    unet: nn.Module, name: str, options: dict, steps: int, shape: tuple[int, ...], guidance: float, labels: Tensor | None
+    unet: nn.Module,
+    name: str,
+    options: dict,
+    steps: int,
+    shape: tuple[int, ...],
+    guidance: float,
+    labels: Tensor | None,
 ) -> Tensor:
     """The loop of diffusers' pipelines, with guidance as in its pipeline of DiT: one call on twice the rows."""
     import diffusers

@@ -107,6 +107,10 @@ class Process(nn.Module, ABC):
         columns = g.mT.reshape(-1, 1, *self.shape)
         return 0.5 * vmap(lambda e: self._second(u, y, e.expand_as(y)))(columns).sum(0)
 
+    def taylor(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`force`, `jacobian` and `ito` at once, for members whose derivatives share their work."""
+        return self.force(u, y), self.jacobian(u, y), self.ito(u, y)
+
     def _second(self, u: Tensor, y: Tensor, direction: Tensor) -> Tensor:
         """d²F(y + ε direction)/dε² at ε = 0."""
 
@@ -177,6 +181,12 @@ class Langevin(Process):
         if self.structure == "elementwise":
             return 0.25 * self.prior.curvature(y)
         return super().ito(u, y)
+
+    def taylor(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.structure != "elementwise":
+            return super().taylor(u, y)
+        score, slope, curvature = self.prior.derivatives(y)
+        return 0.5 * score, 0.5 * slope, 0.25 * curvature
 
 
 class GivenProcess(Process):
