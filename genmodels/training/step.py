@@ -109,7 +109,8 @@ class Step:
         else:
             if self.optimizer is not None:
                 self._descend(step, norm)
-            processes.copy_from_main(self.model.buffers())  # running statistics are those of each one's share
+            if self.world > 1:  # running statistics are those of each one's share
+                processes.copy_from_main(self.model.buffers())
             for average in self.averages.values():
                 average.update(self.model, step + 1)
             self.guard.passed()
