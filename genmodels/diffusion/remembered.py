@@ -1,45 +1,74 @@
-"""What a path says of the times of a grid, formed once for all steps that ask for it."""
+"""What a denoiser and its path say of the times of a grid, formed once for all steps that ask for it."""
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from .denoiser import Denoiser
+from .parametrization import conversion
 from .schedules import Scales, Schedule
+
+Pair = tuple[float, float]
+
+
+class Shares(NamedTuple):
+    """What x̂, ε̂ and the velocity have of x_t and of the network's answer p, at one time."""
+
+    clean: Pair
+    eps: Pair
+    velocity: Pair
 
 
 class _Level(NamedTuple):
     scales: Scales
     log_snr: Tensor
+    shares: Shares
 
 
 class Remembered(Schedule):
-    """A schedule that keeps what it has said of single times: the steps of a solver ask for the same few again.
+    """The schedule of a denoiser, which keeps what it has said of single times: steps ask for the same few again.
 
     Times of a grid are worked out together, others when they are first asked for. Only times of the shape [] on the
     CPU are kept: several have to be worked out anyway, and to read one on a device would wait for it.
 
     Args:
-        schedule: the path.
-        times: [L] float64.
+        times: [L] float64 of the grid.
     """
 
-    def __init__(self, schedule: Schedule, times: Tensor) -> None:
-        self.schedule, self.t_min, self.t_max, self.ready = schedule, schedule.t_min, schedule.t_max, schedule.ready
+    def __init__(self, denoiser: Denoiser, times: Tensor) -> None:
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+        self.t_min, self.t_max, self.ready = self.schedule.t_min, self.schedule.t_max, self.schedule.ready
         self.known: dict[float, _Level] = {}
+        # a denoiser that finds its estimates in a way of its own is asked for them
+        own = type(denoiser).predict is not Denoiser.predict or type(denoiser).velocity is not Denoiser.velocity
+        self.tells = not own
         if times.ndim == 1 and times.device.type == "cpu":
-            values = zip(*(v.unbind() for v in (*schedule(times), schedule.log_snr(times))), strict=True)
-            self.known = {t: _Level(Scales(*v[:4]), v[4]) for t, v in zip(times.tolist(), values, strict=True)}
+            self._learn(times)
 
-    @staticmethod
-    def key(t: Tensor) -> float | None:
-        """The number that a time is known by, if it is one that can be kept."""
-        return t.item() if t.ndim == 0 and t.device.type == "cpu" and t.is_floating_point() else None
+    def shares(self, t: Tensor) -> Shares | None:
+        """Those of a single time at which the answer determines x̂ and ε̂, if they follow from it alone; else None."""
+        level = self._level(t) if self.tells else None
+        return None if level is None or not all(map(math.isfinite, level.shares.clean + level.shares.eps)) else level[2]
 
     def _level(self, t: Tensor) -> _Level | None:
-        key = self.key(t)
-        if key is not None and key not in self.known:
-            self.known[key] = _Level(self.schedule(t), self.schedule.log_snr(t))
-        return None if key is None else self.known[key]
+        if t.ndim or t.device.type != "cpu" or not t.is_floating_point():
+            return None
+        key = t.item()
+        if key not in self.known:
+            self._learn(t.detach().double().reshape(1))
+        return self.known[key]
+
+    @torch.no_grad()
+    def _learn(self, times: Tensor) -> None:
+        scales, log_snr = self.schedule(times), self.schedule.log_snr(times)
+        c = conversion(self.denoiser.prediction, scales, self.denoiser.sigma_data.to(times.device))
+        rates = [scales.dalpha * c[k] + scales.dsigma * c[k + 2] for k in (0, 1)]
+        numbers = zip(*(v.expand_as(times).tolist() for v in (*c, *rates)), strict=True)
+        parts = zip(*(v.unbind() for v in (*scales, log_snr)), strict=True)
+        for t, n, v in zip(times.tolist(), numbers, parts, strict=True):
+            self.known[t] = _Level(Scales(*v[:4]), v[4], Shares(n[:2], n[2:4], n[4:]))
 
     def __call__(self, t: Tensor) -> Scales:
         level = self._level(t)

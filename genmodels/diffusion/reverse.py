@@ -11,8 +11,8 @@ from ..registry import ConfigError, kind, register
 from ..solvers.fields import RowField, narrow, tensors_of
 from ..types import Condition, expand_like
 from .denoiser import Denoiser
-from .parametrization import Prediction, conversion
-from .remembered import Remembered
+from .parametrization import Prediction
+from .remembered import Pair, Remembered
 from .schedules import Schedule
 
 
@@ -21,50 +21,35 @@ class DenoiserRows:
 
     Args:
         condition: [B, *], or None.
-        times: [L] float64 of a grid, whose coefficients are worked out once; None for none.
+        known: what is kept of the times of a grid; None for nothing.
     """
 
-    def __init__(self, denoiser: Denoiser, condition: Condition | None = None, times: Tensor | None = None) -> None:
-        self.denoiser, self.condition, self.times = denoiser, condition, times
-        self.schedule = denoiser.schedule if times is None else Remembered(denoiser.schedule, times)
-        # a denoiser that finds its estimates in a way of its own is asked for them
-        own = type(denoiser).predict is not Denoiser.predict or type(denoiser).velocity is not Denoiser.velocity
-        self.remembers = times is not None and not own
-        self.known: dict[float, tuple[tuple[float, float], ...]] = {}
+    def __init__(self, denoiser: Denoiser, condition: Condition | None = None, known: Remembered | None = None) -> None:
+        self.denoiser, self.condition, self.known = denoiser, condition, known
+        self.schedule: Schedule = known or denoiser.schedule
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        parts = None if self.denoiser.prediction == "velocity" else self._parts(t)
-        if parts is None:
+        shares = None if self.denoiser.prediction == "velocity" or self.known is None else self.known.shares(t)
+        if shares is None:
             return self.denoiser.velocity(t, x, self.condition)
-        return _combined(parts[2], x, self.denoiser.answer(t, x, self.condition))
+        return _combined(shares.velocity, x, self.denoiser.answer(t, x, self.condition))
 
     def predict(self, t: Tensor, x: Tensor) -> Prediction:
-        parts = self._parts(t)
-        if parts is None:
+        shares = None if self.known is None else self.known.shares(t)
+        if shares is None:
             return self.denoiser.predict(t, x, self.condition)
         p = self.denoiser.answer(t, x, self.condition)
-        return Prediction(_combined(parts[0], x, p), _combined(parts[1], x, p))
-
-    def _parts(self, t: Tensor) -> tuple[tuple[float, float], ...] | None:
-        """The shares of x_t and of p in x̂, in ε̂ and in the velocity, where they are remembered."""
-        key = Remembered.key(t) if self.remembers else None
-        if key is not None and key not in self.known:
-            scales = self.schedule(t)
-            c = conversion(self.denoiser.prediction, scales, self.denoiser.sigma_data)
-            clean, eps = (c[0].item(), c[1].item()), (c[2].item(), c[3].item())
-            da, ds = scales.dalpha.item(), scales.dsigma.item()
-            self.known[key] = clean, eps, (da * clean[0] + ds * eps[0], da * clean[1] + ds * eps[1])
-        return None if key is None else self.known[key]
+        return Prediction(_combined(shares.clean, x, p), _combined(shares.eps, x, p))
 
     def select(self, rows: Tensor) -> "DenoiserRows":
-        return DenoiserRows(self.denoiser, *narrow((self.condition,), rows), self.times)
+        return DenoiserRows(self.denoiser, *narrow((self.condition,), rows), self.known)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What it depends on and gradients are wanted of."""
         return tensors_of(RowField(self.denoiser.velocity, self.condition))
 
 
-def _combined(shares: tuple[float, float], x: Tensor, p: Tensor) -> Tensor:
+def _combined(shares: Pair, x: Tensor, p: Tensor) -> Tensor:
     """[B, *shape] a x + b p, in the dtype of x; p itself if it is that."""
     p = p.to(x.dtype)
     return p if shares == (0, 1) else torch.add(x * shares[0], p, alpha=shares[1])

@@ -15,6 +15,7 @@ from .denoiser import Denoiser, Guided
 from .grids import TimeGrid
 from .guidance import Autoguided, WithinInterval, load_guide
 from .parametrization import domain
+from .remembered import Remembered
 from .reverse import DenoiserRows, Diffusivity, PathSDE
 
 if TYPE_CHECKING:
@@ -109,13 +110,13 @@ class Sampler:
             if fixed
             else torch.tensor(span, dtype=torch.float64)
         )
+        self.known = Remembered(self.denoiser, self.times) if fixed else None
         self.scale = float(self.denoiser.schedule.scales(self.times[-1])[1])
 
     def solve(self, x: Tensor, condition: Tensor | None, to_data: bool, noise: Brownian | None = None) -> Tensor:
         """[B, *shape] where x is taken by the whole grid, in model space."""
         if self.diffusivity is None:
-            shared = self.times if isinstance(self.controller, Fixed) else None
-            field: DenoiserRows | PathSDE = DenoiserRows(self.denoiser, condition, shared)
+            field: DenoiserRows | PathSDE = DenoiserRows(self.denoiser, condition, self.known)
         else:
             field = PathSDE(self.denoiser, self.diffusivity, condition, to_data)
         times = self.times.flip(0) if to_data else self.times
