@@ -42,7 +42,7 @@ class Block(nn.Module):
             nn.init.zeros_(layer.bias)
         self.modulation = Modulation(width, 6)
 
-    def forward(self, h: Tensor, c: Tensor, rows: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, c: Tensor, rows: Tensor | None = None) -> Tensor:
         b1, s1, g1, b2, s2, g2 = self.modulation(c, rows)
         h = torch.addcmul(h, g1, self.attend(normalized(h, b1, s1)))
         return torch.addcmul(h, g2, self.expand(normalized(h, b2, s2)))

@@ -170,9 +170,9 @@ class _Block(nn.Module):
         self,
         h: Tensor,
         embedding: Tensor,
-        rows: Tensor | None,
         bias: Tensor | None = None,
         gate: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         change = self.first(self.activation(h))
         change = self.second(self.dropout(self.activation(change if bias is None else change + bias)))
@@ -234,5 +234,5 @@ class ResidualMLP(_Dense):
         embedding, rows = self.embeddings.distinct(t, x, condition)
         h = h + pick(embedding, rows) if self.embeddings.active else h
         for i, block in enumerate(self.blocks):
-            h = self.recompute(block, h, embedding, rows, *(() if modulation is None else modulation[i]))
+            h = self.recompute(block, h, embedding, *((None, None) if modulation is None else modulation[i]), rows)
         return h
