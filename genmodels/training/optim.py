@@ -26,8 +26,9 @@ class Optimizer(ABC):
 
 
 def kernel(parameters: list[nn.Parameter]) -> dict[str, bool]:
-    """Torch's option for the fastest update: one kernel for all of it, or one an operation where there is none."""
-    fusable = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters)
+    """Torch's option for the fastest update: one kernel for all of it where there is one, else one an operation."""
+    places = {p.device.type for p in parameters}
+    fusable = places in ({"cuda"}, {"cpu"}) and all(p.is_floating_point() for p in parameters)
     return {"fused": True} if fusable else {"foreach": True}
 
 
