@@ -61,6 +61,7 @@ benchmarks: $(READY)
 	$(PY) -m evals.benchmarks.frechet
 	$(PY) -m evals.benchmarks.prdc
 	$(PY) -m evals.benchmarks.agreement
+	$(PY) -m evals.benchmarks.score_models
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,7 +71,7 @@ class Model(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the model's parameters and buffers live (the CPU if it has none)."""
-        return next((p.device for p in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
+        return next((p.device for p in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     def check_items(self, x: Tensor, where: str, shape: Shape | None = None) -> None:
         """Raises ValueError unless x is [B, *shape], of items in data units if no shape is given."""

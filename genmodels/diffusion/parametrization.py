@@ -87,17 +87,27 @@ def to_clean_and_noise(
     Raises:
         ValueError: where the prediction does not determine both: x at σ = 0, eps at α = 0, score at either.
     """
-    a, b = coefficients(prediction, scales, sigma_data)
-    delta = scales.alpha * b - scales.sigma * a
-    if prediction in _SINGULAR and not (delta.isfinite() & (delta != 0)).all():
+    factors = conversion(prediction, scales, sigma_data)
+    # Δ = 0 or infinite shows in one of the shares of x̂
+    if prediction in _SINGULAR and not (factors[0] - factors[1]).isfinite().all():
         raise ValueError(
             f"a prediction of '{prediction}' does not determine x and ε where {_SINGULAR[prediction]}. Stay between "
             "the times t_min and t_max of the denoiser, or predict velocity or v."
         )
-    # the quotients are formed in float64: a = 0 and σ/Δ = -1 for x, b = 0 and α/Δ = 1 for eps are then exact
-    factors = (b / delta, -scales.sigma / delta, -a / delta, scales.alpha / delta)
     xx, xp, ex, ep = (expand_like(c, x_t).to(x_t.dtype) for c in factors)
     return Prediction(xx * x_t + xp * p, ex * x_t + ep * p)
+
+
+def conversion(
+    prediction: Target, scales: Scales, sigma_data: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """c of x̂ = c₀ x_t + c₁ p and ε̂ = c₂ x_t + c₃ p, float64 in the shape of t; not finite where p does not tell.
+
+    The quotients are formed in float64: c = (0, 1) for an x̂ or ε̂ that was predicted is then exact.
+    """
+    a, b = coefficients(prediction, scales, sigma_data)
+    delta = scales.alpha * b - scales.sigma * a
+    return b / delta, -scales.sigma / delta, -a / delta, scales.alpha / delta
 
 
 def domain(prediction: Target, schedule: Schedule) -> tuple[float, float]:

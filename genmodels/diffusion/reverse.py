@@ -12,6 +12,7 @@ from ..solvers.fields import RowField, narrow, tensors_of
 from ..types import Condition, expand_like
 from .denoiser import Denoiser
 from .parametrization import Prediction
+from .remembered import Pair, Remembered
 from .schedules import Schedule
 
 
@@ -20,25 +21,39 @@ class DenoiserRows:
 
     Args:
         condition: [B, *], or None.
+        known: what is kept of the times of a grid; None for nothing.
     """
 
-    def __init__(self, denoiser: Denoiser, condition: Condition | None = None) -> None:
-        self.denoiser, self.condition = denoiser, condition
-        self.schedule: Schedule = denoiser.schedule
+    def __init__(self, denoiser: Denoiser, condition: Condition | None = None, known: Remembered | None = None) -> None:
+        self.denoiser, self.condition, self.known = denoiser, condition, known
+        self.schedule: Schedule = known or denoiser.schedule
         self.t_max = denoiser.t_max
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.denoiser.velocity(t, x, self.condition)
+        shares = None if self.denoiser.prediction == "velocity" or self.known is None else self.known.shares(t)
+        if shares is None:
+            return self.denoiser.velocity(t, x, self.condition)
+        return _combined(shares.velocity, x, self.denoiser.answer(t, x, self.condition))
 
     def predict(self, t: Tensor, x: Tensor) -> Prediction:
-        return self.denoiser.predict(t, x, self.condition)
+        shares = None if self.known is None else self.known.shares(t)
+        if shares is None:
+            return self.denoiser.predict(t, x, self.condition)
+        p = self.denoiser.answer(t, x, self.condition)
+        return Prediction(_combined(shares.clean, x, p), _combined(shares.eps, x, p))
 
     def select(self, rows: Tensor) -> "DenoiserRows":
-        return DenoiserRows(self.denoiser, *narrow((self.condition,), rows))
+        return DenoiserRows(self.denoiser, *narrow((self.condition,), rows), self.known)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What it depends on and gradients are wanted of."""
         return tensors_of(RowField(self.denoiser.velocity, self.condition))
+
+
+def _combined(shares: Pair, x: Tensor, p: Tensor) -> Tensor:
+    """[B, *shape] a x + b p, in the dtype of x; p itself if it is that."""
+    p = p.to(x.dtype)
+    return p if shares == (0, 1) else torch.add(x * shares[0], p, alpha=shares[1])
 
 
 @kind

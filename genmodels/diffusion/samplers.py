@@ -16,6 +16,7 @@ from .grids import TimeGrid
 from .guidance import Autoguided, WithinInterval, check_guidance, load_guide, nulls_of
 from .parametrization import domain
 from .path_change import moved
+from .remembered import Remembered
 from .reverse import DenoiserRows, Diffusivity, PathSDE
 from .schedules import Schedule
 
@@ -116,20 +117,23 @@ class Sampler:
             if fixed
             else torch.tensor(span, dtype=torch.float64)
         )
+        self.known = Remembered(self.denoiser, self.times) if fixed else None
         self.scale = float(self.denoiser.schedule.scales(self.times[-1])[1])
 
     def solve(self, x: Tensor, condition: Tensor | None, to_data: bool, noise: Brownian | None = None) -> Tensor:
         """[B, *shape] where x is taken by the whole grid, in model space."""
         if self.diffusivity is None:
-            field: DenoiserRows | PathSDE = DenoiserRows(self.denoiser, condition)
+            field: DenoiserRows | PathSDE = DenoiserRows(self.denoiser, condition, self.known)
         else:
             field = PathSDE(self.denoiser, self.diffusivity, condition, to_data)
         times = self.times.flip(0) if to_data else self.times
         x = integrate(field, x, times, solver=self.solver, controller=self.controller, noise=noise).x
         return self.denoiser.predict(times[-1].to(x.device), x, condition).x if self.denoise and to_data else x
 
-    def path(self, noise: SeedNoise, shape: tuple[int, ...], dtype: torch.dtype) -> BrownianTree:
-        """A Brownian path for every item of the noise, fine enough for the shortest step."""
+    def path(self, noise: SeedNoise, shape: tuple[int, ...], dtype: torch.dtype) -> BrownianTree | None:
+        """A Brownian path for every item of the noise, fine enough for the shortest step; None if none is needed."""
+        if not self.solver.draws:
+            return None
         start, end = self.times[0].item(), self.times[-1].item()
         steps = self.controller.grid(self.times) if isinstance(self.controller, Fixed) else self.times
         shortest = steps.diff().min().item() / (end - start)

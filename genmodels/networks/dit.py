@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from ..registry import ConfigError, register
 from ..types import Condition, Shape
-from .mlp import Embeddings
+from .mlp import Embeddings, pick
 from .network import Network, check_images
 
 SLOWEST = 10_000.0  # positions per radian of the slowest sine
 
 
 class Modulation(nn.Linear):
-    """Shifts, scales and gates [B, 1, width] from a vector [B, width]; all 0 at the start."""
+    """Shifts, scales and gates [B, 1, width] from vectors, see `Embeddings.distinct`; all 0 at the start."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__(width, count * width)
@@ -22,8 +22,8 @@ class Modulation(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(c).unsqueeze(1).chunk(self.count, 2)
+    def forward(self, c: Tensor, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+        return pick(super().forward(c), rows).unsqueeze(1).chunk(self.count, 2)
 
 
 class Block(nn.Module):
@@ -42,8 +42,8 @@ class Block(nn.Module):
             nn.init.zeros_(layer.bias)
         self.modulation = Modulation(width, 6)
 
-    def forward(self, h: Tensor, c: Tensor) -> Tensor:
-        b1, s1, g1, b2, s2, g2 = self.modulation(c)
+    def forward(self, h: Tensor, c: Tensor, rows: Tensor | None = None) -> Tensor:
+        b1, s1, g1, b2, s2, g2 = self.modulation(c, rows)
         h = torch.addcmul(h, g1, self.attend(normalized(h, b1, s1)))
         return torch.addcmul(h, g2, self.expand(normalized(h, b2, s2)))
 
@@ -119,13 +119,13 @@ class DiT(Network):
 
     def forward(self, t: Tensor | None, x: Tensor, condition: Condition | None = None) -> Tensor:
         self.check_items(x)
-        c = self.embeddings(t, x, condition)
+        c, rows = self.embeddings.distinct(t, x, condition)
         c = F.silu(c if self.constant is None else c + self.constant)
         h = self.enter(rearrange(x, "b c (i p) (j q) -> b (i j) (c p q)", p=self.patch, q=self.patch))
         h = h + self.positions.to(x.dtype)
         for block in self.blocks:
-            h = self.recompute(block, h, c)
-        out = self.leave(normalized(h, *self.modulation(c)))
+            h = self.recompute(block, h, c, rows)
+        out = self.leave(normalized(h, *self.modulation(c, rows)))
         return rearrange(out, "b (i j) (c p q) -> b c (i p) (j q)", i=self.rows, p=self.patch, q=self.patch)
 
 

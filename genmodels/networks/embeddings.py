@@ -56,7 +56,7 @@ class ConditionEmbedding(nn.Module):
             ValueError: if a condition is given to an unconditional network, or is of another kind or size.
         """
         if condition is not None:
-            self._check(condition, batch)
+            self.check(condition, batch)
         if self.num_classes is not None:
             none = torch.full((batch,), self.num_classes, device=like.device)
             return self.table(none if condition is None else condition)
@@ -66,7 +66,8 @@ class ConditionEmbedding(nn.Module):
             return self.linear(none if condition is None else condition.flatten(1).to(weight.dtype))
         return like.new_zeros(batch, self.width)
 
-    def _check(self, condition: Tensor, batch: int) -> None:
+    def check(self, condition: Tensor, batch: int) -> None:
+        """Raises as `forward`."""
         if self.num_classes is None and self.condition_shape is None:
             raise ValueError(
                 "a condition was given to a network that was built without num_classes or condition_shape."

@@ -47,6 +47,26 @@ class Embeddings(nn.Module):
         out = self.condition(condition, len(like), like)
         return out if self.time is None else out + self.time(t, len(like))
 
+    def distinct(self, t: Tensor | None, like: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor | None]:
+        """The vectors [R, width] that occur, and which of them [B] each row has; one for all (R = 1), or its own: None.
+
+        At one time for all rows there are as many as classes, or one: what a network makes of the vectors alone, it
+        makes of fewer. Raises as `forward`.
+        """
+        classes, few = self.condition.num_classes, t is None or t.ndim == 0
+        if few and classes is None and self.condition.condition_shape is None and condition is None:
+            return self(t, like[:1], None), None
+        if not few or classes is None or condition is None or classes + 1 >= len(like):
+            return self(t, like, condition), None
+        self.condition.check(condition, len(like))
+        every = torch.arange(classes + 1, device=like.device)
+        return self(t, like[:1].expand(classes + 1, *like.shape[1:]), every), condition
+
+
+def pick(values: Tensor, rows: Tensor | None) -> Tensor:
+    """[B, *] the values [R, *] that rows have, see `Embeddings.distinct`."""
+    return values if rows is None else values[rows]
+
 
 class _Dense(Shareable):
     """What both networks share: flattening, embeddings, and the head.
@@ -146,10 +166,17 @@ class _Block(nn.Module):
         nn.init.uniform_(self.second.weight, -1e-3, 1e-3)
         nn.init.uniform_(self.second.bias, -1e-3, 1e-3)
 
-    def forward(self, h: Tensor, embedding: Tensor, bias: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        embedding: Tensor,
+        bias: Tensor | None = None,
+        gate: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         change = self.first(self.activation(h))
         change = self.second(self.dropout(self.activation(change if bias is None else change + bias)))
-        change = change if self.gate is None else change * torch.sigmoid(self.gate(embedding))
+        change = change if self.gate is None else change * pick(torch.sigmoid(self.gate(embedding)), rows)
         return h + (change if gate is None else change * (1 + gate))
 
 
@@ -204,8 +231,8 @@ class ResidualMLP(_Dense):
         modulation: Sequence[Modulation] | None = None,
     ) -> Tensor:
         h = self.first(self.flat(x))
-        embedding = self.embeddings(t, x, condition)
-        h = h + embedding if self.embeddings.active else h
+        embedding, rows = self.embeddings.distinct(t, x, condition)
+        h = h + pick(embedding, rows) if self.embeddings.active else h
         for i, block in enumerate(self.blocks):
-            h = self.recompute(block, h, embedding, *(() if modulation is None else modulation[i]))
+            h = self.recompute(block, h, embedding, *((None, None) if modulation is None else modulation[i]), rows)
         return h

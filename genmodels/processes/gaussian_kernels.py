@@ -67,6 +67,9 @@ class DiagonalKernel(Kernel):
     def root(self, z: Tensor) -> Tensor:
         return self.scale * z
 
+    def sample(self, z: Tensor) -> Tensor:
+        return torch.addcmul(self.mean, self.scale, z)
+
     def root_transposed(self, v: Tensor) -> Tensor:
         return self.scale * v
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..rng import Noise
 from ..types import expand_like
 from .gaussian_kernels import DenseKernel, DiagonalKernel, Kernel
-from .process import Process
+from .process import Process, checked
 
 Order = Literal[0, 1, "ito"]
 SERIES = tuple(1 / math.factorial(k + 2) for k in range(14))  # of φ₂; at |z| <= 1/2 the next term is below 1e-17
@@ -38,6 +38,19 @@ def phi2(z: Tensor) -> Tensor:
     return torch.where(z.abs() <= 0.5, total, (torch.expm1(far) - far) / far.square())
 
 
+def phis(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """φ₁(z), φ₂(z) and φ₁(2z), from one exponential where z is narrower than float64."""
+    if z.dtype == torch.float64:
+        return phi1(z), phi2(z), phi1(2 * z)
+    # in float64 (φ₁(z) - 1)/z keeps the digits of a float32 down to |z| = 1e-8, below which it is 1/2 to them all
+    wide = z.double()
+    wide = wide.masked_fill(wide.abs() < 1e-8, 1e-8)
+    grown = torch.expm1(wide)
+    first = grown / wide
+    twice = first * (0.5 * grown + 1)  # e²ᶻ - 1 = (eᶻ - 1)(eᶻ + 1)
+    return first.to(z.dtype), ((first - 1) / wide).to(z.dtype), twice.to(z.dtype)
+
+
 def elementwise_kernel(
     y: Tensor, force: Tensor, slope: Tensor | None, rate: Tensor | None, q: Tensor, span: Tensor
 ) -> DiagonalKernel:
@@ -51,11 +64,11 @@ def elementwise_kernel(
     if slope is None:
         mean = y + span * force
         return DiagonalKernel(mean if rate is None else mean + 0.5 * span.square() * rate, q * span)
-    z = slope * span
-    mean = y + span * phi1(z) * force
+    first, second, twice = phis(slope * span)
+    mean = torch.addcmul(y, span * first, force)
     if rate is not None:
-        mean = mean + span.square() * phi2(z) * rate
-    return DiagonalKernel(mean, q * span * phi1(2 * z))
+        mean = torch.addcmul(mean, span.square() * second, rate)
+    return DiagonalKernel(mean, q * span * twice)
 
 
 def dense_kernel(
@@ -104,12 +117,22 @@ def local_kernel(process: Process, start: Tensor, end: Tensor, y: Tensor, order:
     exact = process.transition(start, end, y)
     if exact is not None:
         return exact
-    force = checked_force(process, start, y)
-    slope = None if order == 0 else process.jacobian(start, y)
-    rate = None if order == 0 or (order == 1 and process.autonomous) else process.force_rate(start, y)
-    if order == "ito":
-        rate = rate + process.ito(start, y)
-    return kernel_of(process, y, force, slope, rate, 0.5 * (start + end), end - start)
+    return kernel_of(process, y, *expansion(process, start, y, order), 0.5 * (start + end), end - start)
+
+
+def expansion(process: Process, u: Tensor, y: Tensor, order: Order) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """F, J and c at u in states y, each [B, *shape] or J [B, n, n]; None where the order takes it for 0.
+
+    Raises:
+        ValueError: see `checked_force`.
+    """
+    if order != "ito":
+        force = checked_force(process, u, y)
+        slope = None if order == 0 else process.jacobian(u, y)
+        return force, slope, None if order == 0 or process.autonomous else process.force_rate(u, y)
+    force, slope, bend = process.taylor(u, y)
+    rate = bend if process.autonomous else process.force_rate(u, y) + bend
+    return checked(process, u, y, force), slope, rate
 
 
 def kernel_of(
@@ -130,21 +153,7 @@ def checked_force(process: Process, u: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: if it has another shape than the state, or is not finite.
     """
-    force = process.force(u, y)
-    if not isinstance(force, Tensor) or force.shape != y.shape:
-        found = list(force.shape) if isinstance(force, Tensor) else type(force).__name__
-        raise ValueError(
-            f"process: the force of {type(process).__name__} turned a state of shape {list(y.shape)} into {found}; "
-            "state and force must have one shape."
-        )
-    if y.device.type == "cpu" and not bool(force.isfinite().all()):  # elsewhere asking would wait for the device
-        bad = int((~force.isfinite()).flatten(1).any(1).nonzero()[0])
-        when = float(torch.as_tensor(u).double().expand(len(y))[bad])
-        raise ValueError(
-            f"process: the force of {type(process).__name__} is not finite at u = {when:.6g}, where the state has "
-            f"entries up to {float(y[bad].abs().max()):.3g} in size. Take shorter steps, or mend the force."
-        )
-    return force.to(y.dtype)
+    return checked(process, u, y, process.force(u, y))
 
 
 def simulate(process: Process, y: Tensor, start: Tensor, end: Tensor, steps: int, noise: Noise, order: Order) -> Tensor:
@@ -160,10 +169,26 @@ def simulate(process: Process, y: Tensor, start: Tensor, end: Tensor, steps: int
     start, end = (v.double().expand(rows) for v in (start, end))
     moves = end > start
     steps = 1 if process.transition(start, torch.where(moves, end, start + 1.0), y) is not None else steps
+    if steps > 1 and process.autonomous and process.structure == "elementwise":
+        return _march(
+            process, y, torch.where(moves, start, 0.0), (end - start).clamp(min=0.0) / steps, steps, noise, order
+        )
     length = torch.where(moves, (end - start) / steps, 1.0)  # a row that stays is given a step that is not used
     wide = expand_like(moves, y)
     for k in range(steps):
         u = torch.where(moves, start + k * length, 0.0)
         z = noise.normal(*y.shape[1:], dtype=y.dtype)
         y = torch.where(wide, local_kernel(process, u, u + length, y, order).sample(z), y)
+    return y
+
+
+def _march(process: Process, y: Tensor, u: Tensor, length: Tensor, steps: int, noise: Noise, order: Order) -> Tensor:
+    """`simulate` for components by themselves whose force and noise do not depend on u: no step asks for them anew.
+
+    A kernel over a length of 0 is a point, so that rows which stay need no care.
+    """
+    q, span = (expand_like(v, y).to(y.dtype) for v in (process.covariance_rate(u), length))
+    for _ in range(steps):
+        z = noise.normal(*y.shape[1:], dtype=y.dtype)
+        y = elementwise_kernel(y, *expansion(process, u, y, order), q, span).sample(z)
     return y

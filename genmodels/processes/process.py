@@ -125,6 +125,11 @@ class Process(nn.Module, ABC):
         columns = g.mT.reshape(-1, 1, *self.shape)
         return 0.5 * vmap(lambda e: self._second(u, y, e.expand_as(y)))(columns).sum(0)
 
+    def taylor(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`force`, `jacobian` and `ito` at once, for members whose derivatives share their work."""
+        force = checked(self, u, y, self.force(u, y))  # before derivatives of what may be no force
+        return force, self.jacobian(u, y), self.ito(u, y)
+
     def _second(self, u: Tensor, y: Tensor, direction: Tensor) -> Tensor:
         """d²F(y + ε direction)/dε² at ε = 0."""
 
@@ -155,6 +160,30 @@ class Process(nn.Module, ABC):
         t = inside(t, 1.0, "t")
         g, rate = self.amplitude(self.clock(t)), self.clock.rate(t).sqrt()
         return rate * g
+
+
+def checked(process: Process, u: Tensor, y: Tensor, force: Tensor) -> Tensor:
+    """The force that a process answered with at u in states y.
+
+    Raises:
+        ValueError: if it has another shape than the state, or is not finite.
+    """
+    if not isinstance(force, Tensor) or force.shape != y.shape:
+        found = list(force.shape) if isinstance(force, Tensor) else type(force).__name__
+        raise ValueError(
+            f"process: the force of {type(process).__name__} turned a state of shape {list(y.shape)} into {found}; "
+            "state and force must have one shape."
+        )
+    # a sum is the cheapest question; on a device asking would wait for it
+    suspect = y.device.type == "cpu" and not math.isfinite(force.sum(dtype=torch.float64).item())
+    if suspect and not bool(force.isfinite().all()):
+        bad = int((~force.isfinite()).flatten(1).any(1).nonzero()[0])
+        when = float(torch.as_tensor(u).double().expand(len(y))[bad])
+        raise ValueError(
+            f"process: the force of {type(process).__name__} is not finite at u = {when:.6g}, where the state has "
+            f"entries up to {float(y[bad].abs().max()):.3g} in size. Take shorter steps, or mend the force."
+        )
+    return force.to(y.dtype)
 
 
 @register(Process, "langevin")
@@ -195,6 +224,12 @@ class Langevin(Process):
         if self.structure == "elementwise":
             return 0.25 * self.prior.curvature(y)
         return super().ito(u, y)
+
+    def taylor(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.structure != "elementwise":
+            return super().taylor(u, y)
+        score, slope, curvature = self.prior.derivatives(y)
+        return 0.5 * score, 0.5 * slope, 0.25 * curvature
 
 
 class GivenProcess(Process):

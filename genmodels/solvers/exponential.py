@@ -244,6 +244,11 @@ class Multistep(DenoisingSolver):
     def draws(self) -> bool:
         return self.eta > 0
 
+    @property
+    def moments(self) -> int:
+        """How many of m_0, m_1, … `integrals` looks at."""
+        return self.history + 1
+
     def along(self, steps: int) -> "Multistep":
         if steps < self.history + 1:
             raise ValueError(
@@ -271,7 +276,7 @@ class Multistep(DenoisingSolver):
             values, levels = state[: self.history], state[self.history :]
             gain, run = then.alpha if self.target == "x" else then.sigma, sign * h
             c = [torch.where(run.isfinite(), (sign * level - sign * now.half) / run, torch.nan) for level in levels]
-            newton = self.integrals(c, moments((1 + self.eta) * run, self.history + 1))
+            newton = self.integrals(c, moments((1 + self.eta) * run, self.moments))
             for w, f in zip(lagrange(c, newton), (value, *values), strict=True):
                 new = new + wide(gain * w, x) * f
             moves = h != 0  # a step of length 0 must not fill the history with copies
@@ -344,6 +349,10 @@ class DPMpp(Multistep):
             raise ConfigError(f"dpmpp: eta >= 0 is needed, found {eta}.")
         self.history, self.eta, self.coefficients = order - 1, eta, coefficients
         self.order = 1 if eta else min(order, 2)
+
+    @property
+    def moments(self) -> int:
+        return 1 if self.coefficients == "published" and self.history == 1 else super().moments
 
     def integrals(self, c: list[Tensor], m: list[Tensor]) -> list[Tensor]:
         if self.coefficients == "exact":

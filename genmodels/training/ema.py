@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -124,12 +124,15 @@ class WeightAverage:
             if first == name and name in named and named[name].is_floating_point():
                 self.averaged.append(name)
         self.copied = sorted(n for n in self.tensors if n not in named or not named[n].is_floating_point())
+        self.places = _Places(model, (*self.averaged, *self.copied))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step`."""
         beta = self.rule.decay(step)
-        state = model.state_dict()
+        if model is not self.places.model:
+            self.places = _Places(model, (*self.averaged, *self.copied))
+        state = self.places.read()
         if self.averaged:
             wide = [state[name].to(self.tensors[name].dtype) for name in self.averaged]
             torch._foreach_lerp_([self.tensors[name] for name in self.averaged], wide, 1 - beta)
@@ -155,6 +158,21 @@ class WeightAverage:
                 yield
         finally:
             model.load_state_dict(own)
+
+
+class _Places:
+    """Where the tensors of a model's state are kept: to read them there takes a tenth of making a `state_dict`."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.model, self.found = model, []
+        for name in names:
+            path, _, last = name.rpartition(".")
+            module = model.get_submodule(path)
+            self.found.append((name, module._parameters if last in module._parameters else module._buffers, last))
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors by name, as they are now."""
+        return {name: owner[last] for name, owner, last in self.found}
 
 
 def best(averages: Mapping[str, WeightAverage], model: nn.Module) -> AbstractContextManager[None]:

@@ -26,8 +26,10 @@ class Optimizer(ABC):
 
 
 def kernel(parameters: list[nn.Parameter]) -> dict[str, bool]:
-    """Torch's option for the fastest update: one kernel for all of it on a GPU, one for each operation elsewhere."""
-    return {"fused": True} if all(p.is_cuda for p in parameters) else {"foreach": True}
+    """Torch's option for the fastest update: one kernel for all of it where there is one, else one an operation."""
+    places = {p.device.type for p in parameters}
+    fusable = places in ({"cuda"}, {"cpu"}) and all(p.is_floating_point() for p in parameters)
+    return {"fused": True} if fusable else {"foreach": True}
 
 
 @register(Optimizer, "adam")

@@ -438,6 +438,16 @@ def test_processes_draw_noise_and_dropout_of_their_own(fakes):
         assert losses(0, noise, dropout) == losses(0, noise, dropout) != losses(1, noise, dropout)
 
 
+def test_a_step_leaves_a_trace_in_the_versions_of_weights(fakes):
+    """Caches of what follows from weights go by them, and torch's fused kernels do not count."""
+    config = fakes.config()
+    step = Step(config, config.model(fakes.Line().facts()), Ranked(0, 1))
+    step.start({})
+    before = [p._version for p in step.parameters]
+    step(0, [fakes.Line().all("train")[:8]])
+    assert all(p._version > v for p, v in zip(step.parameters, before, strict=True))
+
+
 def test_a_stop_of_one_process_is_the_stop_of_all(fakes, monkeypatch):
     """A process without a reason of its own learns that of another one; without any, nobody stops."""
     trainer = object.__new__(Trainer)

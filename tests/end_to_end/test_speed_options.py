@@ -20,23 +20,20 @@ def small(name: str, **more) -> object:
     return load(["configs/digits/flow_matching.yaml"], [f"name={name}", *words])
 
 
-def test_kernels_are_fused_on_a_gpu_and_grouped_elsewhere():
-    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
-    assert optim.kernel(parameters) == {"foreach": True}
-
-    class OnGpu:
-        is_cuda = True
-
-    assert optim.kernel([OnGpu(), OnGpu()]) == {"fused": True}
-    assert optim.kernel([OnGpu(), parameters[0]]) == {"foreach": True}
+def test_kernels_are_fused_where_there_are_any_and_grouped_elsewhere():
+    here, elsewhere = (nn.Parameter(torch.zeros(2, device=device)) for device in ("cpu", "meta"))
+    assert optim.kernel([here, here]) == {"fused": True}
+    assert optim.kernel([elsewhere]) == optim.kernel([here, elsewhere]) == {"foreach": True}
+    assert optim.kernel([here, nn.Parameter(torch.zeros(2, dtype=torch.complex64))]) == {"foreach": True}
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_fused_optimiser_trains_alike_and_continues_bit_for_bit(fakes, tmp_path, monkeypatch, optimizer):
-    """The kernel of GPUs also runs here: the same update up to rounding, and its own state comes back whole."""
+    """The same update as by one kernel an operation, up to rounding, and its own state comes back whole."""
     config = fakes.config(**fakes.RICH).replace({"train": {"optimizer": {"name": optimizer, "lr": 0.01}}})
-    grouped = train(config, root=tmp_path / "grouped", quiet=True)
-    monkeypatch.setattr(optim, "kernel", lambda parameters: {"fused": True})
+    with monkeypatch.context() as patched:
+        patched.setattr(optim, "kernel", lambda parameters: {"foreach": True})
+        grouped = train(config, root=tmp_path / "grouped", quiet=True)
     straight = train(config, root=tmp_path / "a", quiet=True)
     for name, value in grouped.load("model").state_dict().items():
         torch.testing.assert_close(straight.load("model").state_dict()[name], value, rtol=1e-5, atol=1e-6)

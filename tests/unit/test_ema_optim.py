@@ -237,6 +237,30 @@ def test_average_continues_from_its_tensors():
     assert all(torch.equal(straight.tensors[k], v) for k, v in second.tensors.items())
 
 
+class Counter(nn.Module):
+    """A weight, and a buffer that is another tensor after every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self):
+        self.calls = self.calls + 1
+
+
+def test_an_average_reads_what_stands_there_now():
+    """Buffers that were put in place of others, and a model other than the one that it was made for."""
+    models = [Counter(), Counter()]
+    average = WeightAverage(ConstantDecay(0.0), models[0])
+    for value, model in ((1.0, models[0]), (5.0, models[1])):
+        model.weight.data = torch.full((3,), value)
+        for _ in range(int(value)):
+            model()
+        average.update(model, 1)
+        assert average.tensors["calls"] == value and torch.equal(average.tensors["weight"], torch.full((3,), value))
+
+
 # ---- learning rates ---
 
 
@@ -345,6 +369,22 @@ def test_adamax_is_its_recursion():
         torch.testing.assert_close(theta.detach(), expected, rtol=1e-12, atol=0)
     with pytest.raises(ConfigError, match=r"adamax: 0 <= betas < 1.*found betas=\[0.9, 1.0\]"):
         Adamax(betas=(0.9, 1.0))
+
+
+def test_adam_in_one_kernel_is_its_recursion():
+    """m and v are debiased; weights decay by lr · weight_decay of themselves. A few roundings of float32 apart."""
+    lr, betas, eps, decay = 0.1, (0.8, 0.95), 1e-6, 0.02
+    p = nn.Parameter(torch.linspace(-1, 1, 37))
+    optimizer = Adam(lr, betas, eps, decay).over([p])
+    wanted, m, v = p.detach().double(), 0.0, 0.0
+    for k in range(1, 6):
+        g = torch.cos(k * torch.arange(37.0, dtype=torch.float64))
+        p.grad = g.float()
+        optimizer.step()
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g**2
+        rate = lr * (m / (1 - betas[0] ** k)) / ((v / (1 - betas[1] ** k)).sqrt() + eps)
+        wanted = wanted * (1 - lr * decay) - rate
+    torch.testing.assert_close(p.detach().double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_rates_must_be_positive():

@@ -15,6 +15,7 @@ from genmodels.processes.local_kernels import (
     local_kernel,
     phi1,
     phi2,
+    phis,
     simulate,
 )
 from genmodels.processes.priors import Gaussian, GivenPrior, Logistic, Mixture, Prior, StudentT
@@ -54,6 +55,11 @@ def test_functions_of_exponentials_keep_their_digits():
     torch.testing.assert_close(torch.stack((phi1(z), phi2(z)), 1), exact, rtol=1e-12, atol=0)
     narrow = torch.stack((phi1(z.float()), phi2(z.float())), 1)
     torch.testing.assert_close(narrow, exact.float(), rtol=1e-5, atol=0)
+    near = z[z.abs() < 20]
+    for dtype, digits in ((torch.float64, 1e-12), (torch.float32, 3e-7)):  # a few roundings
+        given = near.to(dtype).double()
+        wanted = torch.stack((phi1(given), phi2(given), phi1(2 * given)))
+        torch.testing.assert_close(torch.stack(phis(near.to(dtype))).double(), wanted, rtol=digits, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +243,22 @@ def test_simulated_laws_are_those_of_the_process():
     assert torch.equal(still[::2], y[:3:2]) and still[1] != y[1]
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_simulation_is_its_local_kernels_one_after_the_other(order):
+    """What steps share is worked out before them; rows that go nowhere are left as they are, bit for bit."""
+    process = Langevin(Logistic(0.6), Linear(), shape=(2, 3))
+    y, end = randn(4, 2, 3), torch.tensor([0.3, 0.0, 1.1, 0.2], dtype=torch.float64)
+    start = torch.tensor([0.0, 0.0, 0.1, 0.2], dtype=torch.float64)
+    found = simulate(process, y, start, end, 4, SeedNoise(4), order)
+    noise, by_hand, span = SeedNoise(4), y[::2], (end - start)[::2] / 4
+    for k in range(4):
+        u = start[::2] + k * span
+        z = noise.normal(2, 3, dtype=torch.float64)[::2]
+        by_hand = local_kernel(process, u, u + span, by_hand, order).sample(z)
+    torch.testing.assert_close(found[::2], by_hand, rtol=1e-13, atol=1e-13)
+    assert torch.equal(found[1::2], y[1::2])
+
+
 # ---- priors and clocks -----------------------------------------------------------------------------------------------
 
 PRIORS = (Gaussian(0.7), Logistic(0.6), StudentT(3.5, 0.8), Mixture((-1.0, 0.5, 2.0), (0.5, 1.0, 0.7), (1.0, 2.0, 3.0)))
@@ -259,6 +281,17 @@ def test_priors_agree_with_their_densities(prior):
     steps = torch.arange(1, 6001).double() / 6000
     assert (cdf[places] - steps).abs().max() < 1.95 * 6000**-0.5  # Kolmogorov's law: exceeded once in 1000 seeds
     torch.testing.assert_close(prior.log_prob(draws), prior.log_density(draws).sum(1))
+
+
+@pytest.mark.parametrize("prior", PRIORS, ids=lambda p: type(p).__name__)
+def test_derivatives_at_once_are_those_one_by_one(prior):
+    y = torch.linspace(-6, 6, 41, dtype=torch.float64)[:, None]
+    wanted = prior.score(y), prior.slope(y), prior.curvature(y)
+    for a, b in zip(prior.derivatives(y), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    process = Langevin(prior, Linear(), shape=(1,))
+    for a, b in zip(process.taylor(ZERO, y), (process.force, process.jacobian, process.ito), strict=True):
+        torch.testing.assert_close(a, b(ZERO, y), rtol=1e-12, atol=1e-13)
 
 
 def test_a_given_prior_is_differentiated():
