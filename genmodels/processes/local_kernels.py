@@ -124,13 +124,13 @@ def kernel_of(
     return dense_kernel(y, force, slope, rate, q, span.expand(len(y)))
 
 
-def checked_force(process: Process, u: Tensor, y: Tensor) -> Tensor:
-    """[B, *shape] F.
+def checked_force(process: Process, u: Tensor, y: Tensor, force: Tensor | None = None) -> Tensor:
+    """[B, *shape] F, or what was given for it.
 
     Raises:
         ValueError: if it has another shape than the state, or is not finite.
     """
-    force = process.force(u, y)
+    force = process.force(u, y) if force is None else force
     if not isinstance(force, Tensor) or force.shape != y.shape:
         found = list(force.shape) if isinstance(force, Tensor) else type(force).__name__
         raise ValueError(

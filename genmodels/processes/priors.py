@@ -61,6 +61,10 @@ class Prior(nn.Module, ABC):
         """[B, *shape] (log π)''' of each component, for product laws."""
         return grad(lambda v: self.slope(v).sum())(y)
 
+    def derivatives(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, *shape] the first three derivatives of log π in each component, for product laws."""
+        return self.score(y), self.slope(y), self.curvature(y)
+
     def relaxation(self, span: Tensor, y: Tensor) -> Kernel | None:
         """The exact kernel of dy = ½ ∇ log π du + dW over a span of u, where it is known."""
         return None
@@ -149,6 +153,11 @@ class Logistic(Prior):
     def curvature(self, y: Tensor) -> Tensor:
         tanh = torch.tanh(y / (2 * self.scale))
         return tanh * (1 - tanh.square()) / (2 * self.scale**3)
+
+    def derivatives(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tanh = torch.tanh(y / (2 * self.scale))
+        slope = (tanh.square() - 1) / (2 * self.scale**2)
+        return -tanh / self.scale, slope, -tanh * slope / self.scale
 
     def gap(self) -> float:
         """1/(8a²), where the continuous spectrum begins: the force is ±1/(2a) far out."""
@@ -274,8 +283,11 @@ class Mixture(Prior):
         return second - first.square()
 
     def curvature(self, y: Tensor) -> Tensor:
+        return self.derivatives(y)[2]
+
+    def derivatives(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first, second, third = self._moments(y, 3)
-        return third - 3 * first * second + 2 * first**3
+        return first, second - first.square(), third - 3 * first * second + 2 * first**3
 
     def interval(self) -> tuple[float, float]:
         reach = 7 * float(self.scales.max())

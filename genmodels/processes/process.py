@@ -107,6 +107,11 @@ class Process(nn.Module, ABC):
         columns = g.mT.reshape(-1, 1, *self.shape)
         return 0.5 * vmap(lambda e: self._second(u, y, e.expand_as(y)))(columns).sum(0)
 
+    def force_derivatives(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, *shape] F, ∂F_i/∂y_i and ∂²F_i/∂y_i² of an elementwise force."""
+        g = expand_like(self.amplitude(u).to(y.dtype), y)
+        return self.force(u, y), self.jacobian(u, y), 2 * self.ito(u, y) / g.square()
+
     def _second(self, u: Tensor, y: Tensor, direction: Tensor) -> Tensor:
         """d²F(y + ε direction)/dε² at ε = 0."""
 
@@ -177,6 +182,9 @@ class Langevin(Process):
         if self.structure == "elementwise":
             return 0.25 * self.prior.curvature(y)
         return super().ito(u, y)
+
+    def force_derivatives(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(0.5 * v for v in self.prior.derivatives(y))
 
 
 class GivenProcess(Process):

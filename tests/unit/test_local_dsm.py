@@ -47,9 +47,9 @@ class Exact(LocalScore):
         return -self.factor * (y - mean) / variance
 
 
-def made(**node) -> LocalDSM:
+def made(*, shape: tuple[int, ...] = (1,), **node) -> LocalDSM:
     node = {"name": "local_dsm", "network": NETWORK, **node}
-    sizes = {"shape": (1,), "num_classes": None, "condition_shape": None, "bin_width": None}
+    sizes = {"shape": shape, "num_classes": None, "condition_shape": None, "bin_width": None}
     return build(Model, resolve(Model, node, "test"), **sizes, transform=Identity()).double().eval()
 
 
@@ -275,10 +275,10 @@ def test_increments_follow_the_curvature():
 
 def test_prepare_chooses_the_increment_and_warns_of_a_long_one():
     x, g = Batch(randn(400, 1)), torch.Generator().manual_seed(0)
-    chosen = made()
+    chosen = made(objective="local")
     logs = chosen.prepare([x], generator=g)
     assert 0.03 < logs["increment"] < 0.1 and logs["defect"] <= 0.0201 and chosen.state_dict()["increment"] > 0.03
-    long = made(increment=2.0)
+    long = made(increment=2.0, objective="local")
     with pytest.warns(UserWarning, match=r"over 2 the linearised force is wrong by .* An increment of 0\.0"):
         long.prepare([x], generator=g)
     assert float(long.increment) == 2.0
