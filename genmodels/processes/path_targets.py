@@ -124,7 +124,7 @@ def simulate_path(
 
 
 def moved(process: Process, u: Tensor, y: Tensor, span: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[B, *shape] T, T' and T'' of the midpoint rule T = y + d n(y + d n(y)/2), n = F + r y; and whether it keeps order.
+    """[B, *shape] T, T' and T'' of the midpoint rule T = y + d n(y + d n(y)/2), n = F + r y, and if it keeps order.
 
     That is whether T' >= 0.1 and the same for the half step within it.
     """

@@ -93,6 +93,46 @@ def test_the_score_is_where_training_stops(variance, weight):
         assert gradient(start, end) > 1e-6
 
 
+@pytest.mark.parametrize("structure", ["elementwise", "dense"])
+def test_the_score_is_where_training_stops_under_any_noise(structure):
+    """Q = 2, and matrices as Q and drift: in a Gaussian law s = -V⁻¹ y, where the gradient is 0 for every option.
+
+    By quadrature over y_s ~ N(0, V_s) and z. The drift is given as any function; being linear, it has exact kernels.
+    """
+    a = torch.tensor([[-0.7, 0.0], [0.0, -0.7]] if structure == "elementwise" else [[-0.7, 0.4], [-0.2, -1.1]]).double()
+    g = 2**0.5 if structure == "elementwise" else torch.tensor([[1.2, 0.3], [0.0, 0.8]], dtype=torch.float64)
+    process = GivenProcess(lambda u, y: y @ a.mT.to(y.dtype), g, shape=(2,), structure=structure, clock=Constant(2.0))
+    q = process.covariance_rate(torch.zeros(())).expand(2, 2) * (torch.eye(2) if structure == "elementwise" else 1.0)
+    start, end, z = 0.5, 0.7, normal(3)
+    moved = torch.linalg.matrix_exp(a * (end - start))
+    loan = torch.linalg.matrix_exp(torch.cat((torch.cat((-a, q), 1), torch.cat((0 * a, a.mT), 1))) * (end - start))
+    before = torch.tensor([[0.6, 0.2], [0.2, 0.9]], dtype=torch.float64)
+    after = moved @ before @ moved.mT + loan[2:, 2:].mT @ loan[:2, 2:]
+
+    class Linear2(LocalScore):
+        def __init__(self) -> None:
+            super().__init__(None, process)
+            self.matrix = nn.Parameter(-torch.linalg.inv(after))
+
+        def forward(self, u, y, condition=None):
+            return y @ self.matrix.mT
+
+    nodes = torch.cartesian_prod(*[z[0]] * 4)
+    weights = torch.cartesian_prod(*[z[1]] * 4).prod(1)
+    y = nodes[:, :2] @ torch.linalg.cholesky(before).mT
+    u = torch.full((len(y),), start, dtype=torch.float64)
+    score, times = Linear2(), TimesOfClock("clock", process.clock, 0.1)
+    for variance in ("plain", "control", "antithetic"):
+        for weight in ("whitened", "likelihood"):
+            objective = Objective(score, times, 1, "ito", False, variance, weight, "exact")
+            slopes = []
+            for factor in (1.0, 1.1):
+                score.matrix.data.copy_(-factor * torch.linalg.inv(after))
+                values = objective.denoising(u, u + (end - start), y, nodes[:, 2:])
+                slopes.append(torch.autograd.grad((values * weights).sum(), score.matrix)[0].abs().max())
+            assert slopes[0] < 1e-9 and slopes[1] > 1e-3
+
+
 def test_implicit_matching_stops_there_too_and_weighs_alike():
     """Against the mean of |s - s*|² that both objectives are up to a constant, at many states and times."""
     process = Langevin(Gaussian(), Constant(4.0), shape=(1,))

@@ -1,4 +1,4 @@
-"""Targets from paths: exact for affine forces, conditional means that are scores, and less scatter than local kernels'."""
+"""Targets from paths: exact for affine forces, scores in the mean, and less scatter than those of local kernels."""
 
 import math
 
@@ -85,7 +85,7 @@ def test_the_mean_of_a_target_is_the_score():
 
 
 def test_targets_of_a_double_well_follow_the_fokker_planck_score():
-    """Means over cells of the state at t = ½, against the score that a grid has there (P11: .9452 at 0, -.4008 at 1)."""
+    """Means over cells of the state at t = ½, against the score that a grid has there (P11)."""
     process, n = DoubleWell(shape=(1,)), 100_000
     equation = FokkerPlanck(process.force, [1.0], low=[-4.0], high=[4.0], cells=[800])
     (law,) = equation.solve(lambda y: torch.exp(-0.5 * ((y[:, 0] - 0.5) / 0.3).square()), (0.0, 0.5))
