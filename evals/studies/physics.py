@@ -4,8 +4,9 @@
 
 Two forward processes from a Gaussian start: a particle in a double well, whose density at every time is solved for on a
 grid, and four particles that attract each other in a moving trap, whose law is Gaussian and known. Each is learnt by
-kernels of several orders, from whole paths, and by implicit score matching, with one network and one number of updates. Figures are
-E|s - ∇ log p|²/E|∇ log p|² at several times. With `--publish` it writes evals/results/physics.md and physics.png.
+kernels of several orders, from whole paths and by implicit score matching, with one network and one number of updates.
+Figures are E|s - ∇ log p|²/E|∇ log p|² at several times. With `--publish` it writes evals/results/physics.md and
+physics.png.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from .increments import HALF_STEP, TimesOfClock
 from .local_kernels import Order, local_kernel, simulate
 from .local_score import implicit_rate, reverse_kernel
 from .path_targets import Silence, simulate_path
-from .process import Process
+from .process import Langevin, Process
 
 
 class Bound:
@@ -23,6 +23,10 @@ class Bound:
     mean and bounded variance. path: r = -½ sᵀQs + (s - s(c))·Q τ + ∇·F with the target τ of `simulate_path`, whose mean
     given the item is 0, and the end c of the path without noise. decoder: log p(x | y₀) - log q(y₀ | x), with q the
     kernel from x to u₀ and p the reverse kernel from there.
+
+    In a Langevin process E log π(y_U) - E log π(y₀) is the integral of E[½ |p|² + ½ ∇·p], p = ∇ log π (Dynkin). With
+    d = s - p the bound of paths is then E[log π(y₀) + (-½ |d|² - p·d + (d - d(c))·τ)/q(u) + decoder], which scatters
+    little where the score is near the prior's.
 
     The means are over paths of the process, which are simulated by K steps: the bound holds up to their error.
 
@@ -67,13 +71,15 @@ class Bound:
         zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         k, n = share
         u = self.times.quantile((k + noise.uniform(dtype=torch.float64) + HALF_STEP) / n)
-        last = simulate(self.process, x, zero, zero + self.times.last, self.steps, noise, self.order)
+        relative = method == "path" and isinstance(self.process, Langevin)
+        end, steps = (self.times.first, 1) if relative else (self.times.last, self.steps)
+        last = simulate(self.process, x, zero, zero + end, steps, noise, self.order)
         if method == "implicit":
             y = simulate(self.process, x, zero, u, self.steps, noise, self.order)
             drawn = None if probes is None else draw_probes(noise, probes, self.process.shape, dtype=x.dtype)
             rate = self.implicit(u, y, condition, drawn)
         elif method == "path":
-            rate = self.path(u, x, condition, noise)
+            rate = self.path(u, x, condition, noise, relative)
         else:
             start = zero if self.exact else (u - increment).clamp(min=0)
             y = simulate(self.process, x, zero, start, self.steps, noise, self.order)
@@ -95,8 +101,8 @@ class Bound:
         control = self.process.noised(u, self.score(u, middle, condition))
         return self.process.divergence(u, there) - sum_items(0.5 * at.square() + (at - control) * e)
 
-    def path(self, u: Tensor, x: Tensor, condition: Tensor | None, noise: Noise) -> Tensor:
-        """[B] float64 r at the ends of paths from items x to u.
+    def path(self, u: Tensor, x: Tensor, condition: Tensor | None, noise: Noise, relative: bool = False) -> Tensor:
+        """[B] float64 r at the ends of paths from items x to u; or what stands for it beside log π(y₀).
 
         Raises:
             ConfigError: if the force is not elementwise.
@@ -110,8 +116,12 @@ class Bound:
             )
         still = simulate_path(self.process, x, u, self.steps, self.rates[0], Silence(len(x), device=x.device)).state
         e = self.process.noised(u, drawn.target)
-        at = self.process.noised(u, self.score(u, drawn.state, condition))
-        control = self.process.noised(u, self.score(u, still, condition))
+        at, control = self.score(u, drawn.state, condition), self.score(u, still, condition)
+        if relative:  # G = 1
+            rest = self.process.prior.score(drawn.state)
+            at, control = at - rest, control - self.process.prior.score(still)
+            return -sum_items(0.5 * at.square() + rest * at - (at - control) * drawn.target)
+        at, control = self.process.noised(u, at), self.process.noised(u, control)
         return self.process.divergence(u, drawn.state) - sum_items(0.5 * at.square() - (at - control) * e)
 
     def decoder(self, x: Tensor, z: Tensor, condition: Tensor | None) -> Tensor:
