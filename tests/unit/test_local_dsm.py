@@ -344,3 +344,22 @@ def test_bad_settings_are_told():
             ask()
     with pytest.raises(ValueError, match="0 <= t <= 1"):
         made().score(torch.tensor(1.5), randn(2, 1))
+
+
+def test_networks_see_states_in_units_of_their_detail_and_answer_beside_the_prior():
+    """s = ∇ log π - e^{-λu} ε(t, y/ℓ)/√(1 - e^{-u} + ℓ²), λ = π²/24 of the logistic law of unit variance."""
+
+    class Answer(nn.Module):
+        def forward(self, t, y, condition=None):
+            return 2.0 + torch.sin(y) * t.reshape(-1, 1)
+
+    process, u, y = Langevin(Logistic(), shape=(2,)), torch.tensor([1e-6, 0.5, 6.0], dtype=torch.float64), randn(3, 2)
+    found = LocalScore(Answer(), process, residual=True, length=0.15)(u, y)
+    t, wide = process.clock.inverse(u)[:, None], u[:, None]
+    size = torch.exp(-(math.pi**2) / 24 * wide) / (torch.expm1(-wide).neg().clamp(min=1e-5) + 0.15**2).sqrt()
+    torch.testing.assert_close(found, process.prior.score(y) - size * (2 + torch.sin(y / 0.15) * t))
+    bare = LocalScore(Answer(), process)(u, y)
+    torch.testing.assert_close(bare, -(2 + torch.sin(y) * t) / torch.expm1(-wide).neg().clamp(min=1e-5).sqrt())
+    for length in (0.0, -1.0):
+        with pytest.raises(ConfigError, match=r"model.length: a number > 0, or null, is needed"):
+            made(length=length)
