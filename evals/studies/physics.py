@@ -4,8 +4,9 @@
 
 Two forward processes from a Gaussian start: a particle in a double well, whose density at every time is solved for on a
 grid, and four particles that attract each other in a moving trap, whose law is Gaussian and known. Each is learnt by
-kernels of several orders and by implicit score matching, with one network and one number of updates. Figures are
-E|s - ∇ log p|²/E|∇ log p|² at several times. With `--publish` it writes evals/results/physics.md and physics.png.
+kernels of several orders, from whole paths and by implicit score matching, with one network and one number of updates.
+Figures are E|s - ∇ log p|²/E|∇ log p|² at several times. With `--publish` it writes evals/results/physics.md and
+physics.png.
 """
 
 import argparse
@@ -40,6 +41,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "order 1 + Itô, δ chosen": {"order": "ito"},
         "order 1 + Itô, δ chosen, antithetic": {"order": "ito", "variance": "antithetic"},
         "order 1 + Itô, δ = 0.05, antithetic": {"order": "ito", "increment": 0.05, "variance": "antithetic"},
+        "paths": {"objective": "path"},
         "implicit": {"objective": "ism"},
     },
     "trapped_particles": {
@@ -64,6 +66,7 @@ def config(process: str, method: str, steps: int) -> Config:
         "process": node,
         "simulation_steps": 10 if process == "double_well" else 4,
         "t_min": 0.02,
+        "objective": "local",
         **given,
     }
     settings = {

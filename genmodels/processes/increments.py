@@ -75,6 +75,20 @@ def check_increment(process: Process, u: Tensor, y: Tensor, increment: float) ->
     return wrong
 
 
+def check_settings(increment: float | None, steps: int, last: float) -> None:
+    """
+    Raises:
+        ConfigError: unless the increment is None or in (0, last], and steps >= 1.
+    """
+    if increment is not None and not 0 < increment <= last:
+        raise ConfigError(
+            f"model.increment: a number in (0, U], U = {last:g} the end of the process's clock, or null is needed, "
+            f"found {increment}."
+        )
+    if steps < 1:
+        raise ConfigError(f"model.simulation_steps: at least 1 is needed, found {steps}.")
+
+
 class TimesOfClock:
     """Law of the times u of training, from u(t_min) to U.
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from ..diffusion.checks import at_least_one, one_each
 from ..model import Model
 from ..networks.network import Network
-from ..registry import ConfigError, register
+from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..score_model import ScoreModel
 from ..solvers.base import Controller, Fixed, Solver, integrate
@@ -20,12 +20,13 @@ from ..solvers.runge_kutta import Dopri5
 from ..solvers.step_size import PI
 from ..transforms import Transform
 from ..types import Batch, Condition, Likelihood, Loss, NotApplicable, Seeds, Shape, expand_like
-from .increments import Times, TimesOfClock, check_increment, choose_increment
+from .increments import Times, TimesOfClock, check_increment, check_settings, choose_increment
 from .local_bound import Bound
 from .local_kernels import Order, simulate
-from .local_objective import Divergence, Objective, Variance, Weight, is_exact
+from .local_objective import Divergence, Objective, Target, Variance, Weight, chosen_objective, is_exact
 from .local_score import LocalScore, flow_velocity
 from .mixing import measure, warn_unmixed
+from .path_targets import measured_rates
 from .prior_sampling import Spacing, reverse_grid, reverse_sample
 from .process import Langevin, Process
 
@@ -42,7 +43,10 @@ class LocalDSM(ScoreModel):
         whitened    |Lᵀ s(u, y_u) + z|²/D,      likelihood    ½ |Gᵀ (s(u, y_u) + L⁻ᵀ z)|²/(D q(u)),  q the law of u
 
     are least at the score; the second is the bound's, in nats per dimension. Processes whose kernel is exact over any
-    increment start from the item itself (δ = u): ordinary denoising score matching.
+    increment start from the item itself (δ = u): ordinary denoising score matching. Where the force acts on components
+    one by one, `simulate_path` has a target τ of smaller variance, from the noise of the whole path (objective "path"):
+
+        whitened    s̄² |s(u, y_u) - τ|²/D,      likelihood    ½ |Gᵀ (s(u, y_u) - τ)|²/(D q(u)).
 
     The model's law is that of the probability-flow ODE dy/du = F - Q s/2, run from the process's prior at u = U to
     u(t_min). So its likelihood is that of items with noise of this size.
@@ -50,19 +54,21 @@ class LocalDSM(ScoreModel):
     Args:
         network: ε of s = -ε/s̄(u).
         process: the diffusion, whose time is put on 0 (data) to 1 (noise) by its clock.
-        objective: "local"; "global", which insists on exact kernels; "ism", implicit score matching at simulated
-            states, ½ sᵀQs + ∇·(Q s), which differentiates the network once more.
+        objective: "path" or "local"; "global", which insists on exact kernels; "ism", implicit score matching at
+            simulated states, ½ sᵀQs + ∇·(Q s), which differentiates the network once more. "auto" is "path" for
+            elementwise forces whose kernels are not exact, and "local" for all others and with variates to control.
         order: of the kernels; see `local_kernels`.
         increment: δ in units of u; null for the longest whose linearisation is good to 2 % for 99 % of states.
-        simulation_steps: K, steps of the same kernel from an item to y_s.
-        variance: "control" subtracts the score at m, a second evaluation, and "antithetic" pairs z with -z; both keep
-            the variance of gradients bounded as δ → 0.
-        weight: see above; "whitened" weighs |s - ∇log q|² by the kernel's covariance: like the simple loss of DDPM
-            where the kernel starts at the item, and by about δ g² where u is larger than the increment δ.
+        simulation_steps: K, steps of the same kernel from an item to y_s, or of a path.
+        variance: of "local": "control" subtracts the score at m, a second evaluation, and "antithetic" pairs z with
+            -z; both keep the variance of gradients bounded as δ → 0.
+        weight: see above; "whitened" weighs |s - ∇log q|² by the kernel's covariance, which for "local" is about δ g²
+            where u is larger than the increment δ, and otherwise as the simple loss of DDPM does.
         times: law of u, see `TimesOfClock`.
         divergence: of the objective "ism"; exact costs a backward pass for each component.
         t_min: first time, > 0.
-        residual: s = ∇ log π - ε/s̄, which begins as the score of the prior instead of 0.
+        residual: s = ∇ log π - e^{-λu} ε/s̄, which begins as the score of the prior instead of 0; see `LocalScore`.
+        length: ℓ of `LocalScore`, the scale of the finest detail of the data in model space.
         conditional: whether the network sees the conditions of the data (labels, embeddings), if there are any.
         condition_dropout: share of items whose condition is hidden in training; 0 gives up guidance.
     Raises:
@@ -74,7 +80,7 @@ class LocalDSM(ScoreModel):
         self,
         network: Callable[..., Network],
         process: Callable[..., Process] = Langevin,
-        objective: Literal["local", "global", "ism"] = "local",
+        objective: Target = "auto",
         order: Order = "ito",
         increment: float | None = None,
         simulation_steps: int = 50,
@@ -84,6 +90,7 @@ class LocalDSM(ScoreModel):
         divergence: Divergence = "hutchinson",
         t_min: float = 1e-3,
         residual: bool = False,
+        length: float | None = None,
         conditional: bool = True,
         condition_dropout: float = 0.1,
         *,
@@ -99,32 +106,18 @@ class LocalDSM(ScoreModel):
         self.process.check_noise()
         sizes = {"in_shape": self.model_shape, "out_shape": self.model_shape, "timed": True}
         built = network(**sizes, **self.conditions.keywords)
-        self.score_network = LocalScore(built, self.process, residual)
+        self.score_network = LocalScore(built, self.process, residual, length)
         self.times = TimesOfClock(times, self.process.clock, t_min)
-        self.objective, self.order, self.steps, self.chooses = objective, order, simulation_steps, increment is None
-        self.differentiates_twice = objective == "ism"
         self.exact = is_exact(self.process)
-        self._check(increment, variance)
+        self.objective = chosen_objective(objective, self.process, self.exact, variance)
+        self.order, self.steps, self.chooses = order, simulation_steps, increment is None
+        self.differentiates_twice = self.objective == "ism"
+        check_settings(increment, simulation_steps, self.times.last)
         kept = (self.score_network, self.times, simulation_steps, order, self.exact)
         self.training_objective = Objective(*kept, variance, weight, divergence)
         # δ before `prepare` has chosen one; a buffer, so that a checkpoint knows it
         self.register_buffer("increment", torch.tensor(0.02 if increment is None else increment, dtype=torch.float64))
-
-    def _check(self, increment: float | None, variance: Variance) -> None:
-        if increment is not None and not 0 < increment <= self.times.last:
-            raise ConfigError(
-                f"model.increment: a number in (0, U], U = {self.times.last:g} the end of the process's clock, or null "
-                f"is needed, found {increment}."
-            )
-        if self.steps < 1:
-            raise ConfigError(f"model.simulation_steps: at least 1 is needed, found {self.steps}.")
-        if self.objective == "global" and not self.exact:
-            raise ConfigError(
-                f"model.objective: global needs kernels that are exact from the data on, which "
-                f"{type(self.process).__name__} does not have. Use objective: local."
-            )
-        if self.objective == "ism" and variance != "plain":
-            raise ConfigError("model.variance: only the objective local has variates to control. Use variance: plain.")
+        self.register_buffer("rates", torch.full((2,), 0.5, dtype=torch.float64))  # r and ρ of paths, likewise
 
     @property
     def network(self) -> Network:
@@ -158,15 +151,19 @@ class LocalDSM(ScoreModel):
         return logs
 
     def _prepare_increment(self, x: Tensor, generator: Generator) -> dict[str, Tensor]:
-        if self.exact or self.objective != "local":
-            return {}
+        logs = {}
+        if self.objective == "path":
+            self.rates.copy_(measured_rates(self.process, x, self.times, self.steps, generator))
+            logs = {"relaxation": self.rates[0].clone(), "forgetting": self.rates[1].clone()}
+        if self.exact or self.objective not in ("local", "path"):  # a bound by local kernels takes the increment too
+            return logs
         noise = BatchNoise(len(x), generator=generator, device=x.device)
         u = self.times.sample(noise).clamp(max=0.5 * self.times.last)
         y = simulate(self.process, x, torch.zeros_like(u), u, self.steps, noise, self.order)
         if self.chooses:
             self.increment.fill_(choose_increment(self.process, u, y))
         wrong = check_increment(self.process, u, y, float(self.increment))
-        return {"increment": self.increment.clone(), "defect": torch.tensor(wrong)}
+        return {**logs, "increment": self.increment.clone(), "defect": torch.tensor(wrong)}
 
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
         self.check_items(batch.x, "loss")
@@ -174,12 +171,15 @@ class LocalDSM(ScoreModel):
         x, _ = self._to_model_space(batch.x, noise)
         u = self.times.sample(noise)
         condition = self.conditions.drop(batch.condition, noise)
+        logs = {}
         if self.objective == "ism":
             value = self.training_objective.implicit(x, u, condition, noise)
+        elif self.objective == "path":
+            value, logs["lost"] = self.training_objective.path(x, u, tuple(self.rates), condition, noise)
         else:
             value = self.training_objective.local(x, u, self.increment, condition, noise)
         value = value.to(x.dtype) / math.prod(self.model_shape)
-        return Loss(value, {self.objective: value.detach().mean()})
+        return Loss(value, {self.objective: value.detach().mean(), **logs})
 
     # ---- scores, samples and latents ---------------------------------------------------------------------------------
 
@@ -312,7 +312,7 @@ class LocalDSM(ScoreModel):
         *,
         condition: Condition | None = None,
         seeds: Seeds | None = None,
-        method: Literal["ode", "local", "implicit"] = "ode",
+        method: Literal["ode", "local", "path", "implicit"] = "ode",
         divergence: Divergence = "exact",
         probes: int = 1,
         draws: int = 1,
@@ -323,12 +323,13 @@ class LocalDSM(ScoreModel):
     ) -> Likelihood:
         """log p(x) in nats: by the probability-flow ODE, or a bound of the reverse SDE's.
 
-        ode: log π(y_U) + ∫ ∇·(F - Q s/2) du + log|det ∂T/∂x| along the ODE from T(x), placed at t_min. local, implicit:
-        the bounds of `Bound`, unbiased estimates for simulated paths, which also hold for x itself.
+        ode: log π(y_U) + ∫ ∇·(F - Q s/2) du + log|det ∂T/∂x| along the ODE from T(x), placed at t_min. local, path,
+        implicit: the bounds of `Bound`, unbiased estimates for simulated paths, which also hold for x itself.
 
         Args:
             seeds: [B] for dequantisation noise, probes and paths; 0 … B-1 if not given.
-            method: local needs first derivatives of the force alone, implicit the divergence of the network.
+            method: local needs first derivatives of the force alone, path an elementwise force, implicit the
+                divergence of the network.
             divergence, probes: of the methods ode and implicit.
             draws: how many values of all that is random are averaged over; of a bound, two or more give a standard
                 error.
@@ -348,7 +349,8 @@ class LocalDSM(ScoreModel):
         at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
         seeds = one_each(seeds, len(x))
         ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
-        bound = Bound(self.process, self.score_network, self.times, self.steps, self.order, self.exact)
+        kept = (self.score_network, self.times, self.steps, self.order, self.exact, tuple(self.rates))
+        bound = Bound(self.process, *kept)
         drawn = None if divergence == "exact" else probes
         with self._gradients(x):
             parts = []

@@ -124,10 +124,10 @@ def expansion(process: Process, u: Tensor, y: Tensor, order: Order) -> tuple[Ten
     """F, J and c at u in states y, each [B, *shape] or J [B, n, n]; None where the order takes it for 0.
 
     Raises:
-        ValueError: see `checked_force`.
+        ValueError: if the force has not the shape of the state, or is not finite.
     """
     if order != "ito":
-        force = checked_force(process, u, y)
+        force = checked(process, u, y, process.force(u, y))
         slope = None if order == 0 else process.jacobian(u, y)
         return force, slope, None if order == 0 or process.autonomous else process.force_rate(u, y)
     force, slope, bend = process.taylor(u, y)
@@ -145,15 +145,6 @@ def kernel_of(
     if q.ndim < 2:
         q = q.reshape(-1, 1, 1) * torch.eye(process.size, dtype=torch.float64, device=y.device)
     return dense_kernel(y, force, slope, rate, q, span.expand(len(y)))
-
-
-def checked_force(process: Process, u: Tensor, y: Tensor) -> Tensor:
-    """[B, *shape] F.
-
-    Raises:
-        ValueError: if it has another shape than the state, or is not finite.
-    """
-    return checked(process, u, y, process.force(u, y))
 
 
 def simulate(process: Process, y: Tensor, start: Tensor, end: Tensor, steps: int, noise: Noise, order: Order) -> Tensor:

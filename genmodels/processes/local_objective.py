@@ -5,15 +5,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..registry import ConfigError
 from ..rng import Noise
 from ..solvers.divergence import draw_probes
+from ..types import expand_like
 from .increments import TimesOfClock
 from .local_kernels import Order, local_kernel, simulate
 from .local_score import LocalScore, implicit_rate
+from .path_targets import check_structure, simulate_path
 from .process import Process
 
 Variance = Literal["plain", "control", "antithetic"]
 Weight = Literal["whitened", "likelihood"]
+Target = Literal["auto", "path", "local", "global", "ism"]
 Divergence = Literal["exact", "hutchinson"]
 
 
@@ -53,6 +57,26 @@ class Objective:
             y = self._path(x, start, noise)
             z = noise.normal(*x.shape[1:], dtype=x.dtype)
         return self.denoising(start, u, y, z, condition)
+
+    def path(
+        self, x: Tensor, u: Tensor, rates: tuple[Tensor, Tensor], condition: Tensor | None, noise: Noise
+    ) -> tuple[Tensor, Tensor]:
+        """[B] |s̄ (s - τ)|², or ½ |Gᵀ (s - τ)|² over q, with τ the target of a path from x to u.
+
+        Where the path lost the order of states the value is 0: the share of such items is [] the second.
+
+        Args:
+            rates: r and ρ of `simulate_path`.
+        """
+        with torch.no_grad():
+            state, target, kept = simulate_path(self.process, x, u, self.steps, rates[0], noise, rates[1])
+            target = torch.where(expand_like(kept, target), target, 0.0)
+        apart = torch.where(expand_like(kept, target), self.score(u, state, condition) - target, 0.0)
+        if self.weight == "likelihood":
+            value = 0.5 * self.process.noised(u, apart).square().sum(1) / self.times.density(u)
+        else:
+            value = (expand_like(self.score.scale(u), apart).to(apart.dtype) * apart).flatten(1).square().sum(1)
+        return value, (~kept).double().mean()
 
     def denoising(self, start: Tensor, u: Tensor, y: Tensor, z: Tensor, condition: Tensor | None = None) -> Tensor:
         """[B] |A s + e|² at m + L z, with A = Lᵀ, e = z; or ½ of it over q, with A = Gᵀ, e = Gᵀ L⁻ᵀ z.
@@ -99,3 +123,28 @@ def is_exact(process: Process) -> bool:
     """Whether the process knows its kernel over long increments from any state."""
     zero = torch.zeros(1, dtype=torch.float64)
     return process.transition(zero, zero + process.clock.total, torch.zeros(1, *process.shape)) is not None
+
+
+def chosen_objective(objective: Target, process: Process, exact: bool, variance: Variance) -> str:
+    """The objective itself, or for "auto" the one of least variance that the process allows.
+
+    Args:
+        exact: whether the process knows its kernels over long increments.
+    Raises:
+        ConfigError: if it does not fit the process, or has no variates to control.
+    """
+    if objective == "auto":
+        objective = "path" if process.structure == "elementwise" and not exact and variance == "plain" else "local"
+    if objective == "global" and not exact:
+        raise ConfigError(
+            f"model.objective: global needs kernels that are exact from the data on, which {type(process).__name__} "
+            "does not have. Use objective: local."
+        )
+    if objective == "path":
+        check_structure(process, "model.objective")
+    if objective in ("path", "ism") and variance != "plain":
+        raise ConfigError(
+            f"model.variance: only the objective local has variates to control, found objective {objective}. Use "
+            "variance: plain."
+        )
+    return objective

@@ -1,5 +1,7 @@
 """A network as the score of a diffusion with any drift, and the reverse and bound that it defines."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,35 +12,47 @@ from ..solvers.divergence import exact_divergence, hutchinson
 from ..types import expand_like, sum_items
 from .gaussian_kernels import Kernel
 from .local_kernels import kernel_of
-from .process import Process
+from .mixing import spectral_gap
+from .process import Langevin, Process
 
 FLOOR = 1e-5  # of s̄²: below it a state is data, and float32 has no digits left for its noise
 
 
 class LocalScore(nn.Module):
-    """s(u, y) = -ε(t, y)/s̄(u) with a network ε whose answers are of size 1 at every time.
+    """s(u, y) = -ε(t, y)/√(s̄² + g² ℓ²) with a network ε whose answers are of size 1 at every time.
 
     s̄² = g² (1 - e^{-u}), at least 1e-5: the variance that a process of unit relaxation has added by u, g² the mean of
-    Q over the components that noise reaches. The network sees t, which the clock makes of u.
+    Q over the components that noise reaches. The network sees t, which the clock makes of u, and y/ℓ.
 
     Args:
         network: ε.
         process: whose score it is; its clock and its noise set the scale.
-        residual: add ∇ log π of the prior, under which an ε of 0 stands for a process at rest.
+        residual: s = ∇ log π - e^{-λu} ε/√(s̄² + g² ℓ²), under which an ε of 0 stands for a process at rest; λ is the
+            spectral gap of a Langevin process, at which the first term is approached, or 0 if it is not known.
+        length: ℓ, of the finest detail of the data: their score is of size 1/ℓ, and for y in units much larger than
+            their details networks learn these last. Null leaves y as it is, and ℓ = 0 elsewhere.
     Raises:
-        ConfigError: if the score of a prior is to be added where there is none.
+        ConfigError: if the score of a prior is to be added where there is none, or the length is not positive.
     Source: Singhal, Goldstein & Ranganath 2024 (Automated denoising score matching for nonlinear diffusions).
     """
 
-    def __init__(self, network: Network, process: Process, residual: bool = False) -> None:
+    def __init__(self, network: Network, process: Process, residual: bool = False, length: float | None = None) -> None:
         super().__init__()
         if residual and process.prior is None:
             raise ConfigError(f"model.residual: {type(process).__name__} has no prior. Use residual: false.")
-        self.network, self.process, self.residual = network, process, residual
+        if length is not None and not 0 < length < math.inf:
+            raise ConfigError(f"model.length: a number > 0, or null, is needed, found {length}.")
+        self.network, self.process, self.residual, self.length = network, process, residual, length
+        known = residual and isinstance(process, Langevin)
+        self.decay = (spectral_gap(process.prior) or 0.0) if known else 0.0
 
     def scale(self, u: Tensor) -> Tensor:
         """[] or [B] float64 s̄."""
         return (self.strength(u).square() * -torch.expm1(-u.double())).clamp(min=FLOOR).sqrt()
+
+    def reach(self, u: Tensor) -> Tensor:
+        """[] or [B] float64 √(s̄² + g² ℓ²)."""
+        return (self.scale(u).square() + (self.strength(u) * (self.length or 0.0)).square()).sqrt()
 
     def strength(self, u: Tensor) -> Tensor:
         """[] or [B] g, the root mean square of the noise of the components that have any."""
@@ -50,8 +64,10 @@ class LocalScore(nn.Module):
 
     def forward(self, u: Tensor, y: Tensor, condition: Tensor | None = None) -> Tensor:
         """[B, *shape] score at u [] or [B] in states y."""
-        eps = self.network(self.process.clock.inverse(u), y, condition).to(y.dtype)
-        score = -eps / expand_like(self.scale(u), y).to(y.dtype)
+        seen = y if self.length is None else y / self.length
+        eps = self.network(self.process.clock.inverse(u), seen, condition).to(y.dtype)
+        size = torch.exp(-self.decay * u) / self.reach(u)
+        score = -expand_like(size, y).to(y.dtype) * eps
         return score + self.process.prior.score(y) if self.residual else score
 
     def guided(self, scale: float, null: Tensor) -> "LocalScore":
@@ -61,7 +77,7 @@ class LocalScore(nn.Module):
             scale: w; 1 is off.
             null: [*] the label or embedding that stands for "no condition".
         """
-        return LocalScore(GuidedNetwork(self.network, scale, null), self.process, self.residual)
+        return LocalScore(GuidedNetwork(self.network, scale, null), self.process, self.residual, self.length)
 
 
 def flow_velocity(process: Process, u: Tensor, y: Tensor, score: Tensor) -> Tensor:

@@ -275,10 +275,6 @@ class Mixture(Prior):
         r = log.softmax(-1)
         return [(r * p).sum(-1) for p in (a, a.square() - b, a**3 - 3 * a * b)[:order]]
 
-    def derivatives(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first, second, third = self._moments(y, 3)
-        return first, second - first.square(), third - 3 * first * second + 2 * first**3
-
     def score(self, y: Tensor) -> Tensor:
         return self._moments(y, 1)[0]
 
@@ -287,8 +283,11 @@ class Mixture(Prior):
         return second - first.square()
 
     def curvature(self, y: Tensor) -> Tensor:
+        return self.derivatives(y)[2]
+
+    def derivatives(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         first, second, third = self._moments(y, 3)
-        return third - 3 * first * second + 2 * first**3
+        return first, second - first.square(), third - 3 * first * second + 2 * first**3
 
     def interval(self) -> tuple[float, float]:
         reach = 7 * float(self.scales.max())

@@ -130,6 +130,11 @@ class Process(nn.Module, ABC):
         force = checked(self, u, y, self.force(u, y))  # before derivatives of what may be no force
         return force, self.jacobian(u, y), self.ito(u, y)
 
+    def force_derivatives(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, *shape] F, ∂F_i/∂y_i and ∂²F_i/∂y_i² of an elementwise force."""
+        force, slope, ito = self.taylor(u, y)
+        return force, slope, 2 * ito / expand_like(self.amplitude(u).to(y.dtype), y).square()
+
     def _second(self, u: Tensor, y: Tensor, direction: Tensor) -> Tensor:
         """d²F(y + ε direction)/dε² at ε = 0."""
 

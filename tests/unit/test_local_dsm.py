@@ -47,9 +47,9 @@ class Exact(LocalScore):
         return -self.factor * (y - mean) / variance
 
 
-def made(**node) -> LocalDSM:
+def made(*, shape: tuple[int, ...] = (1,), **node) -> LocalDSM:
     node = {"name": "local_dsm", "network": NETWORK, **node}
-    sizes = {"shape": (1,), "num_classes": None, "condition_shape": None, "bin_width": None}
+    sizes = {"shape": shape, "num_classes": None, "condition_shape": None, "bin_width": None}
     return build(Model, resolve(Model, node, "test"), **sizes, transform=Identity()).double().eval()
 
 
@@ -91,6 +91,46 @@ def test_the_score_is_where_training_stops(variance, weight):
         assert abs(gradient(start, end)) < 1e-9
         score.factor.data.fill_(1.1)
         assert gradient(start, end) > 1e-6
+
+
+@pytest.mark.parametrize("structure", ["elementwise", "dense"])
+def test_the_score_is_where_training_stops_under_any_noise(structure):
+    """Q = 2, and matrices as Q and drift: in a Gaussian law s = -V⁻¹ y, where the gradient is 0 for every option.
+
+    By quadrature over y_s ~ N(0, V_s) and z. The drift is given as any function; being linear, it has exact kernels.
+    """
+    a = torch.tensor([[-0.7, 0.0], [0.0, -0.7]] if structure == "elementwise" else [[-0.7, 0.4], [-0.2, -1.1]]).double()
+    g = 2**0.5 if structure == "elementwise" else torch.tensor([[1.2, 0.3], [0.0, 0.8]], dtype=torch.float64)
+    process = GivenProcess(lambda u, y: y @ a.mT.to(y.dtype), g, shape=(2,), structure=structure, clock=Constant(2.0))
+    q = process.covariance_rate(torch.zeros(())).expand(2, 2) * (torch.eye(2) if structure == "elementwise" else 1.0)
+    start, end, z = 0.5, 0.7, normal(3)
+    moved = torch.linalg.matrix_exp(a * (end - start))
+    loan = torch.linalg.matrix_exp(torch.cat((torch.cat((-a, q), 1), torch.cat((0 * a, a.mT), 1))) * (end - start))
+    before = torch.tensor([[0.6, 0.2], [0.2, 0.9]], dtype=torch.float64)
+    after = moved @ before @ moved.mT + loan[2:, 2:].mT @ loan[:2, 2:]
+
+    class Linear2(LocalScore):
+        def __init__(self) -> None:
+            super().__init__(None, process)
+            self.matrix = nn.Parameter(-torch.linalg.inv(after))
+
+        def forward(self, u, y, condition=None):
+            return y @ self.matrix.mT
+
+    nodes = torch.cartesian_prod(*[z[0]] * 4)
+    weights = torch.cartesian_prod(*[z[1]] * 4).prod(1)
+    y = nodes[:, :2] @ torch.linalg.cholesky(before).mT
+    u = torch.full((len(y),), start, dtype=torch.float64)
+    score, times = Linear2(), TimesOfClock("clock", process.clock, 0.1)
+    for variance in ("plain", "control", "antithetic"):
+        for weight in ("whitened", "likelihood"):
+            objective = Objective(score, times, 1, "ito", False, variance, weight, "exact")
+            slopes = []
+            for factor in (1.0, 1.1):
+                score.matrix.data.copy_(-factor * torch.linalg.inv(after))
+                values = objective.denoising(u, u + (end - start), y, nodes[:, 2:])
+                slopes.append(torch.autograd.grad((values * weights).sum(), score.matrix)[0].abs().max())
+            assert slopes[0] < 1e-9 and slopes[1] > 1e-3
 
 
 def test_implicit_matching_stops_there_too_and_weighs_alike():
@@ -275,10 +315,10 @@ def test_increments_follow_the_curvature():
 
 def test_prepare_chooses_the_increment_and_warns_of_a_long_one():
     x, g = Batch(randn(400, 1)), torch.Generator().manual_seed(0)
-    chosen = made()
+    chosen = made(objective="local")
     logs = chosen.prepare([x], generator=g)
     assert 0.03 < logs["increment"] < 0.1 and logs["defect"] <= 0.0201 and chosen.state_dict()["increment"] > 0.03
-    long = made(increment=2.0)
+    long = made(increment=2.0, objective="local")
     with pytest.warns(UserWarning, match=r"over 2 the linearised force is wrong by .* An increment of 0\.0"):
         long.prepare([x], generator=g)
     assert float(long.increment) == 2.0
@@ -304,3 +344,22 @@ def test_bad_settings_are_told():
             ask()
     with pytest.raises(ValueError, match="0 <= t <= 1"):
         made().score(torch.tensor(1.5), randn(2, 1))
+
+
+def test_networks_see_states_in_units_of_their_detail_and_answer_beside_the_prior():
+    """s = ∇ log π - e^{-λu} ε(t, y/ℓ)/√(1 - e^{-u} + ℓ²), λ = π²/24 of the logistic law of unit variance."""
+
+    class Answer(nn.Module):
+        def forward(self, t, y, condition=None):
+            return 2.0 + torch.sin(y) * t.reshape(-1, 1)
+
+    process, u, y = Langevin(Logistic(), shape=(2,)), torch.tensor([1e-6, 0.5, 6.0], dtype=torch.float64), randn(3, 2)
+    found = LocalScore(Answer(), process, residual=True, length=0.15)(u, y)
+    t, wide = process.clock.inverse(u)[:, None], u[:, None]
+    size = torch.exp(-(math.pi**2) / 24 * wide) / (torch.expm1(-wide).neg().clamp(min=1e-5) + 0.15**2).sqrt()
+    torch.testing.assert_close(found, process.prior.score(y) - size * (2 + torch.sin(y / 0.15) * t))
+    bare = LocalScore(Answer(), process)(u, y)
+    torch.testing.assert_close(bare, -(2 + torch.sin(y) * t) / torch.expm1(-wide).neg().clamp(min=1e-5).sqrt())
+    for length in (0.0, -1.0):
+        with pytest.raises(ConfigError, match=r"model.length: a number > 0, or null, is needed"):
+            made(length=length)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from genmodels.processes.clocks import Constant, Linear
 from genmodels.processes.local_kernels import (
-    checked_force,
     dense_kernel,
     elementwise_kernel,
     local_kernel,
@@ -19,7 +18,7 @@ from genmodels.processes.local_kernels import (
     simulate,
 )
 from genmodels.processes.priors import Gaussian, GivenPrior, Logistic, Mixture, Prior, StudentT
-from genmodels.processes.process import GivenProcess, Langevin
+from genmodels.processes.process import GivenProcess, Langevin, checked
 from genmodels.registry import ConfigError
 from genmodels.rng import BatchNoise, SeedNoise
 from tests.contracts.test_denoiser import randn
@@ -323,7 +322,7 @@ def test_bad_processes_are_told_what_is_wrong():
     y = randn(2, 3)
     flat = GivenProcess(lambda u, y: y[:, :2], shape=(3,))
     with pytest.raises(ValueError, match=r"state of shape \[2, 3\] into \[2, 2\]"):
-        checked_force(flat, ZERO, y)
+        checked(flat, ZERO, y, flat.force(ZERO, y))
     broken = GivenProcess(lambda u, y: (y - 10).log(), shape=(3,), structure="elementwise")
     with pytest.raises(ValueError, match=r"not finite at u = 0\.2"):
         local_kernel(broken, number(0.2), number(0.3), y)
