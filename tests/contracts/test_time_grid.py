@@ -1,5 +1,6 @@
 """The contract of every TimeGrid: ends, order, numbers of steps; and the formula of each."""
 
+import functools
 import math
 
 import pytest
@@ -12,12 +13,17 @@ from genmodels.registry import ConfigError, build, names
 from tests.oracles import SCHEDULES
 
 
+@functools.cache
+def path(name: str) -> Schedule:
+    return build(Schedule, SCHEDULES.get(name, name))
+
+
 @pytest.mark.parametrize("name", names(TimeGrid))
 def test_grids_rise_from_end_to_end(name):
     """On every path and the times of every prediction; with the last step to σ = 0 left to the caller, one fewer."""
     grid = build(TimeGrid, name)
     for each in names(Schedule):
-        schedule = build(Schedule, SCHEDULES.get(each, each))
+        schedule = path(each)
         for prediction in ("velocity", "x", "eps", "score"):
             span = domain(prediction, schedule)
             for n in (1, 2, 30):

@@ -262,14 +262,14 @@ def test_a_prior_that_is_not_reached_is_told():
 
 
 def test_increments_follow_the_curvature():
-    """For F = -κ y the defect is √(P₀/P₁) - 1 ≈ κ D/2 (P₁ = (1 - e^{-2κD})/2κ), so that 2 % allows D ≈ 0.04/κ."""
-    for kappa in (1.0, 5.0):
+    """For F = -κ y the defect is |√(P₀/P₁) - 1| ≈ |κ| D/2, P₁ = (1 - e^{-2κD})/2κ, so that 2 % allows D ≈ 0.04/|κ|."""
+    for kappa in (1.0, 5.0, -1.0):
         process = GivenProcess(lambda u, y, k=kappa: -k * y, shape=(2,), structure="elementwise", clock=Constant(4.0))
         u, y = torch.ones(50, dtype=torch.float64), randn(50, 2)
         found = choose_increment(process, u, y)
-        assert found == pytest.approx(0.04 / kappa, rel=0.03)
+        assert found == pytest.approx(0.04 / abs(kappa), rel=0.03)
         z = 2 * kappa * 0.1
-        expected = (z / -math.expm1(-z)) ** 0.5 - 1
+        expected = abs((z / -math.expm1(-z)) ** 0.5 - 1)
         torch.testing.assert_close(defects(process, u, y, 0.1), torch.full((50,), expected).double())
 
 
