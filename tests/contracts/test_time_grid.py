@@ -41,6 +41,16 @@ def test_grids_rise_from_end_to_end(name):
             grid.times(0, schedule, (0.1, 1.0))
 
 
+def test_times_that_a_schedule_misses_stay_within_the_span():
+    class Off(Linear):
+        def time(self, log_snr):
+            return super().time(log_snr) + 0.2
+
+    for grid in (LogSNR(), Karras()):
+        times = grid.times(9, Off(), (0.2, 0.8))
+        assert times.min() == 0.2 and times.max() == 0.8
+
+
 def test_karras_levels_are_the_published_ones():
     """N = 18 levels between 80 and .002 with ρ = 7, on EDM's path (where they are even times) and on vp."""
     wanted = {0: 80.0, 1: 57.58598472, 9: 1.92333984, 16: 0.00752802, 17: 0.002}
