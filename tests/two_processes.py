@@ -1,12 +1,15 @@
 """Scenes for several processes: each runs in every process of `play`, and returns what the test looks at.
 
-`python -m tests.two_processes <folder> <scene> …` under a launcher; results go to `<folder>/<scene>-<rank>`.
+`python -m tests.two_processes <folder> <scene> …`; results go to `<folder>/<scene>-<rank>`. It splits itself in two,
+which costs one start of Python where a launcher costs three; the commands under a launcher are among the slow tests.
 """
 
 import copy
 import io
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,7 +46,8 @@ def launch(*words: str | Path, limit: float = LIMIT) -> subprocess.CompletedProc
 
 def play(folder: Path, *scenes: str) -> dict[str, list[Any]]:
     """What each of two processes returned in each scene."""
-    done = launch("-m", "tests.two_processes", folder, *scenes, limit=LIMIT * len(scenes))
+    words = [sys.executable, "-m", "tests.two_processes", str(folder), *scenes]
+    done = subprocess.run(words, env=variables(), capture_output=True, text=True, timeout=LIMIT * len(scenes))
     assert done.returncode == 0, done.stderr
     return {scene: [pickle.loads((folder / f"{scene}-{rank}").read_bytes()) for rank in (0, 1)] for scene in scenes}
 
@@ -387,8 +391,41 @@ def evaluation(folder: Path) -> dict[str, Any]:
     }
 
 
+def split(count: int) -> None:
+    """Goes on in `count` processes with the variables that a launcher sets; the one that began ends with their status.
+
+    Once one has failed the others, which may wait for it, are killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(count)
+    running, status = set(), 0
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            return
+        running.add(pid)
+    while running:
+        pid, ended = os.wait()
+        running.discard(pid)
+        if ended and not status:
+            status = 1
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    sys.exit(status)
+
+
 def main() -> None:
+    from genmodels.evaluation import evaluate  # noqa: F401 - once for all
+    from genmodels.training import loop  # noqa: F401
+    from tests import evaluation_fakes, training_fakes  # noqa: F401
+
     folder, *scenes = sys.argv[1:]
+    torch.set_num_threads(1)
+    split(2)
     processes.join()
     for scene in scenes:
         outcome = globals()[scene](Path(folder))

@@ -14,6 +14,8 @@ from genmodels.dynamics.regularization import Regularizer
 from genmodels.model import Model
 from genmodels.rng import BatchNoise, generator
 from genmodels.schema import MEMBERS
+from genmodels.solvers.base import Fixed
+from genmodels.solvers.runge_kutta import RK4
 from genmodels.solvers.step_size import PI
 from genmodels.types import Batch, SupportsEncode, SupportsLogProb, SupportsSample
 from tests.oracles import MIXTURE, grid
@@ -149,8 +151,9 @@ EXAMPLES = {
 }
 WHOLE = {"neural_sde_forecast"}  # whose loss is no sum over items
 # the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
-TIGHT, LOOSE = {"controller": PI(rtol=1e-7, atol=1e-7)}, {"controller": PI(rtol=1e-5, atol=1e-5)}
-SOLVED = ("diffusion", "cnf", "local_dsm")  # whose answers take a controller
+TIGHT, LOOSE = {"controller": PI(rtol=1e-6, atol=1e-6)}, {"controller": PI(rtol=1e-5, atol=1e-5)}
+STEPS = {"solver": RK4(), "controller": Fixed(), "num_steps": 12}
+SOLVED = ("diffusion", "cnf", "local_dsm", "multivariate_diffusion")  # whose answers take a controller
 CASES = [(name, k) for name, cases in EXAMPLES.items() for k in range(len(cases))]
 
 
@@ -347,13 +350,16 @@ def test_likelihood_of_a_batch_is_that_of_its_items_and_float32_is_enough(name, 
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsLogProb):
         pytest.skip("has no likelihood")
-    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} | TIGHT if name in SOLVED else {}
+    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} if name in SOLVED else {}
+    if options:  # one example of each is under step control
+        options |= LOOSE if k == 0 or name == "cnf" else STEPS
     c = given(model, batch)
     double, x = copy.deepcopy(model).double(), batch.x.double()
     with torch.no_grad():
         full = double.likelihood(x, condition=c, seeds=range(7), **options).value
         row = double.likelihood(x[4:5], condition=None if c is None else c[4:5], seeds=[4], **options).value
-        narrow = model.likelihood(batch.x, condition=c, seeds=range(7), **{**options, **LOOSE} if options else {}).value
+        narrow = model.likelihood(batch.x, condition=c, seeds=range(7), **options).value
+    # rows choose their steps by themselves: those of one alone are the same at any tolerance, whatever the error is
     torch.testing.assert_close(full[4:5], row, rtol=1e-5, atol=1e-5)
     assert narrow.dtype == torch.float64
     torch.testing.assert_close(narrow, full, rtol=1e-3, atol=1e-2)
@@ -364,7 +370,7 @@ def test_density_of_the_plane_integrates_to_one(name, k):
     model, _, _ = built(name, k)
     if not isinstance(model, SupportsLogProb):
         pytest.skip("has no likelihood")
-    points, area = grid(-9, 9, 61)
+    points, area = grid(-6.6, 6.6, 44)
     options = {"controller": PI(rtol=1e-3, atol=1e-3)} if name in SOLVED else {}
     c = torch.zeros(len(points), dtype=torch.int64) if model.conditional else None
     with torch.no_grad():
@@ -380,7 +386,7 @@ def test_decode_undoes_encode(name, k):
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsEncode):
         pytest.skip("has no latent")
-    options = TIGHT if name in (*SOLVED, "multivariate_diffusion") else {}
+    options = TIGHT if name in SOLVED else {}
     with torch.no_grad():
         z = model.double().encode(batch.x.double(), condition=given(model, batch), **options)
         back = model.decode(z, condition=given(model, batch), **options)

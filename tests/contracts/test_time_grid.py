@@ -1,5 +1,6 @@
 """The contract of every TimeGrid: ends, order, numbers of steps; and the formula of each."""
 
+import functools
 import math
 
 import pytest
@@ -12,12 +13,17 @@ from genmodels.registry import ConfigError, build, names
 from tests.oracles import SCHEDULES
 
 
+@functools.cache
+def path(name: str) -> Schedule:
+    return build(Schedule, SCHEDULES.get(name, name))
+
+
 @pytest.mark.parametrize("name", names(TimeGrid))
 def test_grids_rise_from_end_to_end(name):
     """On every path and the times of every prediction; with the last step to σ = 0 left to the caller, one fewer."""
     grid = build(TimeGrid, name)
     for each in names(Schedule):
-        schedule = build(Schedule, SCHEDULES.get(each, each))
+        schedule = path(each)
         for prediction in ("velocity", "x", "eps", "score"):
             span = domain(prediction, schedule)
             for n in (1, 2, 30):
@@ -33,6 +39,16 @@ def test_grids_rise_from_end_to_end(name):
             grid.times(1, schedule, (0.1, 1.0), denoised=True)
         with pytest.raises(ValueError, match=r"at least 1 found 0|0 steps were asked for"):
             grid.times(0, schedule, (0.1, 1.0))
+
+
+def test_times_that_a_schedule_misses_stay_within_the_span():
+    class Off(Linear):
+        def time(self, log_snr):
+            return super().time(log_snr) + 0.2
+
+    for grid in (LogSNR(), Karras()):
+        times = grid.times(9, Off(), (0.2, 0.8))
+        assert times.min() == 0.2 and times.max() == 0.8
 
 
 def test_karras_levels_are_the_published_ones():

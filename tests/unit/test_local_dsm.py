@@ -17,6 +17,7 @@ from genmodels.processes.local_dsm import LocalDSM
 from genmodels.processes.local_objective import Objective
 from genmodels.processes.local_score import LocalScore
 from genmodels.processes.mixing import largest_distance, measure, needed, spectral_gap, warn_unmixed
+from genmodels.processes.prior_sampling import ReverseSDE
 from genmodels.processes.priors import Gaussian, GivenPrior, Logistic, Mixture, StudentT
 from genmodels.processes.process import GivenProcess, Langevin
 from genmodels.registry import ConfigError, build, resolve
@@ -302,15 +303,28 @@ def test_a_prior_that_is_not_reached_is_told():
 
 
 def test_increments_follow_the_curvature():
-    """For F = -κ y the defect is √(P₀/P₁) - 1 ≈ κ D/2 (P₁ = (1 - e^{-2κD})/2κ), so that 2 % allows D ≈ 0.04/κ."""
-    for kappa in (1.0, 5.0):
+    """For F = -κ y the defect is |√(P₀/P₁) - 1| ≈ |κ| D/2, P₁ = (1 - e^{-2κD})/2κ, so that 2 % allows D ≈ 0.04/|κ|."""
+    for kappa in (1.0, 5.0, -1.0):
         process = GivenProcess(lambda u, y, k=kappa: -k * y, shape=(2,), structure="elementwise", clock=Constant(4.0))
         u, y = torch.ones(50, dtype=torch.float64), randn(50, 2)
         found = choose_increment(process, u, y)
-        assert found == pytest.approx(0.04 / kappa, rel=0.03)
+        assert found == pytest.approx(0.04 / abs(kappa), rel=0.03)
         z = 2 * kappa * 0.1
-        expected = (z / -math.expm1(-z)) ** 0.5 - 1
+        expected = abs((z / -math.expm1(-z)) ** 0.5 - 1)
         torch.testing.assert_close(defects(process, u, y, 0.1), torch.full((50,), expected).double())
+
+
+def test_the_reverse_equation_is_that_of_the_process_and_its_clock():
+    """β (F - G Gᵀ s) dt + √β G dW, for a number and a matrix G, times of rows, and β = 1 + 2 t."""
+    x, t = randn(3, 2), torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    beta, matrix = (1 + 2 * t)[:, None], torch.tensor([[1.0, 0.5, 0.0], [-0.3, 0.2, 0.7]], dtype=torch.float64)
+    for g, structure in ((0.6, "elementwise"), (matrix, "dense")):
+        given = {"shape": (2,), "structure": structure, "clock": Linear(1.0, 3.0)}
+        sde = ReverseSDE(GivenProcess(lambda u, y: y.sin(), g, **given), lambda u, y, condition: 2 - y, None)
+        q = g @ g.T if structure == "dense" else g**2 * torch.eye(2).double()
+        torch.testing.assert_close(sde.drift(t, x), beta * (x.sin() - (2 - x) @ q), rtol=1e-12, atol=1e-12)
+        wanted = beta.sqrt() * 0.6 * torch.ones(3, 2).double() if g is not matrix else beta.sqrt()[..., None] * matrix
+        torch.testing.assert_close(sde.diffusion(t, x), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_prepare_chooses_the_increment_and_warns_of_a_long_one():

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from genmodels.diffusion.grids import Even, Karras, LogSNR
 from genmodels.diffusion.reverse import DenoiserRows, Diffusivity, OfPath, PathSDE
+from genmodels.diffusion.samplers import Sampler
 from genmodels.diffusion.schedules import EDM, Linear, Schedule, Trigonometric, VariancePreserving
 from genmodels.registry import ConfigError, build, member, names
-from genmodels.solvers.base import Solver, integrate
+from genmodels.rng import SeedNoise
+from genmodels.solvers.base import Fixed, Solver, integrate
 from genmodels.solvers.brownian import Brownian, BrownianTree, Increment
 from genmodels.solvers.edm import EDMEuler, EDMHeun, PredictorCorrector
 from genmodels.solvers.exponential import DDIM, DDPM, DPMpp, DPMpp2S, ExponentialAdams, moments
@@ -417,6 +420,13 @@ def test_parts_of_a_path_give_independent_normals():
     solver = PredictorCorrector(2)
     drawn = torch.cat((path.increment(t, s).w / 0.5**0.5, *(solver._normal(path, t, s, k, x) for k in (0, 1))), 1)
     assert (drawn.T.cov() - torch.eye(3)).abs().max() < 5 * (2 / n) ** 0.5
+
+
+def test_paths_are_drawn_finer_than_the_shortest_step():
+    """A thousandth of it is 1e-6 here, where the coarsest path has 2⁻¹⁴ = 6e-5 of the whole."""
+    times = torch.tensor([0.2, 0.2008, 1.0], dtype=torch.float64)
+    path = Sampler.path(SimpleNamespace(times=times, controller=Fixed()), SeedNoise(2), (2,), torch.float64)
+    assert 1e-8 < path.tolerance < 1e-6
 
 
 def test_finer_grids_see_the_same_path():

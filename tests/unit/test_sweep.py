@@ -335,6 +335,39 @@ def await_(condition, seconds=60):
         time.sleep(0.02)
 
 
+def test_a_killed_child_and_a_stopped_sweep_are_told_and_the_same_command_starts_them_again(here, monkeypatch, capsys):
+    """Children that do nothing: that trained ones end as if neither had happened is the slow test below."""
+    command, code = Sweep._command, [TRAP]
+    monkeypatch.setattr(Sweep, "_command", lambda self, plan: [sys.executable, "-c", *code, *command(self, plan)])
+    plans, lines, pids = grid(["small.yaml"], [], ["seed=0,1"]), [], []
+    sweep = Sweep(plans, ["small.yaml"], Path("runs"), jobs=2, say=lines.append)
+
+    def disturb():
+        await_(lambda: Path("s-seed0.ready").exists() and Path("s-seed1.ready").exists())
+        pids.extend(child.process.pid for child in sweep.running)
+        os.kill(pids[1], signal.SIGKILL)
+        await_(lambda: any("failed" in line for line in lines))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run()
+    thread.join()
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert Path("s-seed0.saved").exists() and not Path("s-seed1.saved").exists()
+    assert any("s-seed1  killed by SIGKILL" in line for line in lines)
+    assert "stopping 1 runs; once more to kill them" in lines
+    assert lines[-1] == "1 interrupted, 1 failed. The same command skips what is finished and goes on."
+    assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[1:]] == ["s-seed0", "s-seed1"]
+    lines.clear()
+    code[:] = ["import sys; print('error: again'); sys.exit(2)"]
+    assert Sweep(plans, ["small.yaml"], Path("runs"), jobs=2, say=lines.append).run() == 1
+    assert lines[0].startswith("2 runs in runs: 2 to train; ")
+    assert {lines[1], lines[2]} == {"[1/2] started  runs/s-seed0", "[2/2] started  runs/s-seed1"}
+
+
+@pytest.mark.slow
 def test_a_sweep_whose_child_was_killed_and_that_was_stopped_ends_as_if_not(here, fakes, capsys, monkeypatch):
     """SIGTERM ends the children; killed or stopped, the same sweep again ends bit-identical to runs without it."""
     Path("slow_lab.py").write_text(LAB)
