@@ -10,9 +10,9 @@ alone, in training with the gradient of its squared error. Steps of samplers are
 evaluations a step (diffusers leaves out the last). "two calls": guidance by two calls of the network a step in place of
 one on twice the rows. "DiT" trains diffusers' own transformer of the same width, depth and patches in the diffusers
 way, another network. Diffusers gives its network a time for every row, and ours has one for all of them in sampling,
-of which its networks make one embedding, or one for each class. Local-DSM (simulated paths of a process with a
-logistic prior) is timed beside "global" denoising score matching (Gaussian prior) and "implicit" score matching, all by
-our training step.
+of which its networks make one embedding, or one for each class. Local-DSM of a process with a logistic prior, from
+simulated paths, is timed beside that from the last kernel of a path, "global" denoising score matching (Gaussian prior)
+and "implicit" score matching, all by our training step.
 """
 
 import argparse
@@ -203,8 +203,13 @@ def training(batch: int) -> dict[str, Tasks]:
 
 
 def local_training(batches: dict[str, int]) -> dict[str, Tasks]:
-    """Local-DSM, denoising score matching of a Gaussian prior, and implicit score matching."""
-    kinds = {"ours": (), "global": ("model.process.prior=gaussian",), "implicit": ("model.objective=ism",)}
+    """Local-DSM from whole paths and from last kernels, with a Gaussian prior's exact kernel, and implicit."""
+    kinds = {
+        "ours": ("model.objective=path",),
+        "kernels": ("model.objective=local",),
+        "global": ("model.objective=global", "model.process.prior=gaussian"),
+        "implicit": ("model.objective=ism",),
+    }
     contenders: dict[str, dict[str, Callable[[], Any]]] = {kind: {} for kind in kinds}
     for name, path in LOCAL.items():
         for kind, overrides in kinds.items():

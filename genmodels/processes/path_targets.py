@@ -18,6 +18,7 @@ and at rest it has the law N(0, g²/2r) without an error if n = 0.
 """
 
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -103,24 +104,37 @@ def simulate_path(
         for v in (rate, rate if forgetting is None else forgetting)
     )
     whole = end / steps
-    ends = whole * (torch.arange(steps + 1, dtype=torch.float64, device=end.device)[:, None] + 0.5)  # of noised spans
-    ends[-1] = end
+    starts = whole * torch.arange(steps, dtype=torch.float64, device=end.device)[:, None]
+    noised = _noised(process, end, steps, rate, forgetting, y)
     target, kept = torch.zeros_like(y), torch.ones(len(y), dtype=torch.bool, device=y.device)
-    for k in range(steps + 1):
-        span = whole if 0 < k < steps else 0.5 * whole
+    for k, (decay, scale, carried, drawn) in enumerate(noised):
         if k:
-            there, slope, bend, ordered = moved(process, ends[k - 1] - 0.5 * whole, y, whole, rate)
+            there, slope, bend, ordered = moved(process, starts[k - 1], y, whole, rate)
             kept = kept & ordered.flatten(1).all(1)
             alive = expand_like(kept, y)  # the others stay where they are, so that none runs to infinity
             y = torch.where(alive, there, y)
-            target = torch.where(alive, target / slope - bend / slope.square(), 0.0)
-        grown = span * phi1(-2 * rate * span)
-        share = span * phi1(-2 * forgetting * span) / (ends[k] * phi1(-2 * forgetting * ends[k]))
-        scale = expand_like((process.covariance_rate(ends[k] - 0.5 * span) * grown).sqrt(), y).to(y.dtype)
-        decay, share = (expand_like(v, y).to(y.dtype) for v in (torch.exp(-rate * span), share))
+            target = torch.where(alive, (target - bend / slope) / slope, 0.0)
         z = noise.normal(*y.shape[1:], dtype=y.dtype)
-        y, target = decay * y + scale * z, (1 - share) / decay * target - share / scale * z
+        y, target = torch.addcmul(decay * y, scale, z), torch.addcmul(carried * target, drawn, z)
     return Path(y, target, kept)
+
+
+def _noised(
+    process: Process, end: Tensor, steps: int, rate: Tensor, forgetting: Tensor, y: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Of each noised span: e^{-rd} and M of the state, (1 - γ)/e^{-rd} and -γ/M of the target; like y."""
+    whole = end / steps
+    spans = whole.expand(steps + 1, -1).clone()
+    spans[0], spans[-1] = 0.5 * whole, 0.5 * whole
+    ends = spans.cumsum(0)
+    ends[-1] = end
+    q = process.covariance_rate((ends - 0.5 * spans).flatten())
+    q = q.reshape(ends.shape) if q.ndim else q
+    decay, scale = torch.exp(-rate * spans), (q * spans * phi1(-2 * rate * spans)).sqrt()
+    share = spans * phi1(-2 * forgetting * spans) / (ends * phi1(-2 * forgetting * ends))
+    kinds = torch.stack((decay, scale, (1 - share) / decay, -share / scale), 1).to(y.dtype)
+    for row in kinds:
+        yield tuple(expand_like(v, y) for v in row)
 
 
 def moved(process: Process, u: Tensor, y: Tensor, span: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

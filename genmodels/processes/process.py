@@ -236,6 +236,9 @@ class Langevin(Process):
         score, slope, curvature = self.prior.derivatives(y)
         return 0.5 * score, 0.5 * slope, 0.25 * curvature
 
+    def force_derivatives(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(0.5 * v for v in self.prior.derivatives(y))
+
 
 class GivenProcess(Process):
     """A process whose force is a function.
