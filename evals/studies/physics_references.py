@@ -141,7 +141,7 @@ def hermite(count: int) -> tuple[Tensor, Tensor]:
     return nodes, shares / math.sqrt(2 * math.pi)
 
 
-def swimmer(process: Process | None = None, cells: tuple[int, int] = (200, 90)) -> list[Reference]:
+def swimmer(process: Process | None = None, cells: tuple[int, int] = (210, 90)) -> list[Reference]:
     """Of two grids, one with three times the cells along x.
 
     No noise reaches x, whose flux is upwind and of order 1 in the width of cells: ∂ log p/∂v is extrapolated to a width

@@ -121,6 +121,32 @@ def test_order_one_of_the_swimmer_has_all_of_itos_term():
     assert float(process.jacobian(zero[0], y)[0, 0, 0]) == -0.75  # -3x², so that the force does bend
 
 
+def shared(rough: physics_references.Reference, fine: physics_references.Reference) -> float:
+    """The error of a score on cells a third as wide, at the centres that both have."""
+    places = [(1e6 * r.points).round().long().flatten(1).tolist() for r in (rough, fine)]
+    rows = {tuple(v): k for k, v in enumerate(places[1])}
+    known = [(k, rows[tuple(v)]) for k, v in enumerate(places[0]) if tuple(v) in rows]
+    here, there = torch.tensor(known).unbind(1)
+    assert rough.weights[here].sum() > 0.999
+    score = rough.score.index_copy(0, here, fine.score[there])
+    return rough.error(lambda t, y: score)
+
+
+@pytest.mark.slow
+def test_references_agree_with_those_of_other_cells():
+    """To a hundredth of what networks of the study miss, or 1e-4 for cells a third as wide along an axis of order 2."""
+    rotors = [physics_references.kuramoto(cells=n) for n in (120, 360)]
+    swimmers = [physics_references.swimmer(cells=n) for n in ((210, 90), (210, 270), (70, 90))]
+    found = {
+        "rotors": [shared(*pair) for pair in zip(*rotors, strict=True)],
+        "along v": [shared(*pair) for pair in zip(*swimmers[:2], strict=True)],
+        "along x": [shared(*pair) for pair in zip(swimmers[2], swimmers[0], strict=True)],
+    }
+    print(found)
+    assert max(found["rotors"] + found["along v"]) < 1e-4, found
+    assert max(found["along x"]) < 2e-3, found
+
+
 def test_the_published_table_has_the_methods_in_order():
     text = (physics.RESULTS / "physics.md").read_text()
     rows = [line.split("|")[1].strip() for line in text.splitlines()[2:]]
