@@ -1,4 +1,4 @@
-"""The scores that `evals.studies.physics` compares with: of grids, of linear equations, and of both."""
+"""The scores that `evals.studies.physics` compares with, of grids, in closed form, or of both."""
 
 import math
 from collections.abc import Callable
@@ -112,7 +112,8 @@ def kuramoto(process: Kuramoto | None = None, cells: int = 120) -> list[Referenc
     """
     process, (mean, deviation) = process or made("kuramoto"), START["kuramoto"]
     along = torch.full((3,), 3**-0.5, dtype=torch.float64)
-    apart = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, -2.0]], dtype=torch.float64).mT / torch.tensor([2.0, 6.0]).sqrt()
+    apart = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, -2.0]], dtype=torch.float64).mT
+    apart = apart / apart.norm(dim=0)
     q = float(process.covariance_rate(torch.zeros(())))
     equation = FokkerPlanck(
         lambda t, w: process.force(t, w @ apart.mT) @ apart, [q, q], low=[-8.0] * 2, high=[8.0] * 2, cells=[cells] * 2
@@ -128,8 +129,7 @@ def kuramoto(process: Kuramoto | None = None, cells: int = 120) -> list[Referenc
         values = p.values.flatten()
         kept = values >= LEAST * values.max()
         joint = values[kept, None] * shares
-        whole = of_cells(process, t, points[kept].flatten(0, 1), joint.flatten(), score[kept].flatten(0, 1))
-        found.append(whole)
+        found.append(of_cells(process, t, points[kept].flatten(0, 1), joint.flatten(), score[kept].flatten(0, 1)))
     return found
 
 
