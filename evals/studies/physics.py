@@ -142,7 +142,7 @@ def picture(found: Errors, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 9), layout="constrained")
-    for axis, (process, methods) in zip(figure.subplots(2, 2).flat, found.items(), strict=True):
+    for axis, (process, methods) in zip(figure.subplots(2, 2, sharey=True).flat, found.items(), strict=True):
         for method, values in methods.items():
             axis.plot(TIMES, values, marker="o", label=method)
         axis.set(yscale="log", xlabel="time of the process", title=process.replace("_", " "))
