@@ -2,11 +2,14 @@
 
     python -m evals.studies.physics [--root runs/physics] [--steps 800] [--publish]
 
-Two forward processes from a Gaussian start: a particle in a double well, whose density at every time is solved for on a
-grid, and four particles that attract each other in a moving trap, whose law is Gaussian and known. Each is learnt by
-kernels of several orders, from whole paths and by implicit score matching, with one network and one number of updates.
-Figures are E|s - ∇ log p|²/E|∇ log p|² at several times. With `--publish` it writes evals/results/physics.md and
-physics.png.
+Four forward processes from a Gaussian start: a particle in a double well; four particles that attract each other in a
+moving trap; three rotors on a ring, each pulling the others to its angle; and a swimmer in a trap, whose velocity alone
+has noise. Their scores are known from grids, and of the linear process in closed form. Each is learnt by kernels of
+several orders and by implicit score matching, and the double well from whole paths as well, with one network and one
+number of updates. Figures are E|Gᵀ(s - ∇ log p)|²/E|Gᵀ∇ log p|² at several times, G the noise: of a swimmer the part
+along its velocity, which is all that its reverse asks for. Its force bends only where there is no noise, so that Itô's
+term is 0 and "order 1 + Itô" is order 1; order 0 has no noise in the position, and is refused. With `--publish` it
+writes evals/results/physics.md and physics.png.
 """
 
 import argparse
@@ -21,17 +24,14 @@ from genmodels.config import Config
 from genmodels.data.external import from_tensors
 from genmodels.files import write_text
 from genmodels.model import Model
-from genmodels.processes.fokker_planck import FokkerPlanck
-from genmodels.processes.physics import DoubleWell, TrappedParticles
 from genmodels.training.loop import train
 
+from .physics_references import REFERENCES, SETTINGS, SHAPES, START, TIMES
 from .plans import ROOT
 
 RESULTS = ROOT / "evals" / "results"
-TIMES = (0.1, 0.3, 0.5, 1.0)
-START = {"double_well": (0.5, 0.3), "trapped_particles": (1.0, 0.5)}  # mean and deviation of every component
-SHAPES = {"double_well": (1,), "trapped_particles": (4, 1)}
-BATCH = {"double_well": 512, "trapped_particles": 128}  # dense kernels take exponentials of matrices, row by row
+BATCH = {"double_well": 512, "trapped_particles": 128, "kuramoto": 128, "swimmer": 128}  # exponentials of matrices cost
+STEPS = {"double_well": 10, "trapped_particles": 4, "kuramoto": 4, "swimmer": 4}  # of simulated paths
 LONG = 0.2  # an increment at which orders differ
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "double_well": {
@@ -50,6 +50,18 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "exact kernel": {"exact": True},
         "implicit": {"objective": "ism"},
     },
+    "kuramoto": {
+        "order 0, δ = 0.2": {"order": 0, "increment": LONG},
+        "order 1, δ = 0.2": {"order": 1, "increment": LONG},
+        "order 1 + Itô, δ = 0.2": {"order": "ito", "increment": LONG},
+        "order 1 + Itô, δ = 0.2, antithetic": {"order": "ito", "increment": LONG, "variance": "antithetic"},
+        "implicit": {"objective": "ism"},
+    },
+    "swimmer": {
+        "order 1, δ = 0.2": {"order": 1, "increment": LONG},
+        "order 1, δ = 0.2, antithetic": {"order": 1, "increment": LONG, "variance": "antithetic"},
+        "implicit": {"objective": "ism"},
+    },
 }
 Errors = dict[str, dict[str, list[float]]]
 
@@ -57,14 +69,14 @@ Errors = dict[str, dict[str, list[float]]]
 def config(process: str, method: str, steps: int) -> Config:
     """The run of a method: one small network, the same updates for all."""
     given = dict(METHODS[process][method])
-    node: dict[str, Any] = {"name": process}
+    node: dict[str, Any] = {"name": process, **SETTINGS[process]}
     if process == "trapped_particles":
         node["exact"] = given.pop("exact", False)
     model = {
         "name": "local_dsm",
         "network": {"name": "mlp", "hidden": [64, 64]},
         "process": node,
-        "simulation_steps": 10 if process == "double_well" else 4,
+        "simulation_steps": STEPS[process],
         "t_min": 0.02,
         "objective": "local",
         **given,
@@ -90,50 +102,16 @@ def data(process: str, count: int = 20_000) -> Tensor:
     return mean + deviation * torch.randn(count, *SHAPES[process], generator=g)
 
 
-def double_well_errors(score: Callable[[float, Tensor], Tensor]) -> list[float]:
-    """Relative errors at the times, over the density that a grid of 1600 cells has."""
-    process, (mean, deviation) = DoubleWell(shape=(1,)), START["double_well"]
-    q = float(process.amplitude(torch.zeros(()))) ** 2
-    equation = FokkerPlanck(lambda t, y: process.force(t, y), [q], low=[-4.0], high=[4.0], cells=[1600])
-    start = equation.density(lambda y: torch.exp(-0.5 * ((y[:, 0] - mean) / deviation).square()))
-    found = []
-    for t, density in zip(TIMES, equation.solve(start, (0.0, *TIMES)), strict=True):
-        wrong, size = density.score_error(lambda y, t=t: score(t, y))
-        found.append(wrong / size)
-    return found
-
-
-def trapped_errors(score: Callable[[float, Tensor], Tensor]) -> list[float]:
-    """The same over 4,000 draws of the exact Gaussian law."""
-    process, (mean, deviation) = TrappedParticles(shape=SHAPES["trapped_particles"]), START["trapped_particles"]
-    size, found = process.size, []
-    for t in TIMES:
-        zero, end = torch.zeros(1, dtype=torch.float64), torch.tensor([t], dtype=torch.float64)
-        basis = torch.eye(size, dtype=torch.float64).reshape(size, *process.shape)
-        origin = process.kernel(zero, end, torch.zeros(1, *process.shape, dtype=torch.float64))
-        moved = (process.kernel(zero, end, basis).mean - origin.mean).reshape(size, size).mT  # affine in the start
-        covariance = origin.covariance[0] + deviation**2 * moved @ moved.mT
-        law = torch.distributions.MultivariateNormal(origin.mean.flatten() + moved.sum(1) * mean, covariance)
-        z = torch.randn(4000, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        y = law.mean + z @ torch.linalg.cholesky(covariance).mT
-        exact = -torch.linalg.solve(covariance, (y - law.mean).mT).mT
-        given = score(t, y.reshape(-1, *process.shape)).reshape(-1, size)
-        found.append(float((given - exact).square().sum(1).mean() / exact.square().sum(1).mean()))
-    return found
-
-
-REFERENCES = {"double_well": double_well_errors, "trapped_particles": trapped_errors}
-
-
 def errors(root: Path, steps: int) -> Errors:
     """Relative squared errors by process and method, at the times."""
     found: Errors = {}
     for process, methods in METHODS.items():
-        found[process] = {}
+        found[process], references = {}, REFERENCES[process]()
         for method in methods:
             start = from_tensors(data(process), transform="identity")  # forces act on positions as they are
             run = train(config(process, method, steps), root=root, dataset=start, quiet=True)
-            found[process][method] = REFERENCES[process](scored(run.load()))
+            score = scored(run.load())
+            found[process][method] = [r.error(score) for r in references]
             print(process, method, *(f"{v:.4f}" for v in found[process][method]), flush=True)
     return found
 
@@ -148,7 +126,10 @@ def scored(model: Model) -> Callable[[float, Tensor], Tensor]:
 
 def table(found: Errors) -> str:
     """In Markdown."""
-    head = [f"| E\\|s - ∇ log p\\|²/E\\|∇ log p\\|² at t = | {' | '.join(map(str, TIMES))} |", "|:---|" + "---:|" * 4]
+    head = [
+        f"| E\\|Gᵀ(s - ∇ log p)\\|²/E\\|Gᵀ∇ log p\\|² at t = | {' | '.join(map(str, TIMES))} |",
+        "|:---|" + "---:|" * 4,
+    ]
     rows = [
         f"| {process.replace('_', ' ')}, {method} | {' | '.join(f'{v:.2g}' for v in values)} |"
         for process, methods in found.items()
@@ -160,14 +141,15 @@ def table(found: Errors) -> str:
 def picture(found: Errors, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    for axis, (process, methods) in zip(figure.subplots(1, 2), found.items(), strict=True):
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    for axis, (process, methods) in zip(figure.subplots(2, 2, sharey=True).flat, found.items(), strict=True):
         for method, values in methods.items():
             axis.plot(TIMES, values, marker="o", label=method)
         axis.set(yscale="log", xlabel="time of the process", title=process.replace("_", " "))
         axis.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("relative squared error of the score")
+    for axis in figure.axes[::2]:
+        axis.set_ylabel("relative squared error of the score")
     figure.savefig(path, dpi=130)
 
 

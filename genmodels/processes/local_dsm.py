@@ -40,11 +40,12 @@ class LocalDSM(ScoreModel):
     At a time u of the process the state y_s at u - δ is simulated from an item, and y_u = m + L z drawn from the local
     kernel N(m, L Lᵀ). The score of the state's law is E[-L⁻ᵀ z | y_u] for any δ, up to the error of the kernel, so that
 
-        whitened    |Lᵀ s(u, y_u) + z|²/D,      likelihood    ½ |Gᵀ (s(u, y_u) + L⁻ᵀ z)|²/(D q(u)),  q the law of u
+        whitened    δ |Gᵀ (s(u, y_u) + L⁻ᵀ z)|²/D,      likelihood    ½ |Gᵀ (s(u, y_u) + L⁻ᵀ z)|²/(D q(u)),
 
-    are least at the score; the second is the bound's, in nats per dimension. Processes whose kernel is exact over any
-    increment start from the item itself (δ = u): ordinary denoising score matching. Where the force acts on components
-    one by one, `simulate_path` has a target τ of smaller variance, from the noise of the whole path (objective "path"):
+    q the law of u, are least at the score of components that noise reaches; the second is the bound's, in nats per
+    dimension. Processes whose kernel is exact over any increment start from the item itself (δ = u), and weigh it by
+    |Lᵀ s(u, y_u) + z|²/D: ordinary denoising score matching. Where the force acts on components one by one,
+    `simulate_path` has a target τ of smaller variance, from the noise of the whole path (objective "path"):
 
         whitened    s̄² |s(u, y_u) - τ|²/D,      likelihood    ½ |Gᵀ (s(u, y_u) - τ)|²/(D q(u)).
 
@@ -62,8 +63,8 @@ class LocalDSM(ScoreModel):
         simulation_steps: K, steps of the same kernel from an item to y_s, or of a path.
         variance: of "local": "control" subtracts the score at m, a second evaluation, and "antithetic" pairs z with
             -z; both keep the variance of gradients bounded as δ → 0.
-        weight: see above; "whitened" weighs |s - ∇log q|² by the kernel's covariance, which for "local" is about δ g²
-            where u is larger than the increment δ, and otherwise as the simple loss of DDPM does.
+        weight: see above; "whitened" weighs |s - ∇log q|² for "local" by δ Q, δ the increment or u if that is less, and
+            otherwise as the simple loss of DDPM does.
         times: law of u, see `TimesOfClock`.
         divergence: of the objective "ism"; exact costs a backward pass for each component.
         t_min: first time, > 0.

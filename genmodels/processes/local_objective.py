@@ -79,18 +79,22 @@ class Objective:
         return value, (~kept).double().mean()
 
     def denoising(self, start: Tensor, u: Tensor, y: Tensor, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        """[B] |A s + e|² at m + L z, with A = Lᵀ, e = z; or ½ of it over q, with A = Gᵀ, e = Gᵀ L⁻ᵀ z.
+        """[B] c |A s + e|² at m + L z: A = Gᵀ, e = Gᵀ L⁻ᵀ z, c = ½/q or D; of exact kernels A = Lᵀ, e = z, c = 1.
+
+        A and c may not depend on the state y_s, as the L of a local kernel does: |Lᵀ s + z|² of all states that lead to
+        one and the same y is least at a mean of their scores weighed by P, which is off the score by O(D).
 
         "control" subtracts 2 (A s(m))·e, whose mean is 0 since m does not depend on z; "antithetic" takes the mean with
         -z in place of z.
         """
         kernel = local_kernel(self.process, start, u, y, self.order)
         likely = self.weight == "likelihood"
+        noised = likely or not self.exact
 
         def a(v: Tensor) -> Tensor:
-            return self.process.noised(u, v) if likely else kernel.root_transposed(v).flatten(1)
+            return self.process.noised(u, v) if noised else kernel.root_transposed(v).flatten(1)
 
-        e = a(kernel.solve_transposed(z)) if likely else z.flatten(1)
+        e = a(kernel.solve_transposed(z)) if noised else z.flatten(1)
         if self.variance == "plain":
             (there,) = self._scores(u, [kernel.sample(z)], condition)
             total = (a(there) + e).square().sum(1)
@@ -100,7 +104,9 @@ class Objective:
         else:
             there, mirrored = self._scores(u, [kernel.sample(z), kernel.sample(-z)], condition)
             total = 0.5 * ((a(there) + e).square() + (a(mirrored) - e).square()).sum(1)
-        return 0.5 * total / self.times.density(u) if likely else total
+        if likely:
+            return 0.5 * total / self.times.density(u)
+        return (u - start) * total if noised else total
 
     def _scores(self, u: Tensor, states: list[Tensor], condition: Tensor | None) -> tuple[Tensor, ...]:
         """The score at several states of each item, from one call of the network."""

@@ -7,12 +7,14 @@ import pytest
 import torch
 from scipy import stats
 from scipy.integrate import quad, solve_ivp
-from torch import Tensor
+from torch import Tensor, nn
 
 from genmodels.processes.clocks import Constant
 from genmodels.processes.fokker_planck import FokkerPlanck
+from genmodels.processes.increments import TimesOfClock
 from genmodels.processes.local_kernels import local_kernel, simulate
-from genmodels.processes.local_score import flow_velocity
+from genmodels.processes.local_objective import Objective
+from genmodels.processes.local_score import LocalScore, flow_velocity
 from genmodels.processes.physics import DoubleWell, Kuramoto, Phi4, Quartic, Swimmer, TrappedParticles
 from genmodels.processes.priors import Prior
 from genmodels.processes.process import Process
@@ -140,6 +142,43 @@ def test_the_swimmer_has_the_kernel_of_the_notes_and_noise_must_spread():
     torch.testing.assert_close(kernel.covariance[0], covariance, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="noise does not reach every coordinate"):
         local_kernel(process, start, torch.tensor([0.1]).double(), y, 0)
+
+
+@pytest.mark.parametrize("process", [DoubleWell(shape=(1,)), Kuramoto(shape=(3,)), Swimmer(shape=(2,))])
+@pytest.mark.parametrize("weight", ["whitened", "likelihood"])
+def test_the_score_is_where_training_stops_though_kernels_differ_in_width(process, weight):
+    """For y_s one of six points, q(y) ∝ Σ N(y; m_i, P_i) and the score is known; P_i depends on y_s as J does.
+
+    Of all pairs (y_s, z) that lead to one y the gradient of the loss by s(y) is Q times what s is off the score. It is
+    not for |Lᵀ s + z|², which serves kernels of one width.
+    """
+    g = torch.Generator().manual_seed(4)
+    y_s, y = torch.randn(6, *process.shape, generator=g, dtype=torch.float64), torch.zeros(1, *process.shape).double()
+    start, end = torch.full((6,), 0.4, dtype=torch.float64), torch.full((6,), 0.7, dtype=torch.float64)
+    kernel = local_kernel(process, start, end, y_s, "ito")
+    here, z = y.expand_as(y_s), kernel.solve(y - kernel.mean)
+    share = (kernel.log_prob(here) - kernel.log_prob(here).logsumexp(0)).exp()
+    exact = torch.einsum("i,i...->...", share, kernel.score(here))
+
+    class Everywhere(LocalScore):
+        def __init__(self) -> None:
+            super().__init__(None, process)
+            self.value = nn.Parameter(exact.clone())
+
+        def forward(self, u, y, condition=None):
+            return self.value.expand_as(y)
+
+    score, times = Everywhere(), TimesOfClock("clock", process.clock, 0.1)
+    objective = Objective(score, times, 1, "ito", False, "plain", weight, "exact")
+    slopes = []
+    for off in (0.0, 0.1):
+        score.value.data.copy_(exact + off)
+        value = (share * objective.denoising(start, end, y_s, z)).sum()
+        slopes.append(torch.autograd.grad(value, score.value)[0].flatten())
+    rate = {"whitened": 2 * 0.3, "likelihood": 1 / float(times.density(end)[0])}[weight]
+    assert slopes[0].abs().max() < 1e-12
+    wanted = rate * process.spread(end[:1], torch.full_like(y, 0.1)).flatten()
+    torch.testing.assert_close(slopes[1], wanted)
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (2, 1)])
