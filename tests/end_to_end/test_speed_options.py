@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from genmodels.config import load
+from genmodels.data.stream import stream
 from genmodels.registry import ConfigError, build
-from genmodels.training import checkpoint, optim
+from genmodels.training import checkpoint, optim, processes
 from genmodels.training.loop import train
 from genmodels.training.measure import memory_of, timed_step
 from genmodels.training.run import Run
+from genmodels.training.step import Step
 
 
 def small(name: str, **more) -> object:
@@ -57,6 +59,19 @@ def test_the_count_of_a_fused_adam_lives_with_its_parameter():
         for parameter in model.parameters():
             assert optimizer.state[parameter]["step"].device.type == home
             assert optimizer.state[parameter]["exp_avg"].device.type == "meta"
+
+
+def test_a_step_trains_every_part_and_tells_caches_of_new_weights():
+    """Fused kernels do not count the versions of weights, by which networks know that what they kept is stale."""
+    config = small("parts")
+    model = config.model(config.dataset().facts())
+    model.network.eval()
+    step = Step(config, model, processes.join("cpu"))
+    step.start({})
+    assert step.optimizer.defaults["fused"] and all(part.training for part in model.modules())
+    before = [p._version for p in step.parameters]
+    step(*next(stream(config.dataset(), 0, 16, 0, 4)))
+    assert all(p._version > old for p, old in zip(step.parameters, before, strict=True))
 
 
 @pytest.mark.parametrize("name", ["adam", "adamax", "sgd"])
