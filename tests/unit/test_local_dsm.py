@@ -337,8 +337,9 @@ def test_prepare_chooses_the_increment_and_warns_of_a_long_one():
     logs = chosen.prepare([x], generator=g)
     assert 0.03 < logs["increment"] < 0.1 and logs["defect"] <= 0.0201 and chosen.state_dict()["increment"] > 0.03
     long = made(increment=2.0, objective="local")
-    with pytest.warns(UserWarning, match=r"over 2 the linearised force is wrong by .* An increment of 0\.0"):
+    with pytest.warns(UserWarning, match=r"over 2 the linearised force is wrong by .* An increment of 0\.0") as told:
         long.prepare([x], generator=g)
+    assert "genmodels" in told[0].filename  # commands print the place of other packages' warnings
     assert float(long.increment) == 2.0
 
 

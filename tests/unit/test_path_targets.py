@@ -162,10 +162,14 @@ def test_rates_are_measured_and_steps_that_are_too_long_are_told():
     affine = GivenProcess(lambda u, y: -1.2 * y, shape=(1,), structure="elementwise", clock=Constant(4.0))
     rate, forgetting = measured_rates(affine, randn(500, 1), times, 10, g).tolist()
     assert rate == pytest.approx(1.2) and forgetting in (pytest.approx(1.2), pytest.approx(1.8))
+    torn = Langevin(Mixture((-1.0, 1.0), (0.7,)), Constant(15.0), shape=(1,))  # where late noise tells more of a score
+    rate, forgetting = measured_rates(torn, randn(500, 1), times, 20, g).tolist()
+    assert 0.3 < rate < 0.6 and round(forgetting / rate, 6) in (2.0, 3.0, 4.0)
     model = made(process={"name": "double_well", "clock": {"name": "constant", "total": 4.0}}, simulation_steps=6)
     assert model.objective == "path"
-    with pytest.warns(UserWarning, match=r"of paths are left out, whose 6 steps were too long"):
+    with pytest.warns(UserWarning, match=r"of paths are left out, whose 6 steps were too long") as told:
         logs = model.prepare([Batch(randn(400, 1))], generator=g)
+    assert all("genmodels" in warning.filename for warning in told)  # whose place commands do not print
     assert logs["relaxation"] > 0.5 and logs["forgetting"] >= logs["relaxation"]
     loss = model.loss(Batch(randn(400, 1)), generator=g)
     assert 0.01 < loss.logs["lost"] < 1 and loss.value.isfinite().all()
