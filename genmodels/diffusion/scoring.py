@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..rng import Noise, SeedNoise
 from ..solvers.base import Controller, Solver
-from ..solvers.divergence import mean_over_probes, transport
+from ..solvers.divergence import by_probe, mean_over_probes, transport
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5
 from ..solvers.step_size import PI
@@ -111,4 +111,4 @@ class Scored:
         scale = self.prior_scale()
         normalizer = math.prod(self.model_shape) * (math.log(scale) + 0.5 * math.log(2 * math.pi))
         log_prior = -0.5 * sum_items((moved.z.double() / scale).square()) - normalizer
-        return (log_prior + log_volume + moved.log_det).reshape(-1, len(x))
+        return by_probe(log_prior + log_volume + moved.log_det, len(x))

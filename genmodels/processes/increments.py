@@ -70,7 +70,7 @@ def check_increment(process: Process, u: Tensor, y: Tensor, increment: float) ->
             f"in 1 % of states by more, and scores are biased. An increment of {advice:.3g} keeps that below {DEFECT}; "
             "increment: null chooses it.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=2,
         )
     return wrong
 

@@ -14,7 +14,7 @@ from ..registry import register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..score_model import ScoreModel
 from ..solvers.base import Controller, Fixed, Solver, integrate
-from ..solvers.divergence import mean_over_probes, transport
+from ..solvers.divergence import by_probe, mean_over_probes, transport
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5
 from ..solvers.step_size import PI
@@ -376,4 +376,4 @@ class LocalDSM(ScoreModel):
     def _by_flow(self, y: Tensor, condition: Tensor | None, noise: Noise, times: Tensor, ode: dict[str, Any]) -> Tensor:
         """[P, B] log-density of y in model space at t_min, one value for each probe."""
         moved = transport(RowField(self._field(self.score_network), condition), y, times, noise=noise, **ode)
-        return (self.process.prior.log_prob(moved.z) + moved.log_det).reshape(-1, len(y))
+        return by_probe(self.process.prior.log_prob(moved.z) + moved.log_det, len(y))

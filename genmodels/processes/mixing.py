@@ -125,4 +125,4 @@ def warn_unmixed(process: Process, found: Mixing) -> None:
     advice = (
         f"{aim} set the clock's {process.clock.advice(wanted)} (U = {wanted:.4g}), or choose a prior that mixes faster"
     )
-    warnings.warn(f"{'; '.join(parts)}. Samples will start from the wrong law. {advice}.", UserWarning, stacklevel=3)
+    warnings.warn(f"{'; '.join(parts)}. Samples will start from the wrong law. {advice}.", UserWarning, stacklevel=2)

@@ -15,7 +15,7 @@ from ..registry import ConfigError, register
 from ..rng import BatchNoise, Noise, SeedNoise, as_seeds
 from ..score_model import ScoreModel
 from ..solvers.base import Controller, Fixed, Solver, integrate
-from ..solvers.divergence import mean_over_probes, transport
+from ..solvers.divergence import by_probe, mean_over_probes, transport
 from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5, Heun
 from ..solvers.step_size import PI
@@ -121,10 +121,10 @@ class MultivariateDiffusion(ScoreModel):
         c = self.joint.coefficients(t)
         u, wanted = self._noised(x, t, c, noise)
         error = self.joint.answer(t, u, condition, c) - wanted
-        squared = error.square().reshape(len(x), -1).mean(1)
+        squared = error.square().flatten(1).mean(1)
         value = squared
         if self.weighting == "likelihood":
-            nats = 0.5 * apply(c.scale, error).square().reshape(len(x), -1).sum(1) / math.prod(self.model_shape)
+            nats = 0.5 * apply(c.scale, error).square().flatten(1).sum(1) / math.prod(self.model_shape)
             value = (self.diffusion.clock.rate(t) / density).to(error.dtype) * nats
         return Loss(value, {"squared_error": squared.detach().mean()})
 
@@ -352,7 +352,7 @@ class MultivariateDiffusion(ScoreModel):
         moved = transport(RowField(self.joint.turned_velocity, condition), start, times.log(), noise=probe, **ode)
         end = apply(self.joint.frame(times[-1]), moved.z.double()).flatten(2)
         log_prior = normal_log_prob(end, torch.linalg.cholesky(self.prior_covariance()))
-        return (log_prior - log_q + log_volume + moved.log_det).reshape(-1, len(x))
+        return by_probe(log_prior - log_q + log_volume + moved.log_det, len(x))
 
     def _beside(self, y: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """[B, n, *shape] items with auxiliary variables of their law given x at t_min if data were Gaussian, and its

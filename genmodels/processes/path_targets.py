@@ -193,6 +193,6 @@ def measured_rates(process: Process, x: Tensor, times: TimesOfClock, steps: int,
             f"the force: a step turned the order of states (T' < {LEAST}), where a target from its noise is of no use. "
             "Take more steps, or objective: local.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     return torch.tensor([rate, best], dtype=torch.float64)

@@ -269,25 +269,24 @@ class Mixture(Prior):
     def log_density(self, y: Tensor) -> Tensor:
         return self._joint(y)[0].logsumexp(-1)
 
-    def _moments(self, y: Tensor, order: int) -> list[Tensor]:
-        """π'/π, π''/π and π'''/π up to an order: expectations of a, a² - b and a³ - 3ab over the components."""
-        log, a, b = self._joint(y)
-        r = log.softmax(-1)
-        return [(r * p).sum(-1) for p in (a, a.square() - b, a**3 - 3 * a * b)[:order]]
-
     def score(self, y: Tensor) -> Tensor:
-        return self._moments(y, 1)[0]
+        log, a, _ = self._joint(y)
+        return (log.softmax(-1) * a).sum(-1)
 
     def slope(self, y: Tensor) -> Tensor:
-        first, second = self._moments(y, 2)
-        return second - first.square()
+        return self.derivatives(y)[1]
 
     def curvature(self, y: Tensor) -> Tensor:
         return self.derivatives(y)[2]
 
     def derivatives(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first, second, third = self._moments(y, 3)
-        return first, second - first.square(), third - 3 * first * second + 2 * first**3
+        """E a, Var a - E b and E (a - E a)³ - 3 Cov(a, b) over the components: far out, powers of a would cancel."""
+        log, a, b = self._joint(y)
+        r = log.softmax(-1)
+        score = (r * a).sum(-1)
+        apart = a - score[..., None]
+        square = apart.square()
+        return score, (r * (square - b)).sum(-1), (r * apart * (square - 3 * b)).sum(-1)
 
     def interval(self) -> tuple[float, float]:
         reach = 7 * float(self.scales.max())

@@ -338,6 +338,11 @@ def _draw(noise: Noise | None, count: int, x: Tensor, law: ProbeLaw) -> Tensor:
     return draw_probes(noise, count, tuple(x.shape[1:]), law=law, dtype=x.dtype).to(x.device)
 
 
+def by_probe(values: Tensor, rows: int) -> Tensor:
+    """[P, B] of values for B = rows items, probe after probe; P = 1 without items."""
+    return values.reshape(values.numel() // rows if rows else 1, rows)
+
+
 def mean_over_probes(values: Tensor, divergence: str, exact: LikelihoodKind = "numerical") -> Likelihood:
     """The mean of log-likelihoods [draws, P, B]: of the kind `exact`, or with a standard error over the P probes."""
     draws, probes, _ = values.shape

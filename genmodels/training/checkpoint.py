@@ -276,4 +276,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         parameter = parameters[name]
         # Moments live beside their parameter; the step count of Adam does so only if its kernel is fused.
         home = parameter.device if key != "step" or fused else torch.device("cpu")
-        optimizer.state[parameter][key] = value.to(home, copy=True)
+        kept = value.to(home, copy=True)
+        if kept.shape == parameter.shape:  # fused kernels go through memory, whose order must be the parameter's
+            kept = torch.empty_like(parameter, dtype=kept.dtype, device=home).copy_(kept)
+        optimizer.state[parameter][key] = kept

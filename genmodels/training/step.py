@@ -60,6 +60,7 @@ class Step:
         # A model without parameters has nothing to synchronise.
         self.wrapped = processes.replicate(self.accelerator, self.model) if self.parameters else self.model
         self.guard, self.averages = FiniteGuard(self.model), averages
+        self.wrapped.train()  # every part, as it is after a validation too
 
     def __call__(self, step: int, batches: list[Batch]) -> Outcome:
         """Step number `step`, counted from 0, over the micro-batches of this process."""

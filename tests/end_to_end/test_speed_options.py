@@ -1,15 +1,19 @@
 """What makes training faster or smaller changes nothing else: kernels, compilation, recomputation, precision."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from genmodels.config import load
-from genmodels.registry import ConfigError
-from genmodels.training import checkpoint, optim
+from genmodels.data.stream import stream
+from genmodels.registry import ConfigError, build
+from genmodels.training import checkpoint, optim, processes
 from genmodels.training.loop import train
 from genmodels.training.measure import memory_of, timed_step
 from genmodels.training.run import Run
+from genmodels.training.step import Step
 
 
 def small(name: str, **more) -> object:
@@ -55,6 +59,42 @@ def test_the_count_of_a_fused_adam_lives_with_its_parameter():
         for parameter in model.parameters():
             assert optimizer.state[parameter]["step"].device.type == home
             assert optimizer.state[parameter]["exp_avg"].device.type == "meta"
+
+
+def test_a_step_trains_every_part_and_tells_caches_of_new_weights():
+    """Fused kernels do not count the versions of weights, by which networks know that what they kept is stale."""
+    config = small("parts")
+    model = config.model(config.dataset().facts())
+    model.network.eval()
+    step = Step(config, model, processes.join("cpu"))
+    step.start({})
+    assert step.optimizer.defaults["fused"] and all(part.training for part in model.modules())
+    before = [p._version for p in step.parameters]
+    step(*next(stream(config.dataset(), 0, 16, 0, 4)))
+    assert all(p._version > old for p, old in zip(step.parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamax", "sgd"])
+def test_moments_come_back_in_the_memory_order_of_their_parameters(name):
+    """Fused kernels go through memory: after a restart a transposed weight takes the step that it would have taken."""
+    model, w = nn.Module(), torch.arange(12.0).reshape(3, 4)
+    model.w = nn.Parameter(w.clone().t())
+    model.kernel = nn.Parameter(w.reshape(1, 3, 2, 2).to(memory_format=torch.channels_last))
+    optimizer = build(optim.Optimizer, {"name": name, "lr": 0.1}).over(model.parameters())
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        sum(p.sin().sum() for p in model.parameters()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(model, optimizer)
+    again = copy.deepcopy(model)  # keeps the order
+    fresh = build(optim.Optimizer, {"name": name, "lr": 0.1}).over(again.parameters())
+    saved = checkpoint.optimizer_tensors(model, optimizer)
+    checkpoint.load_optimizer(again, fresh, {key: value.contiguous() for key, value in saved.items()})
+    step(model, optimizer)
+    step(again, fresh)
+    assert not again.w.is_contiguous() and torch.equal(again.w, model.w) and torch.equal(again.kernel, model.kernel)
 
 
 def test_recomputation_changes_no_bit_and_may_be_switched_on_resume(fakes, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from genmodels.processes.process import Langevin
 from genmodels.registry import ConfigError, build, resolve
 from genmodels.rng import BatchNoise
 from genmodels.solvers.base import Fixed
+from genmodels.solvers.runge_kutta import Euler
 from genmodels.solvers.step_size import PI
 from genmodels.transforms import Identity
 from genmodels.types import Batch
@@ -198,3 +199,13 @@ def test_guidance_needs_a_condition_and_asks_once_where_it_can():
         GuidedNetwork(Counting(), 3.0, null)(t, x, None)
     told = Conditions(0.1, None, None)
     assert told.drop(torch.zeros(3), BatchNoise(3, generator=None, device=torch.device("cpu"))) is None
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_items_have_no_losses_and_no_likelihoods(name):
+    model, none = made(name), torch.zeros(0, 2, dtype=torch.float64)
+    labels = torch.zeros(0, dtype=torch.long)
+    assert model.loss(Batch(none, condition=labels), generator=torch.Generator()).value.shape == (0,)
+    options = {"solver": Euler(), "num_steps": 1, "controller": Fixed()}
+    for more in ({}, {"divergence": "hutchinson", "probes": 2}):
+        assert model.likelihood(none, condition=labels, **more, **options).value.shape == (0,)

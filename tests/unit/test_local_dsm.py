@@ -298,6 +298,10 @@ def test_a_prior_that_is_not_reached_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_unmixed(settled, measure(settled, randn(2000, 1), generator=g))
+    same, apart = randn(3000, 1).expand(-1, 2), randn(3000, 2)  # of one law in each component, and not together
+    assert largest_distance(same, apart, g) > 0.1 > 2 * largest_distance(same[:, :1], apart[:, :1])
+    chance = measure(Langevin(Gaussian(), shape=(2,)), randn(100, 2), generator=g).chance
+    assert (2 + 32) * 2 * math.exp(-100 * chance**2) == pytest.approx(0.01)  # two components and 32 directions
     a, b = randn(300, 1).round(decimals=1), randn(200, 1, seed=1).round(decimals=1) + 0.2  # with ties
     assert largest_distance(a, b) == pytest.approx(ks_2samp(a[:, 0], b[:, 0]).statistic)
 
@@ -333,8 +337,9 @@ def test_prepare_chooses_the_increment_and_warns_of_a_long_one():
     logs = chosen.prepare([x], generator=g)
     assert 0.03 < logs["increment"] < 0.1 and logs["defect"] <= 0.0201 and chosen.state_dict()["increment"] > 0.03
     long = made(increment=2.0, objective="local")
-    with pytest.warns(UserWarning, match=r"over 2 the linearised force is wrong by .* An increment of 0\.0"):
+    with pytest.warns(UserWarning, match=r"over 2 the linearised force is wrong by .* An increment of 0\.0") as told:
         long.prepare([x], generator=g)
+    assert "genmodels" in told[0].filename  # commands print the place of other packages' warnings
     assert float(long.increment) == 2.0
 
 

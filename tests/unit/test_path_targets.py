@@ -13,11 +13,11 @@ from genmodels.processes.increments import TimesOfClock
 from genmodels.processes.local_bound import Bound
 from genmodels.processes.local_kernels import local_kernel, simulate
 from genmodels.processes.local_objective import Objective
-from genmodels.processes.local_score import LocalScore
-from genmodels.processes.path_targets import measured_rates, moved, simulate_path
+from genmodels.processes.local_score import LocalScore, reverse_kernel
+from genmodels.processes.path_targets import Silence, measured_rates, moved, simulate_path
 from genmodels.processes.physics import DoubleWell, Phi4
 from genmodels.processes.priors import Gaussian, Logistic, Mixture, StudentT
-from genmodels.processes.process import GivenProcess, Langevin
+from genmodels.processes.process import GivenProcess, Langevin, Process
 from genmodels.registry import ConfigError
 from genmodels.rng import BatchNoise
 from genmodels.types import Batch
@@ -162,10 +162,14 @@ def test_rates_are_measured_and_steps_that_are_too_long_are_told():
     affine = GivenProcess(lambda u, y: -1.2 * y, shape=(1,), structure="elementwise", clock=Constant(4.0))
     rate, forgetting = measured_rates(affine, randn(500, 1), times, 10, g).tolist()
     assert rate == pytest.approx(1.2) and forgetting in (pytest.approx(1.2), pytest.approx(1.8))
+    torn = Langevin(Mixture((-1.0, 1.0), (0.7,)), Constant(15.0), shape=(1,))  # where late noise tells more of a score
+    rate, forgetting = measured_rates(torn, randn(500, 1), times, 20, g).tolist()
+    assert 0.3 < rate < 0.6 and round(forgetting / rate, 6) in (2.0, 3.0, 4.0)
     model = made(process={"name": "double_well", "clock": {"name": "constant", "total": 4.0}}, simulation_steps=6)
     assert model.objective == "path"
-    with pytest.warns(UserWarning, match=r"of paths are left out, whose 6 steps were too long"):
+    with pytest.warns(UserWarning, match=r"of paths are left out, whose 6 steps were too long") as told:
         logs = model.prepare([Batch(randn(400, 1))], generator=g)
+    assert all("genmodels" in warning.filename for warning in told)  # whose place commands do not print
     assert logs["relaxation"] > 0.5 and logs["forgetting"] >= logs["relaxation"]
     loss = model.loss(Batch(randn(400, 1)), generator=g)
     assert 0.01 < loss.logs["lost"] < 1 and loss.value.isfinite().all()
@@ -186,3 +190,62 @@ def test_forces_of_many_components_have_none():
         Bound(lattice, LocalScore(None, lattice), TimesOfClock("clock", lattice.clock, 0.1), 2, "ito", False).path(
             torch.ones(1, dtype=torch.float64), randn(1, 4), None, draws(1)
         )
+
+
+def test_times_of_a_path_are_those_of_its_steps():
+    """Force 3 u and noise Q = 1 + 2 u: y_u = x + 3 u²/2 on the mean, of variance u + u², exactly for the middles."""
+
+    class Forced(Process):
+        structure, autonomous = "elementwise", False
+
+        def force(self, u: Tensor, y: Tensor) -> Tensor:
+            return 3 * u.reshape(-1, 1).to(y) + 0 * y
+
+        def amplitude(self, u: Tensor) -> Tensor:
+            return (1 + 2 * u).sqrt()
+
+    process, n = Forced(Constant(2.0), shape=(1,)), 20_000
+    u = torch.full((n,), 0.8, dtype=torch.float64)
+    for steps in (1, 2):
+        y = simulate_path(process, torch.zeros(n, 1, dtype=torch.float64), u, steps, 0.0, draws(n)).state
+        still = simulate_path(process, torch.zeros(1, 1).double(), u[:1], steps, 0.0, Silence(1, device=u.device)).state
+        assert still.item() == pytest.approx(1.5 * 0.8**2, rel=1e-12)
+        assert y.var().item() == pytest.approx(0.8 + 0.8**2, rel=5 * (2 / n) ** 0.5)
+
+
+def test_draws_of_a_bound_have_times_of_their_own_stratum():
+    process = Langevin(Gaussian(), Constant(4.0), shape=(1,))
+    score, times, seen = Exact(process), TimesOfClock("clock", process.clock, 0.01), []
+    bound, x = Bound(process, score, times, 1, "ito", True), randn(40, 1)
+    score.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    for k in range(4):
+        seen.clear()
+        bound(x, torch.tensor(0.02), None, draws(40), "local", (k, 4))
+        share = (seen[0] - times.first) / (times.last - times.first)
+        assert k / 4 <= share.min() and share.max() <= (k + 1) / 4 and share.std() > 0.04
+
+
+def test_bounds_by_local_kernels_keep_their_scatter_at_any_increment():
+    process, n = Langevin(Gaussian(), Constant(4.0), shape=(1,)), 2000
+    bound = Bound(process, Exact(process), TimesOfClock("clock", process.clock, 0.01), 1, "ito", False)
+    u, y, z = torch.full((n,), 1.0, dtype=torch.float64), randn(n, 1), randn(n, 1, seed=1)
+    with torch.no_grad():
+        wide, narrow = (bound.local(u - d, u, y, z, None).std() for d in (1e-2, 1e-5))
+    assert narrow < 1.2 * wide  # without control it grows with the root of the ratio, 30
+
+
+def test_reverse_kernels_and_decoders_have_closed_forms():
+    """F = -k y, score s held: m = y + (g² s + k y) (e^{kh} - 1)/k and v = g² (e^{2kh} - 1)/2k from u to u - h."""
+    k, g, h = 0.7, 1.3, 0.4
+    process = GivenProcess(lambda u, y: -k * y, g, shape=(2,), structure="elementwise", clock=Constant(2.0))
+    u, y, s = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64), randn(3, 2), randn(3, 2, seed=1)
+    found = reverse_kernel(process, u, u - h, y, s)
+    torch.testing.assert_close(found.mean, y + (g**2 * s + k * y) * math.expm1(k * h) / k)
+    torch.testing.assert_close(found.variance, torch.full_like(y, g**2 * math.expm1(2 * k * h) / (2 * k)))
+    times = TimesOfClock("clock", process.clock, 0.2)  # u₀ = 0.4
+    bound = Bound(process, lambda u, y, condition: -y, times, 1, "ito", False)
+    x, z = randn(3, 2, seed=2), randn(3, 2, seed=3)
+    there = torch.distributions.Normal(math.exp(-k * h) * x, g * (-math.expm1(-2 * k * h) / (2 * k)) ** 0.5)
+    y0 = there.mean + there.stddev * z
+    back = torch.distributions.Normal(y0 + (k - g**2) * y0 * math.expm1(k * h) / k, found.variance.sqrt())
+    torch.testing.assert_close(bound.decoder(x, z, None), (back.log_prob(x) - there.log_prob(y0)).sum(1))

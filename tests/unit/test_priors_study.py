@@ -57,6 +57,11 @@ def test_the_table_and_the_picture_are_made_of_runs(tmp_path, monkeypatch):
     y = model.transform(x.detach())[0]
     exact = study.exact_score(run, model, torch.tensor(0.0, dtype=torch.float64), y)
     torch.testing.assert_close(exact, slope * model.transform.std)
+    x = model.transform(data.take("train", torch.arange(10_000)).x.double())[0]
+    u, noise = torch.tensor(0.5, dtype=torch.float64), torch.Generator().manual_seed(0)
+    y = torch.exp(-u / 2) * x + torch.randn(x.shape, generator=noise).double() * (-torch.expm1(-u)).sqrt()
+    found = (y * study.exact_score(run, model, u, y)).sum(1)  # E y·∇log q = -D, by parts
+    assert abs(found.mean() + 2) < 5 * found.std() / 100
     monkeypatch.setattr(model, "score", lambda t, y: study.exact_score(run, model, model.process.clock(t), y.double()))
     assert study.score_error(run, model) < 1e-8
 
