@@ -54,17 +54,26 @@ class Conditions(nn.Module):
         hidden = expand_like(noise.uniform() < self.dropout, condition)
         return torch.where(hidden, self.null.to(condition), condition)
 
-    def checked(self, condition: Condition | None, n: int, where: str, required: bool = False) -> Tensor | None:
+    def checked(
+        self, condition: Condition | None, n: int, where: str, required: bool = False, guidance: float = 1.0
+    ) -> Tensor | None:
         """One condition for each of n items: "no condition" if None, and None for an unconditional model.
 
+        Args:
+            guidance: scale away from "no condition", which has no effect unless there are conditions.
         Raises:
-            ValueError: if they do not fit the model or the items.
+            ValueError: if they do not fit the model or the items, or are missing.
         """
         if not self.active:
             if condition is not None:
                 raise ValueError(f"{where}: a condition was given to an unconditional model. Drop it.")
             return None
         if condition is None and self.dropout > 0 and not required:
+            if guidance not in (0, 1):
+                raise ValueError(
+                    f"{where}: guidance {guidance} needs conditions to guide towards. Give one for each item, or "
+                    "guidance=1."
+                )
             return self.null.expand(n, *self.null.shape)
         if not isinstance(condition, Tensor) or len(condition) != n:
             found = f"{list(condition.shape)}" if isinstance(condition, Tensor) else type(condition).__name__

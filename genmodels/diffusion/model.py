@@ -208,11 +208,11 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
             NotApplicable: if the solver adds noise, and items and noise were coupled in training.
         """
         seeds = as_seeds(seeds)
-        condition = self.conditions.checked(condition, len(seeds), "sample")
+        guided = Guidance(guidance, interval, guide, guide_scale)
+        condition = self.conditions.checked(condition, len(seeds), "sample", guidance=guided.away)
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
         if warm_start and not isinstance(controller, Fixed):
             raise ValueError("sample: warm_start needs steps that all rows share. Use controller: fixed.")
-        guided = Guidance(guidance, interval, guide, guide_scale)
         sampler = Sampler(self, num_steps, solver, controller, grid, guided, denoise, diffusivity, schedule)
         drawn = []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
@@ -244,8 +244,8 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
         """
         self.check_items(x, "encode")
         y, _ = self._to_model_space(x, None)
-        condition = self.conditions.checked(condition, len(x), "encode")
         guided = Guidance(guidance, interval, guide, guide_scale)
+        condition = self.conditions.checked(condition, len(x), "encode", guidance=guided.away)
         return Sampler(self, num_steps, solver, controller, grid, guided).solve(y, condition, False)
 
     def decode(
@@ -264,8 +264,8 @@ class DiffusionModel(Denoising, Scored, ScoreModel):
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
         self.check_items(z, "decode", self.model_shape)
-        condition = self.conditions.checked(condition, len(z), "decode")
         guided = Guidance(guidance, interval, guide, guide_scale)
+        condition = self.conditions.checked(condition, len(z), "decode", guidance=guided.away)
         sampler = Sampler(self, num_steps, solver, controller, grid, guided)
         return self.transform.inverse(sampler.solve(z.to(self.dtype), condition, True))
 

@@ -53,6 +53,11 @@ class Guidance:
     def __post_init__(self) -> None:
         check_guidance(self.scale, self.interval, self.guide, self.guide_scale)
 
+    @property
+    def away(self) -> float:
+        """The scale away from "no condition"; 1 if only a weaker model guides."""
+        return self.scale if self.guide is None or self.guide_scale is not None else 1.0
+
     def of(self, model: "DiffusionModel") -> Denoiser:
         """The guided denoiser of a model.
 
@@ -62,7 +67,7 @@ class Guidance:
         if self.scale == 1 and self.guide_scale is None:
             return model.denoiser
         guided: Denoiser = model.denoiser
-        if self.scale != 1 and (self.guide is None or self.guide_scale is not None):
+        if self.away != 1:
             model.conditions.check_guidance(self.scale, ", or the run of a weaker model as guide")
             guided = Guided(model.denoiser, self.scale, model.conditions.null)
         if self.guide is not None:

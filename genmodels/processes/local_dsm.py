@@ -244,7 +244,7 @@ class LocalDSM(ScoreModel):
         Source: Anderson 1982 (Reverse-time diffusion equation models).
         """
         prior, seeds = self._prior("sample"), as_seeds(seeds)
-        condition = self.conditions.checked(condition, len(seeds), "sample")
+        condition = self.conditions.checked(condition, len(seeds), "sample", guidance=guidance)
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
         score = self._guided(guidance)
         drawn = []
@@ -279,7 +279,10 @@ class LocalDSM(ScoreModel):
         Discrete data are placed in the middle of their cells. Gradients flow through the solver's steps.
         """
         self.check_items(x, "encode")
-        y, condition = self._to_model_space(x, None)[0], self.conditions.checked(condition, len(x), "encode")
+        y, condition = (
+            self._to_model_space(x, None)[0],
+            self.conditions.checked(condition, len(x), "encode", guidance=guidance),
+        )
         field, times = RowField(self._field(self._guided(guidance)), condition), self._grid(num_steps, controller)
         return integrate(field, y, times, solver=solver, controller=controller).x
 
@@ -295,7 +298,7 @@ class LocalDSM(ScoreModel):
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
         self.check_items(z, "decode", self.model_shape)
-        condition = self.conditions.checked(condition, len(z), "decode")
+        condition = self.conditions.checked(condition, len(z), "decode", guidance=guidance)
         field, times = RowField(self._field(self._guided(guidance)), condition), self._grid(num_steps, controller)
         y = integrate(field, z.to(self.dtype), times.flip(0), solver=solver, controller=controller).x
         return self.transform.inverse(y)

@@ -187,7 +187,7 @@ class MultivariateDiffusion(ScoreModel):
                 diffusion that does not come to rest.
         """
         seeds, joint = as_seeds(seeds), self._guided(guidance, interval)
-        condition = self.conditions.checked(condition, len(seeds), "sample")
+        condition = self.conditions.checked(condition, len(seeds), "sample", guidance=guidance)
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
         root, drawn = torch.linalg.cholesky(self.prior_covariance()), []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
@@ -218,7 +218,10 @@ class MultivariateDiffusion(ScoreModel):
         self.check_items(x, "encode")
         y = self._to_model_space(x, None)[0][:, None]
         u = torch.cat((y, y.new_zeros(len(y), self.diffusion.size - 1, *self.model_shape)), 1)
-        given, joint = self.conditions.checked(condition, len(x), "encode"), self._guided(guidance, interval)
+        given, joint = (
+            self.conditions.checked(condition, len(x), "encode", guidance=guidance),
+            self._guided(guidance, interval),
+        )
         return self._solve(joint, u, given, False, num_steps, solver, controller)
 
     def decode(
@@ -234,7 +237,10 @@ class MultivariateDiffusion(ScoreModel):
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
         self.check_items(z, "decode", self.joint_shape)
-        given, joint = self.conditions.checked(condition, len(z), "decode"), self._guided(guidance, interval)
+        given, joint = (
+            self.conditions.checked(condition, len(z), "decode", guidance=guidance),
+            self._guided(guidance, interval),
+        )
         u = self._solve(joint, z.to(self.dtype), given, True, num_steps, solver, controller)
         return self.transform.inverse(u[:, 0])
 
