@@ -111,4 +111,4 @@ class Scored:
         scale = self.prior_scale()
         normalizer = math.prod(self.model_shape) * (math.log(scale) + 0.5 * math.log(2 * math.pi))
         log_prior = -0.5 * sum_items((moved.z.double() / scale).square()) - normalizer
-        return (log_prior + log_volume + moved.log_det).reshape(-1, len(x))
+        return torch.atleast_2d(log_prior + log_volume + moved.log_det)

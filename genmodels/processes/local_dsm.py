@@ -375,4 +375,4 @@ class LocalDSM(ScoreModel):
     def _by_flow(self, y: Tensor, condition: Tensor | None, noise: Noise, times: Tensor, ode: dict[str, Any]) -> Tensor:
         """[P, B] log-density of y in model space at t_min, one value for each probe."""
         moved = transport(RowField(self._field(self.score_network), condition), y, times, noise=noise, **ode)
-        return (self.process.prior.log_prob(moved.z) + moved.log_det).reshape(-1, len(y))
+        return torch.atleast_2d(self.process.prior.log_prob(moved.z) + moved.log_det)

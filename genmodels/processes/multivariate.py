@@ -352,7 +352,7 @@ class MultivariateDiffusion(ScoreModel):
         moved = transport(RowField(self.joint.turned_velocity, condition), start, times.log(), noise=probe, **ode)
         end = apply(self.joint.frame(times[-1]), moved.z.double()).flatten(2)
         log_prior = normal_log_prob(end, torch.linalg.cholesky(self.prior_covariance()))
-        return (log_prior - log_q + log_volume + moved.log_det).reshape(-1, len(x))
+        return torch.atleast_2d(log_prior - log_q + log_volume + moved.log_det)
 
     def _beside(self, y: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """[B, n, *shape] items with auxiliary variables of their law given x at t_min if data were Gaussian, and its
