@@ -399,7 +399,7 @@ def path_times(path: Schedule, n: int) -> Tensor:
 
 
 def test_a_correction_is_langevins_step_at_the_given_signal_to_noise():
-    """Song et al. 2021, algorithm 4, for a Gaussian score and |ε̂| = |z|, which makes its step 2 r² σ² for every item."""
+    """Song et al. 2021, algorithm 4, for a Gaussian score and |ε̂| = |z|, where its step is 2 r² σ² for every item."""
     t, s, x, ratio = number(0.5), number(0.45), randn(3, 4), 0.2
     w, z = randn(1, 3, 4, seed=1), randn(2, 3, 4, seed=2)
     law = gaussian(torch.full((4,), 1.5), torch.full((4,), 0.25))
