@@ -22,7 +22,7 @@ from genmodels.metrics.kinetic import KineticEnergy
 from genmodels.metrics.metric import Subject
 from genmodels.networks.mlp import MLP
 from genmodels.networks.network import Network
-from genmodels.registry import ConfigError
+from genmodels.registry import ConfigError, build
 from genmodels.rng import SeedNoise
 from genmodels.training.loop import train
 from genmodels.transforms import Affine, Identity
@@ -309,6 +309,9 @@ def test_a_run_has_one_path_from_the_first_step_to_the_last(tmp_path, monkeypatc
     own = told["energies"].pop("kinetic_optimal")["marginal"]
     assert own == pytest.approx(paths[0].energies()["kinetic_optimal"].marginal, rel=1e-12)
     assert {"linear", "trigonometric", "vp"} == set(told["energies"])
+    for name, each in told["energies"].items():
+        expected = energy(build(Schedule, name), paths[0].curve(), (1e-3, 1.0))
+        assert each == pytest.approx(expected._asdict(), rel=1e-12), name
     assert own < min(e["marginal"] for e in told["energies"].values())
     assert told["separation"]["lambda"][-1] == pytest.approx(1, abs=1e-6)
     assert (straight.path / "prepare" / "kinetic_path.png").read_bytes()[:4] == b"\x89PNG"
