@@ -76,6 +76,8 @@ class TransportCoupling(Coupling):
         u, cost = noise.uniform(dtype=torch.float64), squared_distances(x, eps)
         if not cost.isfinite().all():
             raise ValueError(f"coupling '{self.registered_name}': the batch holds items that are not finite.")
+        if not len(x):
+            return torch.arange(0, device=x.device)
         if condition is None or self.conditions == "ignore":
             return self.match(cost, u)
         if self.conditions == "cost":

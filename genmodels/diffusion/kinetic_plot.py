@@ -51,10 +51,10 @@ def _numbers(data: Curve, energies: Mapping[str, Energy]) -> dict[str, Any]:
 
 
 def _columns(path: Table) -> str:
-    """Times and scales of the knots, as a .csv that loses no digit."""
+    """Times, scales and derivatives of the knots, as a .csv that loses no digit."""
     t = path.knots[0]
-    rows = zip(*(part.tolist() for part in (t, *path.scales(t))), strict=True)
-    return "\n".join(["t,alpha,sigma", *(",".join(map(repr, row)) for row in rows)]) + "\n"
+    rows = zip(*(part.tolist() for part in (t, *path(t))), strict=True)
+    return "\n".join(["t,alpha,sigma,dalpha,dsigma", *(",".join(map(repr, row)) for row in rows)]) + "\n"
 
 
 def _figure(data: Curve, path: Schedule, energies: Mapping[str, Energy]) -> Any:

@@ -49,6 +49,9 @@ def test_pairs_are_rows_of_the_noise_and_the_generator_decides(name):
     assert torch.equal(torch.random.get_rng_state(), state)
     single = coupling(x[:1], eps[:1], None, noise(1))
     assert torch.equal(single, eps[:1])
+    for options in ({}, {"conditions": "ignore"}, {"conditions": "cost"}) if name != "independent" else ({},):
+        nothing = build(Coupling, {"name": name, **options})
+        assert nothing(x[:0], eps[:0], LABELS[:0], noise(0)).shape == (0, 2)
 
 
 @pytest.mark.parametrize("name", names(Coupling))

@@ -476,6 +476,7 @@ def test_likelihoods_depend_on_their_seed_alone():
             two = model.likelihood(x, seeds=seeds, draws=2, **options)
             assert ((two.value - whole.value).abs() > 1e-4).all()
             assert (two.stderr is None) == (whole.stderr is None)
+            assert model.likelihood(x[:0], seeds=seeds[:0], **options).value.shape == (0,)
 
 
 class UniformOracle(Network):

@@ -399,7 +399,7 @@ def path_times(path: Schedule, n: int) -> Tensor:
 
 
 def test_a_correction_is_langevins_step_at_the_given_signal_to_noise():
-    """Song et al. 2021, algorithm 4, transcribed for a Gaussian score; then what it is for: the law stays."""
+    """Song et al. 2021, algorithm 4, for a Gaussian score and |ε̂| = |z|, where its step is 2 r² σ² for every item."""
     t, s, x, ratio = number(0.5), number(0.45), randn(3, 4), 0.2
     w, z = randn(1, 3, 4, seed=1), randn(2, 3, 4, seed=2)
     law = gaussian(torch.full((4,), 1.5), torch.full((4,), 0.25))
@@ -407,10 +407,22 @@ def test_a_correction_is_langevins_step_at_the_given_signal_to_noise():
     alpha, sigma = level(VP, s)
     for k in range(2):
         score = -(y - alpha * 1.5) / (0.25 * alpha**2 + sigma**2)
-        length = 2 * (ratio * z[k].norm(dim=1) / score.norm(dim=1)) ** 2
-        y = y + length[:, None] * score + (2 * length[:, None]).sqrt() * z[k]
+        length = 2 * (ratio * sigma) ** 2
+        y = y + length * score + (2 * length) ** 0.5 * z[k]
     found = PredictorCorrector(2, ratio).step(rows(law), t, s, x, (), Given(w, z)).x
     torch.testing.assert_close(found, y, rtol=0, atol=1e-12)
+
+
+def test_corrections_keep_the_law_also_on_the_line():
+    """On N(m, V) the step ε leaves the variance V/(1 - ε/2V), in one dimension as in many."""
+    n, law, t = 20_000, gaussian(torch.full((1,), 1.5), torch.full((1,), 0.25)), number(0.2)
+    alpha, sigma = level(VP, t)
+    v, length = 0.25 * alpha**2 + sigma**2, 2 * (0.3 * sigma) ** 2
+    x = alpha * 1.5 + v**0.5 * randn(n, 1)
+    solver = PredictorCorrector(30, 0.3)
+    x = solver.step(rows(law), t, t - 1e-9, x, (), Given(randn(1, n, 1, seed=1), randn(30, n, 1, seed=2))).x
+    assert x.mean().item() == pytest.approx(alpha * 1.5, abs=5 * (v / n) ** 0.5)
+    assert x.var().item() == pytest.approx(v / (1 - length / (2 * v)), rel=5 * (2 / n) ** 0.5)
 
 
 def test_parts_of_a_path_give_independent_normals():
@@ -425,7 +437,8 @@ def test_parts_of_a_path_give_independent_normals():
 def test_paths_are_drawn_finer_than_the_shortest_step():
     """A thousandth of it is 1e-6 here, where the coarsest path has 2⁻¹⁴ = 6e-5 of the whole."""
     times = torch.tensor([0.2, 0.2008, 1.0], dtype=torch.float64)
-    path = Sampler.path(SimpleNamespace(times=times, controller=Fixed()), SeedNoise(2), (2,), torch.float64)
+    given = SimpleNamespace(times=times, controller=Fixed(), solver=DDPM())
+    path = Sampler.path(given, SeedNoise(2), (2,), torch.float64)
     assert 1e-8 < path.tolerance < 1e-6
 
 
@@ -507,6 +520,7 @@ def test_settings_are_checked():
         lambda: EDMHeun(s_min=2.0, s_max=1.0),
         lambda: EDMEuler(s_churn=-1.0),
         lambda: PredictorCorrector(0),
+        lambda: PredictorCorrector(snr=1.0),
     ):
         with pytest.raises(ConfigError, match="needed, found"):
             make()

@@ -193,9 +193,9 @@ def test_schedules_that_fit_together_pass():
 def test_a_model_looks_at_schedules_from_outside_the_package():
     from genmodels.diffusion.checks import check_settings
 
-    check_settings(Powers(), "velocity", 0.1, None, 1)
+    check_settings(Powers(), "velocity", None, 1)
     with pytest.raises(ConfigError, match="WrongSDE"):
-        check_settings(WrongSDE(), "velocity", 0.1, None, 1)
+        check_settings(WrongSDE(), "velocity", None, 1)
 
 
 @pytest.mark.parametrize("name", names(Schedule))

@@ -86,6 +86,19 @@ def test_the_learnt_uncertainty_is_the_logarithm_of_the_error():
     torch.testing.assert_close((learnt(*given) * error).detach(), one, rtol=0, atol=1e-5)
 
 
+def test_the_learnt_uncertainty_is_a_sum_of_cosines_of_unit_variance():
+    """In log(σ/α)/4, at which frequencies 2π N(0, 1) are meant to be seen."""
+    learnt, s = Uncertainty(features=64).double(), Scales(*map(number, (0.8, 0.6, -0.9, 1.3)))
+    with torch.no_grad():
+        learnt.factors.copy_(torch.linspace(-1, 1, 64))
+        found = learnt.log_error(s)
+    angles = learnt.frequencies * torch.tensor(0.6 / 0.8).double().log() / 4 + learnt.phases
+    expected = (learnt.factors * angles.cos() * 2**0.5).sum() / 8
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=1e-12)
+    even = torch.linspace(0, 2 * torch.pi, 64 + 1)[:-1]
+    assert learnt.phases.sort().values == pytest.approx(even, abs=0.2)
+
+
 def test_a_learnt_weighting_is_part_of_its_model():
     model = make((2,), weighting={"name": "uncertainty", "weighting": "snr", "features": 4}, moved=0.0)
     assert [n for n in model.state_dict() if n.startswith("weighting.")] == ["weighting.factors"]
