@@ -221,7 +221,7 @@ def facts(folder: Path) -> Row:
     kept = {row["name"]: row for row in result["metrics"]}
     wanted = ("FD-digits", "bits_per_dim", "kinetic_energy", "lipschitz")
     values = {name: {k: kept[name][k] for k in ("value", "stderr", "references", "detail")} for name in wanted}
-    return {**Named.of(folder.name)._asdict(), **values, "seconds": result["training"]["seconds"]}
+    return {**Named.of(folder.name)._asdict(), **values}
 
 
 def report(rows: Sequence[Row], known: Sequence[Row], folder: Path) -> list[Path]:

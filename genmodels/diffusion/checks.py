@@ -102,6 +102,12 @@ def one_each(seeds: Seeds | None, n: int) -> Tensor:
     return found
 
 
+def one_of(where: str, name: str, value: str, words: tuple[str, ...]) -> None:
+    """Raises ValueError unless an option is one of a few words: configurations are checked before, calls are not."""
+    if value not in words:
+        raise ValueError(f"{where}: {name} is one of {', '.join(words)}, found {value!r}.")
+
+
 def at_least_one(where: str, **counts: int) -> None:
     """Raises ValueError if a count is below 1."""
     for name, count in counts.items():

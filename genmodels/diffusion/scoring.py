@@ -13,7 +13,7 @@ from ..solvers.fields import RowField
 from ..solvers.runge_kutta import Dopri5
 from ..solvers.step_size import PI
 from ..types import Condition, Likelihood, NotApplicable, Seeds, sum_items
-from .checks import at_least_one, one_each
+from .checks import at_least_one, one_each, one_of
 from .elbo import Decoder, evidence_bound, mean_over_draws
 
 
@@ -73,6 +73,11 @@ class Scored:
         self._check_volume()
         condition = self.conditions.checked(condition, len(x), "likelihood")
         at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
+        one_of("likelihood", "method", method, ("ode", "elbo"))
+        if method == "ode" and decoder != "gaussian":
+            raise ValueError(
+                f"likelihood: the decoder {decoder} is of the method elbo. Give method=elbo, or no decoder."
+            )
         seeds = one_each(seeds, len(x))
         parts = []
         with self._gradients(x):

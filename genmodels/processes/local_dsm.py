@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from ..diffusion.checks import at_least_one, one_each
+from ..diffusion.checks import at_least_one, one_each, one_of
 from ..model import Model
 from ..networks.network import Network
 from ..registry import register
@@ -60,7 +60,7 @@ class LocalDSM(ScoreModel):
             elementwise forces whose kernels are not exact, and "local" for all others and with variates to control.
         order: of the kernels; see `local_kernels`.
         increment: δ in units of u; null for the longest whose linearisation is good to 2 % for 99 % of states.
-        simulation_steps: K, steps of the same kernel from an item to y_s, or of a path.
+        simulation_steps: K, steps of the same kernel from an item to y_s; for "path" those of `simulate_path`.
         variance: of "local": "control" subtracts the score at m, a second evaluation, and "antithetic" pairs z with
             -z; both keep the variance of gradients bounded as δ → 0.
         weight: see above; "whitened" weighs |s - ∇log q|² for "local" by δ Q, δ the increment or u if that is less, and
@@ -351,6 +351,7 @@ class LocalDSM(ScoreModel):
         self._check_volume()
         condition = self.conditions.checked(condition, len(x), "likelihood")
         at_least_one("likelihood", draws=draws, probes=probes, batch_size=batch_size)
+        one_of("likelihood", "method", method, ("ode", "local", "path", "implicit"))
         seeds = one_each(seeds, len(x))
         ode = {"solver": solver, "controller": controller, "divergence": divergence, "probes": probes}
         kept = (self.score_network, self.times, self.steps, self.order, self.exact, tuple(self.rates))

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor
 
-from ..diffusion.checks import at_least_one, one_each
+from ..diffusion.checks import at_least_one, one_each, one_of
 from ..diffusion.model_space import root_mean_square
 from ..model import Model
 from ..networks.network import Network
@@ -189,6 +189,7 @@ class MultivariateDiffusion(ScoreModel):
         seeds, joint = as_seeds(seeds), self._guided(guidance, interval)
         condition = self.conditions.checked(condition, len(seeds), "sample", guidance=guidance)
         at_least_one("sample", batch_size=batch_size, num_steps=num_steps)
+        one_of("sample", "method", method, ("ode", *get_args(Rule)))
         root, drawn = torch.linalg.cholesky(self.prior_covariance()), []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             noise, given = SeedNoise(seeds[rows], device=self.device), None if condition is None else condition[rows]

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.checks import one_of
 from ..rng import Noise
 from ..solvers.base import Controller, Solver, integrate
 from ..solvers.brownian import BrownianTree, path_seeds
@@ -23,6 +24,7 @@ TOLERANCE = 2.0**-20  # of the Brownian tree: the shortest steps, at the data's 
 def reverse_grid(clock: Clock, first: float, steps: int, spacing: Spacing) -> Tensor:
     """[steps + 1] float64 u from U down to `first`, even in u ("clock"), in t ("time") or in √u ("quadratic")."""
     first = torch.tensor(first, dtype=torch.float64)
+    one_of("sample", "spacing", spacing, ("clock", "time", "quadratic"))
     if spacing == "time":
         return clock(torch.linspace(1.0, float(clock.inverse(first)), steps + 1, dtype=torch.float64))
     power = 2 if spacing == "quadratic" else 1

@@ -264,3 +264,13 @@ def test_likelihood_of_the_ode_with_the_exact_end():
     whole = torch.distributions.Normal(alpha * 1.5, (alpha**2 / 4 + sigma**2).sqrt()).log_prob(z).sum()
     assert abs((found - used + whole).item() + 0.72579285) < 1e-6
     assert isinstance(model.denoiser.network, Oracle)
+
+
+def test_words_that_mean_nothing_are_refused():
+    """From a configuration they are found before; in Python another way of scoring or sampling would be taken."""
+    for model, ask in (
+        (make((2,)), lambda m: m.likelihood(randn(2, 2), method="flow")),
+        (make((2,)), lambda m: m.likelihood(randn(2, 2), decoder="discretized")),
+    ):
+        with pytest.raises(ValueError, match=r"method is one of ode, elbo|decoder discretized is of the method elbo"):
+            ask(model)

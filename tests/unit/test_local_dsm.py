@@ -363,6 +363,10 @@ def test_bad_settings_are_told():
             ask()
     with pytest.raises(ValueError, match="0 <= t <= 1"):
         made().score(torch.tensor(1.5), randn(2, 1))
+    with pytest.raises(ValueError, match="method is one of ode, local, path, implicit, found 'bound'"):
+        made().likelihood(randn(2, 1), method="bound")
+    with pytest.raises(ValueError, match="spacing is one of clock, time, quadratic, found 'log'"):
+        made().sample(1, spacing="log")
 
 
 def test_networks_see_states_in_units_of_their_detail_and_answer_beside_the_prior():

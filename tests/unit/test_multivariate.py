@@ -269,6 +269,8 @@ def test_questions_that_cannot_be_answered_are_refused():
             model.velocity(torch.tensor(t), torch.zeros(1, 2, 2))
     with pytest.raises(ValueError, match="built for"):
         model.decode(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="method is one of ode, euler_maruyama, splitting, found 'sde'"):
+        model.sample(1, method="sde")
     with pytest.raises(ValueError, match="unconditional model"):
         model.sample(1, condition=torch.tensor([1]))
     with pytest.raises(ValueError, match="empty, or 0 everywhere"):
