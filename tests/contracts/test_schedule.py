@@ -243,6 +243,7 @@ def test_stratified_draws_fall_one_into_each_part(law, n, seed):
     low, high = law.cdf(torch.tensor([s.t_min, s.t_max]).double(), s)
     u = (law.cdf(t, s) - low) / (high - low)
     assert torch.equal((u * n).floor().clamp(max=n - 1).long(), torch.arange(n))
+    torch.testing.assert_close(u.diff(), torch.full_like(u[1:], 1 / n), rtol=0, atol=1e-7)  # one u for all
 
 
 def test_item_draws_depend_on_their_seed_alone():
