@@ -83,8 +83,9 @@ class SGD(Optimizer):
         self.lr, self.momentum, self.nesterov, self.weight_decay = lr, momentum, nesterov, weight_decay
 
     def over(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        parameters, more = list(parameters), {"weight_decay": self.weight_decay, "nesterov": self.nesterov}
-        return torch.optim.SGD(parameters, self.lr, self.momentum, **more, **kernel(parameters))
+        more = {"weight_decay": self.weight_decay, "nesterov": self.nesterov}
+        # not fused: torch's kernel fails where a parameter has its first gradient later than others
+        return torch.optim.SGD(list(parameters), self.lr, self.momentum, **more, foreach=True)
 
 
 @kind
