@@ -163,6 +163,11 @@ def reached(found: Curve) -> float | None:
     return None
 
 
+NOTE = (
+    f"Bounds are means over {ITEMS} items and {DRAWS} draws, the same for all seeds of training: by chance they are "
+    f"off by their scatter over the root of {ITEMS * DRAWS}, also below the truth. Both hold up to the error of paths of "
+    "`simulation_steps` steps, which those by local kernels feel more, the more the longer the clock is.\n"
+)
 COLUMNS = {
     "above": "nats above the truth ↓",
     "path": "bound by paths ↓",
@@ -194,7 +199,7 @@ def table(found: dict[tuple[str, str], list[Row]]) -> str:
         if not cells[-1]:
             cells[-1] = "never"
         lines.append(f"| {prior} | {LABELS[how]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join((*lines, "", NOTE))
 
 
 def picture(found: dict[tuple[str, str], list[Row]], path: Path) -> None:

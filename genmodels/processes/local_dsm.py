@@ -279,10 +279,8 @@ class LocalDSM(ScoreModel):
         Discrete data are placed in the middle of their cells. Gradients flow through the solver's steps.
         """
         self.check_items(x, "encode")
-        y, condition = (
-            self._to_model_space(x, None)[0],
-            self.conditions.checked(condition, len(x), "encode", guidance=guidance),
-        )
+        y = self._to_model_space(x, None)[0]
+        condition = self.conditions.checked(condition, len(x), "encode", guidance=guidance)
         field, times = RowField(self._field(self._guided(guidance)), condition), self._grid(num_steps, controller)
         return integrate(field, y, times, solver=solver, controller=controller).x
 
@@ -334,6 +332,7 @@ class LocalDSM(ScoreModel):
             seeds: [B] for dequantisation noise, probes and paths; 0 … B-1 if not given.
             method: local needs first derivatives of the force alone, path an elementwise force, implicit the
                 divergence of the network.
+                Both bounds are off by the error of `simulation_steps` long steps, local more than path.
             divergence, probes: of the methods ode and implicit.
             draws: how many values of all that is random are averaged over; of a bound, two or more give a standard
                 error.

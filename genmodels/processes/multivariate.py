@@ -219,10 +219,8 @@ class MultivariateDiffusion(ScoreModel):
         self.check_items(x, "encode")
         y = self._to_model_space(x, None)[0][:, None]
         u = torch.cat((y, y.new_zeros(len(y), self.diffusion.size - 1, *self.model_shape)), 1)
-        given, joint = (
-            self.conditions.checked(condition, len(x), "encode", guidance=guidance),
-            self._guided(guidance, interval),
-        )
+        given = self.conditions.checked(condition, len(x), "encode", guidance=guidance)
+        joint = self._guided(guidance, interval)
         return self._solve(joint, u, given, False, num_steps, solver, controller)
 
     def decode(
@@ -238,10 +236,8 @@ class MultivariateDiffusion(ScoreModel):
     ) -> Tensor:
         """[B, *shape] item in data units that the ODE makes of a latent: decode(encode(x)) = x to its tolerance."""
         self.check_items(z, "decode", self.joint_shape)
-        given, joint = (
-            self.conditions.checked(condition, len(z), "decode", guidance=guidance),
-            self._guided(guidance, interval),
-        )
+        given = self.conditions.checked(condition, len(z), "decode", guidance=guidance)
+        joint = self._guided(guidance, interval)
         u = self._solve(joint, z.to(self.dtype), given, True, num_steps, solver, controller)
         return self.transform.inverse(u[:, 0])
 

@@ -44,7 +44,8 @@ def test_the_table_and_the_picture_are_made_of_runs(tmp_path, monkeypatch):
     found = study.rows(tmp_path)
     ((where, (row,)),) = found.items()
     assert where == ("gaussian", "path") and len(row["curve"].above) == 2 and row["above"] > 0 and row["score"] > 0.01
-    head, _, line = study.table(found).splitlines()
+    head, _, line, empty, note = study.table(found).splitlines()
+    assert (empty, note + "\n") == ("", study.NOTE)
     assert head.count("|") == line.count("|") == 3 + len(study.COLUMNS)
     assert line.startswith(f"| gaussian | paths | {row['above']:.3g}")
     study.picture(found, tmp_path / "priors.png")
