@@ -165,8 +165,8 @@ def reached(found: Curve) -> float | None:
 
 NOTE = (
     f"Bounds are means over {ITEMS} items and {DRAWS} draws, the same for all seeds of training: by chance they are "
-    f"off by their scatter over the root of {ITEMS * DRAWS}, also below the truth. Both hold up to the error of paths of "
-    "`simulation_steps` steps, which those by local kernels feel more, the more the longer the clock is.\n"
+    f"off by their scatter over the root of {ITEMS * DRAWS}, also below the truth. Both hold up to the error of paths "
+    "of `simulation_steps` steps, which those by local kernels feel more, the more the longer the clock is.\n"
 )
 COLUMNS = {
     "above": "nats above the truth ↓",
