@@ -138,6 +138,8 @@ def validate(f: Callable, node: Any, where: str) -> dict:
             raise ConfigError(f"{path}: must be given; {f.__qualname__} has no default for '{name}'.")
         if kind_of(hint) and isinstance(value, dict) and isinstance(default, dict) and "name" not in value:
             value = {**default, **value}  # `optimizer: {lr: 1e-4}` speaks of the default optimiser
+        if section(hint) and isinstance(value, dict) and isinstance(default, dict):
+            value = {**default, **value}
         out[name] = _argument(hint, value, path)
     return out
 

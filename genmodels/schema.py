@@ -128,7 +128,7 @@ def parameters(f: Callable) -> Iterator[tuple[inspect.Parameter, Any]]:
 def check(cls: type) -> None:
     """Raises TypeError if an argument of a constructor is neither configuration nor supplied by the run."""
     for p, hint in parameters(cls):
-        usable = is_config(hint) and p.name != "name" and p.kind is not p.POSITIONAL_ONLY
+        usable = (is_config(hint) or section(hint)) and p.name != "name" and p.kind is not p.POSITIONAL_ONLY
         if not usable and (p.kind is not p.KEYWORD_ONLY or p.name == "name"):
             raise TypeError(
                 f"{cls.__qualname__}.{p.name}: {hint!r} is no configuration type (int, float, bool, str, None, "
@@ -161,7 +161,12 @@ def _as_node(hint: Any, default: Any) -> Any:
     """A default as plain data: a component, or the class of one that the parent builds, becomes `{name: …}`."""
     base = kind_of(hint)
     if section(hint):
-        return {}
+        # what a section leaves out has its own defaults
+        return (
+            None
+            if default is None
+            else {f.name: v for f in fields(default) if (v := getattr(default, f.name)) != f.default}
+        )
     if base is None or default is None:
         return default
     if isinstance(default, (tuple, list)):

@@ -1,0 +1,1 @@
+"""Inversion and editing with rectified flows: methods, sharing of attention, models and pipelines as editors."""
