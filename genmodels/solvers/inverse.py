@@ -12,16 +12,17 @@ from .fields import VectorField
 from .norms import rms
 from .runge_kutta import Euler
 
+SHRINKS = 0.9  # an iteration's factor on updates above which it is not taken to converge
+
 
 @register(Solver, "inverse")
 class Inverse(Solver):
     """The step from t to s that a solver Φ takes back exactly: x⁺ with Φ(s → t, x⁺) = x; the order is that of Φ.
 
     By the iteration y ← y + x - Φ(s → t, y) from y = Φ(t → s, x). It shrinks errors by a factor of about |h λ|, λ the
-    largest eigenvalue of ∂f/∂x: on long steps through a steep field it diverges. Rows of which this is seen (the last
-    update is larger than the first, and than rounding), or that miss the tolerance, are not finite afterwards.
-    Integrated up by `inverse` of Φ and down by Φ on the same grid, a state returns to rounding. Inverse of Euler's
-    method is implicit Euler's.
+    largest eigenvalue of ∂f/∂x: on long steps through a steep field it diverges. Rows whose updates shrink by less
+    than a tenth an iteration, or that miss the tolerance, are not finite afterwards. Integrated up by `inverse` of Φ
+    and down by Φ on the same grid, a state returns to rounding. The inverse of Euler's method is implicit Euler's.
 
     Gradients are those of the iterations made.
 
@@ -55,18 +56,19 @@ class Inverse(Solver):
         y = self.solver.step(field, t, s, x, (), noise).x
         scale = rms(x.detach())
         goal = torch.full_like(scale, -1.0) if self.tolerance is None else self.tolerance * scale
-        running, sizes = torch.ones_like(scale, dtype=torch.bool), []
-        for _ in range(self.iterations):
+        running, first, size = torch.ones_like(scale, dtype=torch.bool), torch.zeros_like(scale), scale
+        for number in range(self.iterations):
             update = x - self.solver.step(field, s, t, y, (), noise).x
             # rows that are done stand still, so that they do not depend on others
             y = torch.where(expand_like(running, y), y + update, y)
-            sizes.append(rms(update.detach()))
-            running = running & ~(sizes[-1] <= goal)
+            size = rms(update.detach())
+            first, running = size if number == 0 else first, running & ~(size <= goal)
             if self.tolerance is not None and not bool(running.any()):
                 break
-        rounding = 16 * torch.finfo(x.dtype).eps * (scale + rms(y.detach()))
-        grew = ~(sizes[-1] <= torch.maximum(sizes[0], rounding))
-        failed = running & (grew if self.tolerance is None else ~(sizes[-1] <= goal))
+        if self.tolerance is None:
+            rounding = 16 * torch.finfo(x.dtype).eps * (scale + rms(y.detach()))
+            goal = torch.maximum(SHRINKS ** (self.iterations - 1) * first, rounding)
+        failed = running & ~(size <= goal)  # what is undefined failed, too
         return Step(torch.where(expand_like(failed, y), torch.nan, y), None, ())
 
 
