@@ -245,6 +245,17 @@ def test_inverses_that_diverge_say_so():
     assert integrate(stuck, x, grid(1).flip(0), solver=Inverse(), on_failure="return").status.tolist() == [3, 3]
 
 
+def test_inverses_bear_the_rounding_of_a_field():
+    """Updates end at the rounding of a bf16 field, h 2⁻⁸ |v|, or at the state's own below a tolerance out of reach."""
+    coarse = lambda t, x: ring(t, x).bfloat16().double()  # noqa: E731
+    z = integrate(coarse, images(), grid(25).flip(0), solver=Inverse(RFSolver())).x
+    assert error(integrate(coarse, z, grid(25), solver=RFSolver()).x, images()) < 25 * 0.04 * 2**-8
+    field = lambda t, x: ring(t, x.double()).float()  # noqa: E731
+    x = images().float()
+    z = integrate(field, x, grid(25).flip(0), solver=Inverse(RFSolver(), tolerance=1e-12)).x
+    assert error(integrate(field, z, grid(25), solver=RFSolver()).x, x) < 25 * 16 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
