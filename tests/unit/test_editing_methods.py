@@ -230,18 +230,18 @@ def test_without_control_rf_inversion_is_eulers_method_both_ways():
 def test_the_stochastic_way_down_has_the_marginals_of_the_flow():
     """From the goal of γ = 1, without η: mean and variance are the data's, and the start is forgotten.
 
-    Of 20 000 draws the variance scatters by 1 %, and 200 steps are off by about as much; with half the noise it would
+    Of 10 000 draws the variance scatters by 1.4 %, and 100 steps are off by about as much; with half the noise it would
     be half as large. The ODE, of the same law, keeps the order of its starts.
     """
     law = Prompt(GaussianMixture(((1.5,),), ((0.25,),), shape=(1,)))
-    x, found = torch.zeros(20_000, 1).double(), {}
+    x, found = torch.zeros(10_000, 1).double(), {}
     for stochastic in (False, True):
         noise = BatchNoise(len(x), generator=torch.Generator().manual_seed(0))
-        found[stochastic] = made(RFInversion(200, 1.0, 0.0, 0, stochastic), x, law, law, noise=noise)
+        found[stochastic] = made(RFInversion(100, 1.0, 0.0, 0, stochastic), x, law, law, noise=noise)
         assert found[stochastic].x.mean() == pytest.approx(1.5, abs=0.02)
-        assert found[stochastic].x.var() == pytest.approx(0.25, rel=0.05)
+        assert found[stochastic].x.var() == pytest.approx(0.25, rel=0.06)
     follow = [float(torch.corrcoef(torch.cat((o.x, o.noise), 1).T)[0, 1]) for o in (found[False], found[True])]
-    assert follow[0] > 1 - 1e-9 and abs(follow[1]) < 0.03
+    assert follow[0] > 1 - 1e-9 and abs(follow[1]) < 0.04
 
 
 # ---- pictures, tokens, seeds ----
