@@ -230,7 +230,7 @@ def _grid(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Pat
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    low, high = _range(dataset)
+    low, high = value_range(dataset)
     pixels = ((x.float() - low) / (high - low) * 255).nan_to_num(0).round().clamp(0, 255).to(torch.uint8)
     channels, height, width = dataset.shape
     columns = min(COLUMNS, len(x))
@@ -247,7 +247,7 @@ def _grid(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Pat
     return path
 
 
-def _range(dataset: Dataset) -> tuple[float, float]:
+def value_range(dataset: Dataset) -> tuple[float, float]:
     """The values that are drawn black and white."""
     if dataset.levels:
         return 0.0, (dataset.bin_width or 1.0) * (dataset.levels - 1)
