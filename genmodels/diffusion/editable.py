@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..editing.by_inversion import Vanilla
+from ..editing.by_inversion import RFEdit
 from ..editing.edit import Inversion
 from ..editing.editor import Prompt
 from ..editing.method import EditMethod
@@ -26,7 +26,7 @@ class Editable:
         source: Condition | None,
         target: Condition | None,
         seeds: Seeds | None = None,
-        method: EditMethod = Vanilla(),
+        method: EditMethod = RFEdit(),
         grid: TimeGrid = Even(),
         guidance: float = 1.0,
         source_guidance: float = 1.0,
@@ -68,7 +68,7 @@ class Editable:
         *,
         source: Condition | None,
         seeds: Seeds | None = None,
-        method: EditMethod = Vanilla(),
+        method: EditMethod = RFEdit(),
         grid: TimeGrid = Even(),
         source_guidance: float = 1.0,
         interval: tuple[float, float] | None = None,

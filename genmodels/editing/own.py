@@ -53,7 +53,7 @@ class ModelEditor(Editor):
 
     def decode(self, x: Tensor) -> Tensor:
         """[B, *shape] in data units, not rounded to levels."""
-        return self.model.transform.inverse(x)
+        return self.model.transform.continuous(x)
 
     def attention(self) -> Sequence[Attention]:
         return tuple(getattr(self.model.network, "attention", tuple)())
