@@ -1,6 +1,6 @@
 """Diffusion transformer of videos: attention within frames and along time in turn, and a network on every token."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from ..registry import ConfigError, register
 from ..types import Condition, Shape
+from .attention import Attention, fused
 from .dit import Modulation, attended, normalized, positions
 from .mlp import Embeddings
 from .network import Network
-
-if TYPE_CHECKING:
-    from ..editing.editor import Attention
 
 Axis = Literal["space", "time"]
 # tokens come as [B, (t n), width]; those in the second place attend to each other
@@ -135,20 +133,12 @@ class VideoDiT(Network):
         sizes = {"t": self.frames, "i": self.rows, "p": self.patch, "q": self.patch}
         return rearrange(out, "b (t i j) (c p q) -> b c t (i p) (j q)", **sizes)
 
-    def attention(self) -> "list[Attention]":
-        """Its self-attention layers, two a block: "blocks.3.space" and "blocks.3.time"."""
-        from ..editing.editor import Attention, Tap
-
+    def attention(self) -> list[Attention]:
         return [
-            Attention(
-                f"blocks.{number}.{axis}", axis, {name: Tap(getattr(block, axis).qkv, (i, 3)) for i, name in _PARTS}
-            )
+            Attention(f"blocks.{number}.{axis}", axis, fused(getattr(block, axis).qkv))
             for number, block in enumerate(self.blocks)
             for axis in ALONG
         ]
-
-
-_PARTS = tuple(enumerate("qkv"))
 
 
 def places_of(frames: int, rows: int, columns: int, width: int) -> Tensor:
