@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..data.dataset import Dataset
 from ..data.decoding import Picture, converted, loaded, opened
+from ..pictures import shades
 from ..registry import ConfigError
-from ..sampling import value_range
 from ..types import Shape
 
 SIDE = 112  # pixels of a picture in a strip, at least
@@ -56,8 +56,8 @@ class Scale(NamedTuple):
 
 
 def scale_of(dataset: Dataset) -> Scale:
-    """Black and white as `sampling` draws them."""
-    return Scale(*value_range(dataset), dataset.levels)
+    """Black and white as samples are drawn."""
+    return Scale(*shades(dataset), dataset.levels)
 
 
 def are_pictures(shape: Shape) -> bool:
