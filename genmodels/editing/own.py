@@ -56,7 +56,7 @@ class ModelEditor(Editor):
         return self.model.transform.continuous(x)
 
     def attention(self) -> Sequence[Attention]:
-        return tuple(getattr(self.model.network, "attention", tuple)())
+        return self.model.network.attention()
 
     def _denoiser(self, prompt: Prompt) -> tuple[Denoiser, Remembered]:
         """The denoiser under the guidance of a prompt, and what is kept of the times at which it was asked."""
