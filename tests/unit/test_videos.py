@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from genmodels.data.moving_digits import MovingDigits
+from genmodels.metrics.features import FeatureExtractor
 from genmodels.pictures import from_bytes, to_bytes
+from genmodels.registry import build, resolve
 from genmodels.rng import generator
 from genmodels.sampling import default_seeds, request, write_picture
 from genmodels.videos import duration, read_video, write_frames, write_gif
@@ -151,3 +153,14 @@ def test_four_axes_without_a_rate_are_arrays(data, tmp_path):
     assert write_picture(tmp_path / "x", torch.zeros(2, *data.shape), volume, {}).suffix == ".npz"
     volume.frame_rate, volume.shape = 8.0, (2, 4, 8, 8)  # nor are two channels a picture
     assert write_picture(tmp_path / "y", torch.zeros(2, 2, 4, 8, 8), volume, {}).suffix == ".npz"
+
+
+def test_features_of_images_refuse_videos(data):
+    for node, message in (
+        ({"name": "digits"}, r"items have shape \[1, 8, 16, 16\].*8x8 images"),
+        ({"name": "dinov2", "path": "weights"}, r"items have shape \[1, 8, 16, 16\]; images"),
+    ):
+        extractor = build(FeatureExtractor, resolve(FeatureExtractor, node, "features"))
+        with pytest.raises(ValueError, match=f"features '{node['name']}'.*{message}"):
+            extractor.start(data, torch.device("cpu"))
+            extractor(data.take("test", torch.tensor([0])).x)
