@@ -98,6 +98,13 @@ def test_what_is_no_such_video_is_refused(data, colours, tmp_path):
     Image.new("L", (16, 15)).save(ragged / "005.png")
     red = write_frames(tmp_path / "red", x[0], data)
     Image.new("RGB", (16, 16), (255, 0, 0)).save(red / "002.png")
+    fine = write_frames(tmp_path / "fine", x[0], data)
+    for frame in fine.iterdir():
+        Image.open(frame).resize((32, 32), Image.Resampling.NEAREST).save(frame)
+    assert torch.equal(read_video(fine, data), x)
+    speck = Image.open(fine / "004.png")
+    speck.putpixel((31, 0), 77)
+    speck.save(fine / "004.png")
     clear = write_frames(tmp_path / "clear", x[0], data)
     Image.new("RGBA", (16, 16), (9, 9, 9, 100)).save(clear / "002.png")
     deep = write_frames(tmp_path / "deep", x[0], data)
@@ -108,6 +115,7 @@ def test_what_is_no_such_video_is_refused(data, colours, tmp_path):
         (tmp_path / "text.gif", "no picture that can be read"),
         (tmp_path / "empty", "there are no pictures in this folder"),
         (ragged, "frame 5 has 15x16 pixels, 16x16 are needed"),
+        (fine, "frame 4 has 32x32 pixels.*in squares of one colour"),
         (red, "the frames have colours, and the data are grey"),
         (clear, "parts of the picture are transparent"),
         (deep, "8 bits a channel are needed, found Pillow's mode I;16"),
