@@ -125,11 +125,22 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
                 "RFSolverScheduler: stochastic_sampling draws noise in every step, which no solver of an ordinary "
                 "differential equation does. Set it to False, or keep the model's own scheduler."
             )
-        super().__init__(
-            num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len,
-            max_image_seq_len, invert_sigmas, shift_terminal, use_karras_sigmas, use_exponential_sigmas,
-            use_beta_sigmas, time_shift_type, stochastic_sampling,
-        )  # fmt: skip
+        super().__init__(  # by name: diffusers takes those given by position for defaults, and forgets them
+            num_train_timesteps=num_train_timesteps,
+            shift=shift,
+            use_dynamic_shifting=use_dynamic_shifting,
+            base_shift=base_shift,
+            max_shift=max_shift,
+            base_image_seq_len=base_image_seq_len,
+            max_image_seq_len=max_image_seq_len,
+            invert_sigmas=invert_sigmas,
+            shift_terminal=shift_terminal,
+            use_karras_sigmas=use_karras_sigmas,
+            use_exponential_sigmas=use_exponential_sigmas,
+            use_beta_sigmas=use_beta_sigmas,
+            time_shift_type=time_shift_type,
+            stochastic_sampling=stochastic_sampling,
+        )
         self._rule = rule(solver, probe)
         self._knots: list[float] = []
         self._entries: list[Entry] = []
