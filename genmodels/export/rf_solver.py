@@ -87,7 +87,8 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
         order: entries of a step as pipelines count them: 1 where they give sigmas, for they then count the entries.
     Raises:
         ConfigError: if solver or probe are none, if the probe has no effect, or steps are to draw noise.
-    Source: Wang et al. 2024 (RF-Solver), section 3.2; Deng et al. 2024 (FireFlow), section 4.
+    Source: Wang et al. 2025 (Taming rectified flow for inversion and editing), algorithm 1; Deng et al. 2024
+        (FireFlow), algorithm 1.
     """
 
     _compatibles: ClassVar[list[str]] = ["FlowMatchEulerDiscreteScheduler"]
