@@ -341,7 +341,7 @@ def picture(editor: ToyEditor, found: dict[str, list[float]], rows: dict[str, Ro
     shown = {"source": x, "reconstruction": carried(editor, EDITS[SHOWN[0]], x, 0)[0]}
     shown |= {name: carried(editor, EDITS[name], x, 1)[0] for name in SHOWN}
     for axis, (name, y) in zip(bottom.subplots(len(shown), 1), shown.items(), strict=True):
-        axis.imshow(rearrange(y[:12, 0], "b h w -> h (b w)"), vmin=-1.2, vmax=3.2, cmap="magma")
+        axis.imshow(rearrange(y[:12, 0], "b h w -> h (b w)").numpy(), vmin=-1.2, vmax=3.2, cmap="magma")
         axis.set(xticks=(), yticks=())
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.savefig(path, dpi=130)
