@@ -17,6 +17,7 @@ class Log:
 
     Attributes:
         places: (interval, evaluation) -> time, of the evaluations whose features were taken or given.
+        missed: the place at noise, if nothing was found for it.
         sizes: bytes of a feature, by layer and tensor.
         doubled: whether calls were guided, where that is known.
         highest: the last interval from noise that was seen; -1 for none.
@@ -27,11 +28,13 @@ class Log:
         times = getattr(walk, "times", None)
         self.times = times.detach().to("cpu", torch.float64) if isinstance(times, Tensor) else None
         self.places: dict[tuple[int, int], float] = {}
+        self.missed: Place | None = None
         self.sizes: dict[tuple[str, str], int] = {}
         self.doubled: dict[tuple[str, int, int], bool | None] = {}
         self._ran: set[tuple[str, str]] = set()
         self._calls: set[tuple[str, str]] = set()  # in the present evaluation
         self._place: Place | None = None
+        self._number: int | None = None  # of the present evaluation: tries of one step are at one place
         self._intervals: dict[int, set[int]] = {}  # their evaluations, in the order of the walk
         self._turn = -1
         if self.times is not None and len(self.times) != num_steps + 1:
@@ -71,8 +74,9 @@ class Log:
                 f"sharing: a walk came to step {place.interval} from noise, of a store for {self.num_steps} steps "
                 "(counted from 0). Take equal steps both ways."
             )
-        if place != self._place:
-            self._place, self._calls = place, set()
+        number = getattr(self.walk, "calls", None)
+        if (place, number) != (self._place, self._number):
+            self._place, self._number, self._calls = place, number, set()
             self._intervals.setdefault(place.interval, set()).add(place.evaluation)
             self.highest = max(self.highest, place.interval)
         again = (layer.name, tensor) in self._calls

@@ -52,8 +52,8 @@ class Sharing:
         folder: in which a temporary one is made for the files; null for the system's.
     Raises:
         ConfigError: if a number is out of its range, or an option has no effect.
-    Source: Wang et al. 2025 (Taming rectified flow for inversion and editing), section 3.3; Deng et al. 2024
-        (FireFlow), for queries, keys and added features.
+    Source: Wang et al. 2025 (Taming rectified flow for inversion and editing), section 3 (RF-Edit); Deng et al. 2024
+        (FireFlow), whose code has queries, keys and added features.
     """
 
     steps: int = 2
@@ -142,7 +142,8 @@ class FeatureStore:
     A walk is whatever has an attribute `place` that says where the present evaluation is: a `Walk`, or the scheduler of
     a pipeline. What was recorded can be replayed any number of times until the store is left; another recording takes
     its place. Where a module is called more than once in an evaluation (a pipeline that asks for the free and the
-    prompted answer one after the other), the features of its first call are stored, and serve all.
+    prompted answer one after the other), the features of its first call are stored, and serve all. Where a step is
+    tried again and again, those of the last try are.
 
     Args:
         layers: of the editor.
@@ -223,6 +224,8 @@ class FeatureStore:
         with self._hooked(lambda *call: self._replay(log, *call)):
             yield
         log.check_ran(self._tapped)
+        if not log.places and log.missed is not None:
+            raise self._missing(log.missed)
         if not log.places:
             raise ValueError(
                 f"sharing: none of the recorded features was replayed: no evaluation lay in {self._window()}."
@@ -291,6 +294,7 @@ class FeatureStore:
             return None
         slot = self._source(place)
         if slot is None:
+            log.missed = place
             return None
         if (layer.name, tensor, *slot) not in self._shelf:
             raise ValueError(
@@ -331,8 +335,11 @@ class FeatureStore:
             return slot
         if (place.interval, place.evaluation) == (0, 0):
             return None
-        known = ", ".join(f"step {i} evaluation {e} at t = {t:.6g}" for (i, e), t in sorted(recorded.items()))
-        raise ValueError(
+        raise self._missing(place)
+
+    def _missing(self, place: Place) -> ValueError:
+        known = ", ".join(f"step {i} evaluation {e} at t = {t:.6g}" for (i, e), t in sorted(self._log.places.items()))
+        return ValueError(
             f"sharing: evaluation {place.evaluation} of step {place.interval} from noise, at t = {place.time:.6g}, has "
             f"nothing to take over by pairing: {self.sharing.pairing}. Recorded: {known}. Use the same solver and "
             "times both ways, or another pairing."
