@@ -378,6 +378,7 @@ def test_items_do_not_depend_on_their_batch_and_callbacks_are_heard(kind):
     scheduler = kind.from_config(pipeline.scheduler.config, inversion=False, solver="rf")
     x = tiny_pipelines.latents(name, 0, batch=2)
     both = run(pipeline, name, scheduler, 3, x, {"prompt": ["A cat", "red dog"]})
+    assert scheduler.items == 2
     for row, text in enumerate(("A cat", "red dog")):
         alone = run(pipeline, name, scheduler, 3, x[row : row + 1], {"prompt": text})
         torch.testing.assert_close(both[row : row + 1], alone, rtol=0, atol=2e-5)
