@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .editor import Attention
-from .pipelines import PipelineEditor, cached, even, shift_of
+from .pipeline_editor import PipelineEditor, cached, even, shift_of
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -297,7 +297,7 @@ class LTX(Video):
         frames, height, width = x.shape[2:]
         sizes = pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size
         space = pipe.vae_spatial_compression_ratio
-        with cached(pipe.transformer, context if context == "cond_uncond" else "cond"):
+        with cached(pipe.transformer, "cond_uncond"):
             found = pipe.transformer(
                 hidden_states=pipe._pack_latents(x.to(text.dtype), *sizes),
                 encoder_hidden_states=text,
