@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..registry import ConfigError, register
 from ..types import Condition, Shape
+from .attention import Attention, fused
 from .mlp import Embeddings, pick
 from .network import Network, check_images
 
@@ -127,6 +128,9 @@ class DiT(Network):
             h = self.recompute(block, h, c, rows)
         out = self.leave(normalized(h, *self.modulation(c, rows)))
         return rearrange(out, "b (i j) (c p q) -> b c (i p) (j q)", i=self.rows, p=self.patch, q=self.patch)
+
+    def attention(self) -> list[Attention]:
+        return [Attention(f"blocks.{i}", "space", fused(block.qkv)) for i, block in enumerate(self.blocks)]
 
 
 def positions(rows: int, columns: int, width: int) -> Tensor:
