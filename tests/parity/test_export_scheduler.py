@@ -19,7 +19,8 @@ LAW = gaussian(torch.tensor([1.5]), torch.tensor([0.25]))
 SOLVERS = [
     n
     for n in names(Solver)
-    if not (m := member(Solver, n, "solver")).whole and not m.implicit and m.needs is not SDE and "cde" not in n
+    if not (m := member(Solver, n, "solver")).whole and not m.implicit and m.needs is not SDE
+    if "cde" not in n and n != "inverse"
 ]
 STARTS = torch.tensor([[-0.7], [0.4], [1.9]], dtype=torch.float64)
 
