@@ -12,7 +12,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .editor import Attention, Editor, Prompt, Tap
+from ..networks.attention import Attention, Tap, fused
+from .editor import Editor, Prompt
 from .pixels import check_frames, fitted, pictures, pixels
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class PipelineEditor(Editor):
     video: ClassVar[bool] = False
     joint: ClassVar[bool] = False  # both answers of guidance by one call on 2B rows [free; prompted]
     stacks: ClassVar[dict[str, tuple[str, ...]]]  # attribute of the transformer -> its self-attention layers
+    beside: ClassVar[tuple[str, ...]] = ()  # stacks whose layers are chosen by name only
     fuses: ClassVar[bool] = True  # whether its attention reads projections that were fused
 
     def __init__(
@@ -224,25 +226,35 @@ class PipelineEditor(Editor):
         return self._layers(self.pipe.transformer)
 
     def _layers(self, transformer: nn.Module, before: str = "") -> list[Attention]:
-        """Modules are looked up now: LoRA and fused projections put others in their places."""
+        """Modules are looked up now: LoRA and fused projections put others in their places.
+
+        Args:
+            before: what names begin with; layers that have such a beginning are chosen by name only.
+        """
         found = []
         for stack, names in self.stacks.items():
+            main = not before and stack not in self.beside
             for number, block in enumerate(getattr(transformer, stack)):
                 for name in names:
                     layer = getattr(block, name, None)
                     if layer is not None:
                         end = "" if name == names[0] else f".{name}"
-                        found.append(Attention(f"{before}{stack}.{number}{end}", "all", self._taps(layer)))
+                        found.append(Attention(f"{before}{stack}.{number}{end}", "all", self._taps(layer), main))
         return found
 
     def _taps(self, layer: nn.Module) -> dict[str, Tap]:
-        fused = self.fuses and getattr(layer, "fused_projections", False)
-        taps = {}
-        for part, name in enumerate("qkv"):
-            norm = getattr(layer, f"norm_{name}", None)
-            raw = Tap(layer.to_qkv, (part, 3)) if fused else Tap(getattr(layer, f"to_{name}"))
-            taps[name] = raw if norm is None else Tap(norm)
-        return taps
+        if self.fuses and getattr(layer, "fused_projections", False):
+            taps = fused(layer.to_qkv)
+        else:
+            taps = {name: Tap(getattr(layer, f"to_{name}")) for name in "qkv"}
+        norms = {name: getattr(layer, f"norm_{name}", None) for name in "qk"}
+        return taps | {name: Tap(norm) for name, norm in norms.items() if norm is not None}
+
+    def tokens(self, x: Tensor, words: int, layer: str) -> int:
+        """Tokens of an item that a layer attends over, with a text of so many."""
+        height, width = self._patch
+        places = x[0, 0].numel() // (height * width)
+        return places + (words if layer.startswith("single_transformer_blocks.") else 0)
 
     def _checked(self, x: Any) -> Tensor:
         channels = self._channels
@@ -332,10 +344,7 @@ def even(num_steps: int) -> numpy.ndarray:
 
 
 def shift_of(tokens: int, config: Any, highest: float = 1.15) -> float:
-    """μ of the shifted times for so many tokens: linear between two numbers of tokens.
-
-    Source: FLUX, `get_lin_function`; defaults are those of the pipelines of diffusers 0.42.
-    """
+    """μ of the shifted times for so many tokens: linear between two numbers of tokens, as stock pipelines have it."""
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     least, most = config.get("base_shift", 0.5), config.get("max_shift", highest)
     return least + (most - least) / (high - low) * (tokens - low)

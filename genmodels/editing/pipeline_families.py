@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .editor import Attention
+from ..networks.attention import Attention
 from .pipeline_editor import PipelineEditor, cached, even, shift_of
 
 
@@ -18,12 +18,16 @@ def _pair(size: Any) -> tuple[int, int]:
 class Flux(PipelineEditor):
     """FLUX.1: 2x2 patches, a shift of times by the number of tokens; guidance is told to all but schnell.
 
-    Source: diffusers 0.42, FluxPipeline.
+    In single-stream blocks texts and picture are one sequence, the text first; taps of double-stream blocks, which are
+    chosen by name only, are of the picture's tokens.
+
+    The stock pipeline is FluxPipeline of diffusers 0.42.
     """
 
     family = "flux"
     embeddings = ("prompt_embeds", "pooled_prompt_embeds")
     stacks: ClassVar = {"transformer_blocks": ("attn",), "single_transformer_blocks": ("attn",)}
+    beside = ("transformer_blocks",)
 
     @property
     def told_guidance(self) -> bool:
@@ -89,9 +93,9 @@ def _places(height: int, width: int, device: torch.device, dtype: torch.dtype) -
 class StableDiffusion3(PipelineEditor):
     """Stable Diffusion 3 and 3.5: guidance by one call on twice the items.
 
-    Its q and k are [B, heads, tokens, head width] after their norm.
+    Taps are of the picture's tokens; q and k are [B, heads, tokens, head width] after their norm.
 
-    Source: diffusers 0.42, StableDiffusion3Pipeline.
+    The stock pipeline is StableDiffusion3Pipeline of diffusers 0.42.
     """
 
     family = "sd3"
@@ -156,7 +160,9 @@ class Video(PipelineEditor):
 class Wan(Video):
     """Wan 2.1 and 2.2, text to video: guidance by two calls; 2.2 has a second transformer for low noise.
 
-    Source: diffusers 0.42, WanPipeline.
+    Of the second transformer, which no step next to noise asks, layers are chosen by name only.
+
+    The stock pipeline is WanPipeline of diffusers 0.42.
     """
 
     family = "wan"
@@ -214,12 +220,15 @@ class Wan(Video):
 class HunyuanVideo(Video):
     """HunyuanVideo, text to video: guidance is told.
 
-    Source: diffusers 0.42, HunyuanVideoPipeline.
+    In single-stream blocks video and text are one sequence, the video first; double-stream blocks are chosen by name.
+
+    The stock pipeline is HunyuanVideoPipeline of diffusers 0.42.
     """
 
     family = "hunyuan_video"
     embeddings = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
     stacks: ClassVar = {"transformer_blocks": ("attn",), "single_transformer_blocks": ("attn",)}
+    beside = ("transformer_blocks",)
     fuses = False
 
     @property
@@ -262,7 +271,7 @@ class LTX(Video):
     Attributes:
         frame_rate: frames per second that the transformer is told.
 
-    Source: diffusers 0.42, LTXPipeline.
+    The stock pipeline is LTXPipeline of diffusers 0.42.
     """
 
     family = "ltx"
