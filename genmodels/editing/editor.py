@@ -123,6 +123,7 @@ class Walk:
         if not bool(torch.isfinite(x).all()):
             way = "from noise to items" if to_data else "from items to noise"
             raise ValueError(
-                f"editing: the way {way} ended in numbers that are not finite. Take more steps, or float32."
+                f"editing: the way {way} ended in numbers that are not finite. Take more steps (exact inversion finds "
+                "its fixed points on short ones alone), or float32."
             )
         return x

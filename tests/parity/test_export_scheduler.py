@@ -223,7 +223,7 @@ def test_configurations_are_json_and_come_back(scheduler, tmp_path):
 
 
 def test_refusals(scheduler):
-    for name in ("kvaerno3", "torchdiffeq", "euler_maruyama"):
+    for name in ("kvaerno3", "inverse", "torchdiffeq", "euler_maruyama"):
         with pytest.raises(ConfigError, match=f"solver '{name}'"):
             scheduler(solver=name)
     churned = scheduler("edm", "x", {"name": "edm_heun", "s_churn": 10.0})
