@@ -225,21 +225,17 @@ class PipelineEditor(Editor):
     def attention(self) -> list[Attention]:
         return self._layers(self.pipe.transformer)
 
-    def _layers(self, transformer: nn.Module, before: str = "") -> list[Attention]:
-        """Modules are looked up now: LoRA and fused projections put others in their places.
-
-        Args:
-            before: what names begin with; layers that have such a beginning are chosen by name only.
-        """
+    def _layers(self, transformer: nn.Module) -> list[Attention]:
+        """Modules are looked up now: LoRA and fused projections put others in their places."""
         found = []
         for stack, names in self.stacks.items():
-            main = not before and stack not in self.beside
+            main = stack not in self.beside
             for number, block in enumerate(getattr(transformer, stack)):
                 for name in names:
                     layer = getattr(block, name, None)
                     if layer is not None:
                         end = "" if name == names[0] else f".{name}"
-                        found.append(Attention(f"{before}{stack}.{number}{end}", "all", self._taps(layer), main))
+                        found.append(Attention(f"{stack}.{number}{end}", "all", self._taps(layer), main))
         return found
 
     def _taps(self, layer: nn.Module) -> dict[str, Tap]:

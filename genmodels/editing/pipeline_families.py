@@ -160,7 +160,7 @@ class Video(PipelineEditor):
 class Wan(Video):
     """Wan 2.1 and 2.2, text to video: guidance by two calls; 2.2 has a second transformer for low noise.
 
-    Of the second transformer, which no step next to noise asks, layers are chosen by name only.
+    Layers of both transformers have the same names: one of the two runs at a time.
 
     The stock pipeline is WanPipeline of diffusers 0.42.
     """
@@ -171,7 +171,7 @@ class Wan(Video):
 
     def attention(self) -> list[Attention]:
         second = self.pipe.transformer_2
-        return super().attention() + ([] if second is None else self._layers(second, "transformer_2."))
+        return super().attention() + ([] if second is None else self._layers(second))
 
     def _texts(self, texts: list[str]) -> dict[str, Tensor]:
         found, _ = self.pipe.encode_prompt(

@@ -9,7 +9,8 @@ from torch import Tensor
 from .editor import Prompt
 from .pipeline_editor import Output, PipelineEditor
 from .pipeline_families import FAMILIES
-from .sharing import Sharing, estimate, select
+from .selection import select
+from .sharing import Sharing, estimate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -139,7 +140,8 @@ def shared_bytes(editor: PipelineEditor, sharing: Sharing, x: Tensor, prompt: Pr
     rows = len(x) * (2 if guided else 1)
     size = (editor.pipe.transformer.dtype if editor.video else text.dtype).itemsize
     width = config.num_attention_heads * config.attention_head_dim
+    chosen = select(editor.attention(), sharing.blocks, sharing.over, sharing.tensors)
     return sum(
-        estimate(sharing, 1, editor.tokens(x, text.shape[1], layer.name), width, size, rows, evaluations)
-        for layer in select(sharing, editor.attention())
+        estimate(sharing, 1, editor.tokens(x, text.shape[1], name), width, size, rows, evaluations)
+        for name in dict.fromkeys(layer.name for layer in chosen)
     )

@@ -13,7 +13,8 @@ from genmodels.editing.by_inversion import RFEdit, Vanilla
 from genmodels.editing.edit import edit, invert
 from genmodels.editing.editor import Walk
 from genmodels.editing.pipelines import SETTINGS, defaults, load_pipeline, of_pipeline, shared_bytes
-from genmodels.editing.sharing import Sharing, select
+from genmodels.editing.selection import select
+from genmodels.editing.sharing import Sharing
 from genmodels.rng import SeedNoise
 from genmodels.solvers.rf_solver import RFSolver
 from genmodels.solvers.runge_kutta import Euler
@@ -56,6 +57,12 @@ def told(editor, name, text="a cat", **guidance):
     return editor.prepared(own, free, **guidance), call | twice
 
 
+def chosen(editor, **options):
+    sharing = Sharing(**options)
+    found = select(editor.attention(), sharing.blocks, sharing.over, sharing.tensors)
+    return [layer.name for layer in found]
+
+
 def apart(x, y):
     return ((x - y).norm() / y.norm()).item()
 
@@ -91,7 +98,9 @@ def test_prompts_of_items_are_their_own():
     editor = editor_of("sd3")
     x, t = state_of("sd3", tiny.latents("sd3", 0, 2)), torch.tensor(0.4, dtype=torch.float64)
     both = editor.velocity(t, x, editor.prompt(["a cat", "a dog"], guidance=2.0))
-    each = [editor.velocity(t, x[i : i + 1], editor.prompt(text, guidance=2.0)) for i, text in enumerate(("a cat", "a dog"))]
+    each = [
+        editor.velocity(t, x[i : i + 1], editor.prompt(text, guidance=2.0)) for i, text in enumerate(("a cat", "a dog"))
+    ]
     assert apart(both, torch.cat(each)) < 1e-5
     with pytest.raises(ValueError, match="of 2 texts, but there are 3 items"):
         editor.velocity(t, x[[0, 1, 1]], editor.prompt(["a cat", "a dog"]))
@@ -139,9 +148,11 @@ def test_two_transformers_and_times_of_tokens_as_wan_2_2_has_them():
     editor, z = editor_of("wan", pipe), tiny.latents("wan", 0, 2)
     prompt, call = told(editor, "wan", guidance=3.0)
     assert apart(Walk(editor, prompt, editor.times(4, z)).solve(Euler(), z, True), stock(pipe, z, call)) < 1e-5
-    names = [layer.name for layer in editor.attention()]
-    assert names[0] == "blocks.0" and names[3] == "transformer_2.blocks.0"
-    assert [layer.name for layer in select(Sharing(), editor.attention())] == ["blocks.1", "blocks.2"]
+    assert chosen(editor) == ["blocks.1", "blocks.2"] * 2 and chosen(editor, blocks=(0,)) == ["blocks.0"] * 2
+    sharing = Sharing(steps=4)  # beyond the boundary, too
+    other = editor.prompt("a dog", guidance=3.0)
+    made = edit(editor, z, prompt, other, method=RFEdit(4, sharing), noise=SeedNoise([0, 1]), reconstruct=False)
+    assert made.stored == shared_bytes(editor, sharing, z, prompt)
     pipe.register_to_config(boundary_ratio=None, expand_timesteps=True)
     assert apart(Walk(editor, prompt, editor.times(4, z)).solve(Euler(), z, True), stock(pipe, z, call)) < 1e-5
 
@@ -158,24 +169,28 @@ def test_pictures_are_decoded_as_the_stock_pipeline_does_and_encoding_undoes_its
     mode = editor.pipe.vae.encode(2 * found - 1).latent_dist.mode()
     torch.testing.assert_close(editor._raw(editor.encode(found)), mode, atol=1e-5, rtol=1e-5)
     shown = of_pipeline(editor.pipe).decode(editor.encode(found))
-    again = of_pipeline(editor.pipe).encode(shown)  # through PIL: to half a level of 255, and what the network makes of it
+    again = of_pipeline(editor.pipe).encode(
+        shown
+    )  # through PIL: to half a level of 255, and what the network makes of it
     assert apart(again, editor.encode(editor.decode(editor.encode(found)))) < 0.05
-    one = shown[0][1] if name == "wan" else shown[0]
-    pixel = editor.decode(editor.encode(found))[0, :, 1] if name == "wan" else editor.decode(editor.encode(found))[0]
-    torch.testing.assert_close(torch.tensor(numpy.array(one)) / 255, rearrange(pixel, "c h w -> h w c"), atol=0.51 / 255, rtol=0)
+    one = shown[0][0] if name == "wan" else shown[0]
+    pixel = editor.decode(editor.encode(found))[0, :, 0] if name == "wan" else editor.decode(editor.encode(found))[0]
+    torch.testing.assert_close(
+        torch.tensor(numpy.array(one)) / 255, rearrange(pixel, "c h w -> h w c"), atol=0.51 / 255, rtol=0
+    )
 
 
 def test_values_of_the_late_single_stream_blocks_are_chosen():
-    flux, sd3 = editor_of("flux").attention(), editor_of("sd3").attention()
-    assert [layer.name for layer in select(Sharing(), flux)] == [f"single_transformer_blocks.{i}" for i in (2, 3)]
-    assert [layer.name for layer in select(Sharing(blocks=("transformer_blocks.1",)), flux)] == ["transformer_blocks.1"]
-    assert len(select(Sharing(blocks="all"), flux)) == 4
+    flux = editor_of("flux")
+    assert chosen(flux) == [f"single_transformer_blocks.{i}" for i in (2, 3)]
+    assert chosen(flux, blocks=("transformer_blocks.1",)) == ["transformer_blocks.1"]
+    assert len(chosen(flux, blocks="all")) == 4 and chosen(flux, blocks=(0,)) == ["single_transformer_blocks.0"]
     block = tiny.shared("flux").transformer.single_transformer_blocks[3].attn
-    assert flux[-1].taps["v"].module is block.to_v and flux[-1].taps["q"].module is block.norm_q
-    assert [layer.name for layer in sd3] == [f"transformer_blocks.{i}" for i in range(3)]
-    hunyuan = select(Sharing(blocks="all"), editor_of("hunyuan_video").attention())
-    assert [layer.name for layer in hunyuan] == [f"single_transformer_blocks.{i}" for i in range(2)]
-    assert len(select(Sharing(), editor_of("ltx").attention())) == 1
+    taps = flux.attention()[-1].taps
+    assert taps["v"].module is block.to_v and taps["q"].module is block.norm_q and taps["k"].module is block.norm_k
+    assert chosen(editor_of("sd3"), blocks="all") == [f"transformer_blocks.{i}" for i in range(3)]
+    assert chosen(editor_of("hunyuan_video"), blocks="all") == [f"single_transformer_blocks.{i}" for i in range(2)]
+    assert chosen(editor_of("ltx")) == ["transformer_blocks.1"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
