@@ -59,6 +59,7 @@ class PipelineEditor(Editor):
     stacks: ClassVar[dict[str, tuple[str, ...]]]  # attribute of the transformer -> its self-attention layers
     beside: ClassVar[tuple[str, ...]] = ()  # stacks whose layers are chosen by name only
     fuses: ClassVar[bool] = True  # whether its attention reads projections that were fused
+    fused_norms: ClassVar[bool] = True  # whether it normalises queries and keys of such
 
     def __init__(
         self,
@@ -241,6 +242,8 @@ class PipelineEditor(Editor):
     def _taps(self, layer: nn.Module) -> dict[str, Tap]:
         if self.fuses and getattr(layer, "fused_projections", False):
             taps = fused(layer.to_qkv)
+            if not self.fused_norms:
+                return taps
         else:
             taps = {name: Tap(getattr(layer, f"to_{name}")) for name in "qkv"}
         norms = {name: getattr(layer, f"norm_{name}", None) for name in "qk"}

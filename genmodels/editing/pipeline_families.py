@@ -102,6 +102,7 @@ class StableDiffusion3(PipelineEditor):
     embeddings = ("prompt_embeds", "pooled_prompt_embeds")
     joint = True
     stacks: ClassVar = {"transformer_blocks": ("attn", "attn2")}
+    fused_norms = False  # diffusers 0.42 leaves them out, so that fusing changes what these models make
 
     @property
     def _patch(self) -> tuple[int, int]:
