@@ -21,7 +21,8 @@ class Attention(NamedTuple):
     """One self-attention layer of a network.
 
     Args:
-        name: how users name its block ("blocks.3", "single_transformer_blocks.20").
+        name: how users name its block ("blocks.3", "single_transformer_blocks.20"). Layers of networks that take turns
+            along the times have one name, if they stand for each other.
         over: the tokens that attend to each other: those of one picture or frame, of one place in all frames, or all.
         taps: of "q", "k" and "v" (queries and keys after their norm and before rotation, where there are such).
         main: whether it counts where layers are chosen by number, as a share or all; others are chosen by name only.

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from genmodels.networks.dit import Block, DiT, positions
 from genmodels.networks.embeddings import ConditionEmbedding
@@ -304,3 +305,34 @@ def test_conditions_of_another_kind_or_size_are_refused():
             vectors(wrong, 5, like)
     x = torch.randn(5, 6)
     assert torch.equal(vectors(x, 5, like), vectors(x.reshape(5, 2, 3), 5, like))  # any shape of as many numbers
+
+
+@every
+def test_attention_layers_are_told_in_the_order_in_which_they_run(name):
+    """Whoever chooses the last half of them, or replaces values, relies on it; all that attend are told."""
+    network, ran = make(name), []
+    told = network.attention()
+    for layer in told:
+        assert set(layer.taps) == {"q", "k", "v"}, layer.name
+
+        def hook(module, inputs, output, layer=layer):
+            parts = layer.taps["v"].part[1]
+            assert output.shape[0] == 5 * layer.rows and output.ndim == 3 and output.shape[-1] % parts == 0
+            ran.append(layer.name)
+
+        layer.taps["v"].module.register_forward_hook(hook)
+    with torch.no_grad(), Attended() as attended:
+        network(TIMES, randn(5, *image(name)), LABELS)
+    assert ran == [layer.name for layer in told] and len(set(ran)) == len(ran) == attended.count
+
+
+class Attended(TorchFunctionMode):
+    """Counts calls of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.nn.functional.scaled_dot_product_attention
+        return function(*args, **(kwargs or {}))
