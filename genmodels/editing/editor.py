@@ -35,7 +35,13 @@ class Editor(ABC):
 
     States are kept in float32 or better whatever the network computes in: in bf16 the rounding of states, not the
     solver, would decide how well an inversion returns.
+
+    Attributes:
+        channel_axis: of its states, the axis of features: 1 of [B, C, H, W], -1 of tokens [B, N, C]. Every other axis
+            but the first is one of positions.
     """
+
+    channel_axis: int = 1
 
     @abstractmethod
     def velocity(self, t: Tensor, x: Tensor, prompt: Prompt) -> Tensor:
