@@ -447,3 +447,20 @@ def test_settings_are_published_ones_or_said_to_be_ours():
     with pytest.warns(UserWarning, match="Inversion in 4 steps fails"):
         untold = of_pipeline(schnell)
     assert defaults(untold, "rf_edit").target_guidance == 1
+
+
+def test_the_way_through_a_scheduler_of_the_stock_pipeline_is_that_of_a_walk():
+    """RF-Solver both ways, guided: the pipeline counts evaluations, the walk steps."""
+    from genmodels.export.rf_solver import RFSolverScheduler
+
+    for name in FAMILIES:
+        pipe, z = copy.copy(tiny.shared(name)), tiny.latents(name, 0, 2)
+        editor, x = editor_of(name), state_of(name, z)
+        prompt, call = told(editor, name, guidance=2.0)
+        solver = RFEdit(3, None).down
+        for inversion in (False, True):
+            pipe.scheduler = RFSolverScheduler.from_config(tiny.shared(name).scheduler.config, inversion=inversion)
+            wanted = state_of(name, stock(pipe, z, call, 3))
+            times = of_pipeline(pipe, "latent").times(3, x)  # whichever scheduler the pipeline has
+            assert torch.equal(times, editor.times(3, x))
+            assert apart(Walk(editor, prompt, times).solve(solver, x, not inversion), wanted) < 1e-5
