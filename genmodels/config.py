@@ -118,10 +118,11 @@ class Sections:
     sample: dict[str, Any] = field(default_factory=dict)
     likelihood: dict[str, Any] = field(default_factory=dict)
     predict: dict[str, Any] = field(default_factory=dict)
+    edit: dict[str, Any] = field(default_factory=dict)
     eval: Eval = field(default_factory=Eval)
 
 
-Answer = Literal["sample", "likelihood", "predict"]
+Answer = Literal["sample", "likelihood", "predict", "edit"]
 ANSWERS: tuple[str, ...] = get_args(Answer)  # sections that hold the keyword arguments of the model's method so named
 
 # How a run is watched, kept and executed, not what it computes (but for rounding): free to change when it goes on.
@@ -132,6 +133,7 @@ FREE = frozenset(
         "gradient_checkpointing tensorboard"
     ).split()
 ) | {"eval.protocols"}
+OUTSIDE = frozenset(("name", "edit"))  # of which the numbers of a run know nothing; results of edits carry their own
 
 _ABSENT = object()
 
@@ -196,8 +198,8 @@ class Config:
 
     @cached_property
     def core(self) -> dict[str, Any]:
-        """What decides the numbers of a run: everything but its name and what is free to change."""
-        tree = {key: value for key, value in self.tree.items() if key != "name"}
+        """What decides the numbers of a run: everything but its name, how it edits, and what is free to change."""
+        tree = {key: value for key, value in self.tree.items() if key not in OUTSIDE}
         for section, _, key in (path.partition(".") for path in FREE):
             tree[section] = {k: v for k, v in tree[section].items() if k != key}
         return tree
@@ -231,9 +233,9 @@ def _method(tree: dict, section: Answer) -> Callable | None:
 
 
 def components_of(tree: dict) -> Iterator[tuple[type, type]]:
-    """(kind, class) of every component of a resolved configuration."""
+    """(kind, class) of every component that a configuration stands on, resolved; how it would edit is no part."""
     yield from registry.components(Sections, tree)
-    for section in ANSWERS:
+    for section in (section for section in ANSWERS if section not in OUTSIDE):
         if method := _method(tree, section):
             yield from registry.components(method, tree[section])
 

@@ -174,12 +174,21 @@ def _as_node(hint: Any, default: Any) -> Any:
     cls = default if isinstance(default, type) else type(default)
     if MEMBERS[base].get(vars(cls).get("registered_name")) is not cls:
         raise TypeError(f"a default of a {base.__name__} argument must be a registered component, found {default!r}")
-    if default is not cls and repr(vars(default)) != repr(vars(cls())):
+    if default is not cls and _told(default) != _told(cls()):
         raise TypeError(
             f"a default {cls.__name__} with arguments of its own would lose them in a configuration, which names it "
             "alone. Make the default None, or one that is built without arguments."
         )
     return {"name": cls.registered_name}
+
+
+def _told(value: Any) -> Any:
+    """What an object is made of, objects within it likewise, where `repr` would only say where they lie in memory."""
+    if isinstance(value, (tuple, list)):
+        return [_told(item) for item in value]
+    if type(value).__repr__ is not object.__repr__:
+        return repr(value)
+    return type(value).__qualname__, {name: _told(part) for name, part in vars(value).items()}
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:

@@ -163,7 +163,7 @@ Seeds = int | Iterable[int] | Tensor
 
 
 # Capabilities, discovered by isinstance. `**options` stands for the explicit keyword-only arguments of an
-# implementation: its signature is what the `sample:`, `likelihood:` and `predict:` sections are checked against.
+# implementation: its signature is what the `sample:`, `likelihood:`, `predict:`, `edit:` sections are checked against.
 @runtime_checkable
 class SupportsSample(Protocol):
     def sample(self, seeds: Seeds, *, condition: Condition | None = None, **options: Any) -> Tensor:
@@ -228,9 +228,38 @@ class SupportsDenoise(Protocol):
         """[B, *] what its network predicts at states x in model space."""
 
 
+class Edited(NamedTuple):
+    """What a model made of items that were to be edited.
+
+    Args:
+        x: [B, *shape] the edit in data units, continuous: not rounded to the levels of discrete data.
+        reconstruction: [B, *shape] what the same method makes of the items under their own condition; None if it was
+            not asked for.
+        noise: [B, *] where the items were taken at the noisy end, in model space; None for methods that do not invert.
+        nfe: evaluations of the velocity on the path of one item to its edit; a guided one counts once.
+        stored: bytes of shared features.
+    """
+
+    x: Tensor
+    reconstruction: Tensor | None
+    noise: Tensor | None
+    nfe: int
+    stored: int
+
+
 @runtime_checkable
-class Editor(SupportsEncode, SupportsVelocity, Protocol):
-    """What editing needs; our own models provide it, and so does a wrapped pipeline, which is no `Model`."""
+class SupportsEdit(Protocol):
+    def edit(
+        self,
+        x: Tensor,
+        *,
+        source: Condition | None,
+        target: Condition | None,
+        seeds: Seeds | None = None,
+        **options: Any,
+    ) -> Edited:
+        """Items x [B, *shape] of the condition `source` turned into such of `target`; what a method draws for item i
+        depends on seed i alone."""
 
 
 def expand_like(t: Tensor, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ..types import Batch, Condition, Loss, Seeds, Shape, expand_like
 from .checks import at_least_one, check_settings
 from .couplings import Coupling, Independent
 from .denoiser import Denoising, denoiser_of
+from .editable import Editable
 from .grids import Even, TimeGrid
 from .model_space import InModelSpace, root_mean_square
 from .parametrization import Target, target
@@ -36,7 +37,7 @@ from .weightings import Uniform, Weighting
 
 
 @register(Model, "diffusion")
-class DiffusionModel(Denoising, Scored, ScoreModel):
+class DiffusionModel(Denoising, Editable, Scored, ScoreModel):
     """A denoiser of x_t = α(t) T(x) + σ(t) ε, and the ODE between noise (t = 1) and data (t = 0) that it defines.
 
     loss = w(t) |p̂(t, x_t) - p|²/D with ε ~ N(0, I), t from the law of times, and p what the network predicts. The

@@ -12,15 +12,25 @@ from ..hashing import sha256
 
 VARIABLE = "GENMODELS_WEIGHTS"
 CACHE = Path("~/.cache/genmodels/weights")
+OTHERWISE = "Without weights use `features: digits` (8x8 digits) or `features: pixels`."
 
 
-def find(given: str | None, files: Mapping[str, str], where: str, mark: str) -> Path:
+def find(
+    given: str | None,
+    files: Mapping[str, str],
+    where: str,
+    mark: str,
+    argument: str = "weights",
+    otherwise: str = OTHERWISE,
+) -> Path:
     """The file that is given, else the first of some names in the folder $GENMODELS_WEIGHTS, else in the cache.
 
     Args:
         files: names that are looked for, and where each comes from.
         where: who asks, for messages.
         mark: what the published file is known by.
+        argument: that names a file.
+        otherwise: what can be done without it.
     Raises:
         ValueError: saying what is needed, where it was looked for, and what to set.
     """
@@ -34,8 +44,8 @@ def find(given: str | None, files: Mapping[str, str], where: str, mark: str) -> 
     names = "; ".join(f"{name} ({origin})" for name, origin in files.items())
     raise ValueError(
         f"{where}: {looked}. Needed is one of {names}; {mark}. Nothing is downloaded: put it into a folder and set the "
-        f"environment variable {VARIABLE} to that folder, or copy it to {CACHE}, or give `weights: <path>`. Without "
-        "weights use `features: digits` (8x8 digits) or `features: pixels`."
+        f"environment variable {VARIABLE} to that folder, or copy it to {CACHE}, or give `{argument}: <path>`. "
+        f"{otherwise}"
     )
 
 

@@ -12,16 +12,19 @@ from .fields import VectorField
 from .norms import rms
 from .runge_kutta import Euler
 
+SHRINKS = 0.9  # an iteration's factor on updates above which it is not taken to converge
+COARSE = 2.0**-6  # of a step's length: a field rounded to bf16 (2⁻⁸) cannot keep its updates much below that
+
 
 @register(Solver, "inverse")
 class Inverse(Solver):
     """The step from t to s that a solver Φ takes back exactly: x⁺ with Φ(s → t, x⁺) = x; the order is that of Φ.
 
     By the iteration y ← y + x - Φ(s → t, y) from y = Φ(t → s, x). It shrinks errors by a factor of about |h λ|, λ the
-    largest eigenvalue of ∂f/∂x: on long steps through a steep field it diverges. Rows of which this is seen (the last
-    update is larger than the first, and than rounding), or that miss the tolerance, are not finite afterwards.
-    Integrated up by `inverse` of Φ and down by Φ on the same grid, a state returns to rounding. Inverse of Euler's
-    method is implicit Euler's.
+    largest eigenvalue of ∂f/∂x: on long steps through a steep field it diverges. Rows whose updates shrink by less
+    than a tenth an iteration and stay above 1/64 of the step, or that miss the tolerance, are not finite afterwards.
+    Integrated up by `inverse` of Φ and down by Φ on the same grid, a state returns to rounding, the field's included.
+    The inverse of Euler's method is implicit Euler's.
 
     Gradients are those of the iterations made.
 
@@ -29,8 +32,8 @@ class Inverse(Solver):
         solver: Φ, explicit and without memory between steps.
         iterations: of every step, each of as many evaluations as a step of Φ, and as many before the first; at most so
             many if a tolerance is given.
-        tolerance: of the root mean square of an update, relative to that of x, at which a row is done; null to make
-            every iteration.
+        tolerance: of the root mean square of an update, relative to that of the state, at which a row is done; null to
+            make every iteration.
     Raises:
         ConfigError: if Φ is implicit, has memory, draws noise, or steps other fields; if the numbers are not positive.
     Source: Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, section II.8 (adjoint methods).
@@ -53,20 +56,24 @@ class Inverse(Solver):
 
     def step(self, field: VectorField, t: Tensor, s: Tensor, x: Tensor, state: State, noise: Any = None) -> Step:
         y = self.solver.step(field, t, s, x, (), noise).x
-        scale = rms(x.detach())
-        goal = torch.full_like(scale, -1.0) if self.tolerance is None else self.tolerance * scale
-        running, sizes = torch.ones_like(scale, dtype=torch.bool), []
-        for _ in range(self.iterations):
+        scale = torch.maximum(rms(x.detach()), rms(y.detach()))
+        rounding = 16 * torch.finfo(x.dtype).eps * scale
+        lenient = torch.maximum(rounding, COARSE * rms((y - x).detach()))
+        goal = (
+            torch.full_like(scale, -1.0) if self.tolerance is None else torch.maximum(rounding, self.tolerance * scale)
+        )
+        running, first, size = torch.ones_like(scale, dtype=torch.bool), torch.zeros_like(scale), scale
+        for number in range(self.iterations):
             update = x - self.solver.step(field, s, t, y, (), noise).x
             # rows that are done stand still, so that they do not depend on others
             y = torch.where(expand_like(running, y), y + update, y)
-            sizes.append(rms(update.detach()))
-            running = running & ~(sizes[-1] <= goal)
+            size = rms(update.detach())
+            first, running = size if number == 0 else first, running & ~(size <= goal)
             if self.tolerance is not None and not bool(running.any()):
                 break
-        rounding = 16 * torch.finfo(x.dtype).eps * (scale + rms(y.detach()))
-        grew = ~(sizes[-1] <= torch.maximum(sizes[0], rounding))
-        failed = running & (grew if self.tolerance is None else ~(sizes[-1] <= goal))
+        if self.tolerance is None:
+            goal = torch.maximum(SHRINKS ** (self.iterations - 1) * first, lenient)
+        failed = running & ~(size <= goal)  # what is undefined failed, too
         return Step(torch.where(expand_like(failed, y), torch.nan, y), None, ())
 
 

@@ -207,7 +207,7 @@ class LocalDSM(Model):
 
 
 class FluxEditor:
-    """Velocity, encode and decode over a stock transformer: an `Editor` is no `Model`, and needs none of it."""
+    """Velocity, encode and decode over a stock transformer: what has these capabilities need be no `Model`."""
 
     def __init__(self, transformer: nn.Module, solver: Solver, num_steps: int) -> None:
         self.transformer, self.solver = transformer, solver

@@ -13,7 +13,6 @@ from genmodels.training.loop import train
 from genmodels.training.run import Run
 from genmodels.types import (
     Batch,
-    Editor,
     SupportsEncode,
     SupportsLogProb,
     SupportsPredict,
@@ -135,6 +134,7 @@ def test_editor_over_a_stock_transformer_goes_there_and_back():
             z = editor.encode(x, condition=condition)
             return ((editor.decode(z, condition=condition) - x).norm() / (z - x).norm()).item()
 
-    assert isinstance(families.FluxEditor(transformer, RK4(), 1), Editor)
+    for capability in (SupportsEncode, SupportsVelocity):
+        assert isinstance(families.FluxEditor(transformer, RK4(), 1), capability)
     # its time embedding turns a thousand times per unit of time, so that no order shows at steps this long
     assert gap(32) < gap(8) < gap(2) < 1e-2

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genmodels import registry
-from genmodels.config import Config, diff, dotlist, load, overlay, read
+from genmodels.config import FREE, Config, components_of, diff, dotlist, load, overlay, read
+from genmodels.editing.method import EditMethod
 from genmodels.hashing import canonical, digest
 from genmodels.registry import ConfigError
 
@@ -245,6 +246,32 @@ def test_hash_does_not_depend_on_order_or_name(fake):
     two = Config({"name": "two", "seed": 3, "model": turned, "data": {"name": "fake_points"}})
     assert one.hash == two.hash and len(one.hash) == 12
     assert len({one.hash, one.replace({"seed": 4}).hash, one.replace({"model": {"scale": 3}}).hash}) == 3
+
+
+def test_how_a_run_edits_is_no_part_of_its_identity():
+    root = Path(__file__).parents[2]
+    config = load([root / "configs/digits/flow_matching.yaml"])
+    stored = {key: value for key, value in config.tree.items() if key != "edit"}  # as runs were before they could edit
+    core = {key: {k: v for k, v in part.items() if f"{key}.{k}" not in FREE} if isinstance(part, dict) else part
+            for key, part in stored.items() if key != "name"}  # fmt: skip
+    old, other = Config(stored), config.replace({"edit": {"guidance": 3.0, "method": {"num_steps": 7}}})
+    assert old.hash == config.hash == other.hash == digest(core)
+    assert old.tree["edit"] == config.tree["edit"] and diff(old.core, other.core) == []
+    assert other.options("edit")["method"].num_steps == 7 and other.options("edit")["guidance"] == 3
+    assert {cls for _, cls in components_of(other.tree)} == {cls for _, cls in components_of(config.tree)}
+    assert not any(base is EditMethod for base, _ in components_of(other.tree))
+    for wrong, message in (
+        ({"guidanc": 1}, "edit: Key 'guidanc' .* Did you mean: 'guidance'"),
+        ({"method": "vanila"}, r"edit\.method\.name: no EditMethod is called 'vanila'.*'vanilla'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config.replace({"edit": wrong})
+
+
+def test_a_model_that_cannot_edit_has_no_such_options(fake):
+    assert Config(tree()).tree["edit"] == {}
+    with pytest.raises(ConfigError, match="edit: model 'fake_flow' has no such method to configure"):
+        Config(tree(edit={"guidance": 2.0}))
 
 
 def test_hash_is_the_same_in_every_process(fake):

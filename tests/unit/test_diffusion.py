@@ -23,8 +23,8 @@ from genmodels.solvers.step_size import PI
 from genmodels.transforms import Affine, Compose, Dequantize, Identity, Standardize, Transform
 from genmodels.types import (
     Batch,
-    Editor,
     NotApplicable,
+    SupportsEdit,
     SupportsEncode,
     SupportsLogProb,
     SupportsSample,
@@ -266,7 +266,7 @@ def test_conditions_are_checked():
 
 def test_capabilities_are_discovered():
     model = make()
-    for capability in (SupportsSample, SupportsLogProb, SupportsEncode, SupportsVelocity, SupportsScore, Editor):
+    for capability in (SupportsSample, SupportsLogProb, SupportsEncode, SupportsVelocity, SupportsScore, SupportsEdit):
         assert isinstance(model, capability)
 
 
