@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks.attention import Attention, Tap, fused
+from ..registry import ConfigError
 from .editor import Editor, Prompt
 from .pixels import check_frames, fitted, pictures, pixels
 
@@ -186,7 +187,7 @@ class PipelineEditor(Editor):
             scheduler, FlowMatchEulerDiscreteScheduler
         )
         if not (flow or config.get("use_flow_sigmas")) or config.get("invert_sigmas"):
-            raise ValueError(
+            raise ConfigError(
                 f"of_pipeline: the scheduler {type(scheduler).__name__} is not that of a rectified flow with t = 0 at "
                 "data (a FlowMatch scheduler, or one with use_flow_sigmas). Load the pipeline with such a one."
             )
@@ -201,9 +202,9 @@ class PipelineEditor(Editor):
         if self.items == "latent":
             return self._checked(items)
         self._needs_vae("encode")
-        found = fitted(pixels(items, self.video), self._multiple, self.resize)
+        found = fitted(pixels(items, self.video), self.multiple, self.resize)
         if self.video:
-            check_frames(found.shape[2], self._every)
+            check_frames(found.shape[2], self.every)
         vae = self.pipe.vae
         with torch.no_grad():
             mode = vae.encode(found.to(self.pipe._execution_device, vae.dtype) * 2 - 1).latent_dist.mode()
@@ -284,11 +285,11 @@ class PipelineEditor(Editor):
 
     @property
     @abstractmethod
-    def _multiple(self) -> tuple[int, int]:
+    def multiple(self) -> tuple[int, int]:
         """What the height and the width of pictures must be multiples of."""
 
     @property
-    def _every(self) -> int:
+    def every(self) -> int:
         """Frames of a video that the autoencoder squeezes into one."""
         return 1
 

@@ -42,7 +42,7 @@ class Flux(PipelineEditor):
         return 2, 2
 
     @property
-    def _multiple(self) -> tuple[int, int]:
+    def multiple(self) -> tuple[int, int]:
         return 2 * self.pipe.vae_scale_factor, 2 * self.pipe.vae_scale_factor
 
     def _texts(self, texts: list[str]) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class StableDiffusion3(PipelineEditor):
         return _pair(self.pipe.transformer.config.patch_size)
 
     @property
-    def _multiple(self) -> tuple[int, int]:
+    def multiple(self) -> tuple[int, int]:
         height, width = self._patch
         return self.pipe.vae_scale_factor * height, self.pipe.vae_scale_factor * width
 
@@ -140,21 +140,26 @@ class StableDiffusion3(PipelineEditor):
 
 
 class Video(PipelineEditor):
-    """What families of videos share: latents [B, C, T, H, W], frames squeezed but for the first."""
+    """What families of videos share: latents [B, C, T, H, W], frames squeezed but for the first.
+
+    Attributes:
+        frame_rate: frames per second that the models were made for.
+    """
 
     video = True
+    frame_rate: float = 24
 
     @property
     def _patch(self) -> tuple[int, int]:
         return _pair(self.pipe.transformer.config.patch_size)
 
     @property
-    def _multiple(self) -> tuple[int, int]:
+    def multiple(self) -> tuple[int, int]:
         height, width = self._patch
         return self.pipe.vae_scale_factor_spatial * height, self.pipe.vae_scale_factor_spatial * width
 
     @property
-    def _every(self) -> int:
+    def every(self) -> int:
         return self.pipe.vae_scale_factor_temporal
 
 
@@ -169,6 +174,7 @@ class Wan(Video):
     family = "wan"
     embeddings = ("prompt_embeds",)
     stacks: ClassVar = {"blocks": ("attn1",)}
+    frame_rate = 16
 
     def attention(self) -> list[Attention]:
         second = self.pipe.transformer_2
@@ -270,7 +276,7 @@ class LTX(Video):
     """LTX-Video, text to video: guidance by one call on twice the items, times shifted by the number of tokens.
 
     Attributes:
-        frame_rate: frames per second that the transformer is told.
+        frame_rate: which the transformer is told.
 
     The stock pipeline is LTXPipeline of diffusers 0.42.
     """
@@ -280,15 +286,15 @@ class LTX(Video):
     joint = True
     stacks: ClassVar = {"transformer_blocks": ("attn1",)}
     fuses = False
-    frame_rate: float = 25
+    frame_rate = 25
 
     @property
-    def _multiple(self) -> tuple[int, int]:
+    def multiple(self) -> tuple[int, int]:
         height, width = self._patch
         return self.pipe.vae_spatial_compression_ratio * height, self.pipe.vae_spatial_compression_ratio * width
 
     @property
-    def _every(self) -> int:
+    def every(self) -> int:
         return self.pipe.vae_temporal_compression_ratio
 
     @property

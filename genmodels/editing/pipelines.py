@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..registry import ConfigError
 from .editor import Prompt
 from .pipeline_editor import Output, PipelineEditor
 from .pipeline_families import FAMILIES
@@ -22,11 +23,11 @@ def of_pipeline(
     """The editor of a pipeline of diffusers, which stays as it is.
 
     Raises:
-        ValueError: listing the supported classes, if this is none; or if the pipeline is not a rectified flow.
+        ConfigError: listing the supported classes, if this is none; or if the pipeline is not a rectified flow.
     """
     name = type(pipe).__name__
     if name not in FAMILIES:
-        raise ValueError(
+        raise ConfigError(
             f"of_pipeline: {name} is not supported. Supported are {', '.join(FAMILIES)}. A pipeline on the same parts "
             f"is made one of these by from_pipe, such as FluxPipeline.from_pipe(pipe)."
         )
@@ -49,7 +50,7 @@ def load_pipeline(
         dtype: of its networks.
         offload: keep each network in memory of the host while another one computes.
     Raises:
-        ValueError: if there is none, or what there is cannot be read.
+        ConfigError: if there is none, or what there is cannot be read.
     """
     from diffusers import DiffusionPipeline
 
@@ -57,7 +58,7 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype)
     except (OSError, ValueError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise ConfigError(
             f"pipeline: {place} cannot be loaded as a pipeline of diffusers ({first}). A folder written by its "
             "save_pretrained, with model_index.json, or an id on the hub is needed."
         ) from error

@@ -236,7 +236,7 @@ def test_videos_are_decoded_as_the_stock_pipeline_does_where_only_the_text_encod
     pipe.set_progress_bar_config(disable=True)
     editor = editor_of(name, pipe, "pixels")
     side = 2 if name == "ltx" else 4
-    height, frames = editor._multiple[0] * side // editor._patch[0], editor._every + 1
+    height, frames = editor.multiple[0] * side // editor._patch[0], editor.every + 1
     _, call = told(editor_of(name), name)
     call |= {"height": height, "width": height, "num_frames": frames}
     z = tiny.latents(name, 0, 2)
