@@ -37,7 +37,7 @@ class DNAEdit(EditMethod):
     def __init__(self, num_steps: int = 28, mvg: float = 0.85, skip: int = 4) -> None:
         check_steps(num_steps)
         check_range("mvg", mvg, 0, 1, "a share")
-        check_range("skip", skip, 0, num_steps - 1, "0 and num_steps - 1")
+        check_range("skip", skip, 0, num_steps - 1, "one less than the number of steps")
         self.num_steps, self.mvg, self.skip = num_steps, mvg, skip
 
     def edit(self, editor: Editor, x: Tensor, source: Prompt, target: Prompt, times: Tensor, noise: Noise) -> Outcome:

@@ -35,8 +35,8 @@ class FlowEdit(EditMethod):
 
     def __init__(self, num_steps: int = 28, n_max: int = 24, n_min: int = 0, n_avg: int = 1) -> None:
         check_steps(num_steps)
-        check_range("n_max", n_max, 0, num_steps, "0 and num_steps")
-        check_range("n_min", n_min, 0, n_max, "0 and n_max")
+        check_range("n_max", n_max, 0, num_steps, "the number of steps")
+        check_range("n_min", n_min, 0, n_max, "which is n_max")
         check_range("n_avg", n_avg, 1, float("inf"), "a count of noises")
         self.num_steps, self.n_max, self.n_min, self.n_avg = num_steps, n_max, n_min, n_avg
 

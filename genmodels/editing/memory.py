@@ -38,7 +38,7 @@ class Shelf(ABC):
         """Keep a copy.
 
         Raises:
-            OSError: if it does not fit; nothing of it is left behind.
+            OSError: if it does not fit, or could not be written.
         """
         self._kept[key] = self.copy(key, feature)
         self._sizes[key] = feature.nbytes
@@ -113,7 +113,6 @@ class Disk(Shelf):
         try:
             save_file({"feature": feature.contiguous()}, path)
         except Exception as error:
-            path.unlink(missing_ok=True)
             raise OSError(f"sharing: a feature of {feature.nbytes} bytes could not be written: {error}") from error
         return path
 

@@ -45,7 +45,7 @@ class RFInversion(EditMethod):
         check_steps(num_steps)
         check_range("gamma", gamma, 0, 1, "a share")
         check_range("eta", eta, 0, 1, "a share")
-        check_range("stop", stop, 0, num_steps, "0 and num_steps")
+        check_range("stop", stop, 0, num_steps, "the number of steps")
         self.num_steps, self.gamma, self.eta, self.stop, self.stochastic = num_steps, gamma, eta, stop, stochastic
 
     def invert(self, editor: Editor, x: Tensor, source: Prompt, times: Tensor, noise: Noise) -> Outcome:

@@ -84,6 +84,7 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
         num_train_timesteps, shift, …: those of FlowMatchEulerDiscreteScheduler.
     Attributes:
         final_sample: [B, …] the state at the end of a run, float32 at least; None before.
+        items: in the states of the last call of `step`; 0 before.
         order: entries of a step as pipelines count them: 1 where they give sigmas, for they then count the entries.
     Raises:
         ConfigError: if solver or probe are none, if the probe has no effect, or steps are to draw noise.
@@ -151,6 +152,7 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
     def _forget(self) -> None:
         """No run has begun."""
         self.final_sample: Tensor | None = None
+        self.items = 0
         self._kept: Tensor | None = None  # what the last call of `step` returned, unrounded
         self._base: Tensor | None = None  # the state at the knot where the present step began
         self._slopes: list[Tensor] = []
@@ -270,7 +272,7 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"RFSolverScheduler: all {len(self._entries)} entries have been taken. Call set_timesteps to run anew."
             )
-        exact = self._kept_of(sample)
+        exact, self.items = self._kept_of(sample), len(sample)
         following = self._advanced(model_output.to(exact.dtype), exact, self._entries[self._step_index])
         self._step_index += 1
         self._kept = following

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from genmodels.distributions import GaussianMixture
-from genmodels.editing.editor import Prompt
+from genmodels.editing.editor import Attention, Prompt, Tap
 from genmodels.editing.exact import MixtureEditor
+from genmodels.editing.sharing import FeatureStore, Sharing
 from genmodels.registry import ConfigError
 from genmodels.solvers.base import integrate
 from genmodels.solvers.multistep import FireFlow
@@ -142,7 +143,11 @@ def test_runs_may_begin_within_a_step(kind, solver, begin):
     """By Euler's steps to the next knot; from there on every rule is exact for a velocity that is linear in t."""
     scheduler = kind(solver=solver)
     scheduler.set_timesteps(sigmas=even(4))
+    for t in scheduler.timesteps[:begin]:  # a run that was given up leaves nothing
+        scheduler.step(torch.ones(1, 1), t, torch.ones(1, 1))
+    scheduler.set_timesteps(sigmas=even(4))
     scheduler.set_begin_index(begin)
+    assert scheduler.final_sample is None
     assert scheduler.place.time == pytest.approx(scheduler.sigmas[begin].item())
     x, first = torch.zeros(1, 1, dtype=torch.float64), scheduler.place.time
     expected, t = 0.0, first
@@ -382,6 +387,31 @@ def test_items_do_not_depend_on_their_batch_and_callbacks_are_heard(kind):
 
     moved = run(pipeline, name, scheduler, 3, x, {"prompt": ["A cat", "red dog"]}, callback_on_step_end=shift)
     torch.testing.assert_close(moved, both + 1, rtol=0, atol=0)
+
+
+def test_features_are_shared_through_stock_pipelines(kind):
+    """By the places that the scheduler tells: a replay of the same run is the same to the last bit, one after an
+    inversion comes back as well as without, and another prompt keeps more of the source."""
+    name, n = "flux", 6
+    pipeline = tiny_pipelines.shared(name)
+    stock, blocks = pipeline.scheduler.config, pipeline.transformer.single_transformer_blocks
+    layers = [Attention(f"blocks.{k}", "all", {"v": Tap(block.attn.to_v)}) for k, block in enumerate(blocks)]
+    up, down = (kind.from_config(stock, solver="rf", inversion=inversion) for inversion in (True, False))
+    noise = tiny_pipelines.latents(name, 1)
+    with FeatureStore(Sharing(steps=3), layers, n) as store:
+        with store.recording(down):
+            x = run(pipeline, name, down, n, noise)
+        assert (store.entries, store.bytes) == (12, 12 * (24 + 16) * 32 * 4)  # tokens of the text and of the picture
+        with store.replaying(down):
+            torch.testing.assert_close(run(pipeline, name, down, n, noise), x, rtol=0, atol=0)
+        with store.recording(up):
+            z = run(pipeline, name, up, n, x)
+        plain, other = run(pipeline, name, down, n, z), run(pipeline, name, down, n, z, {"prompt": "red dog"})
+        with store.replaying(down):
+            shared = run(pipeline, name, down, n, z)
+        with store.replaying(down):
+            edited = run(pipeline, name, down, n, z, {"prompt": "red dog"})
+    assert rms(shared - x) < 2 * rms(plain - x) < 0.2 * rms(edited - x) and rms(edited - x) < rms(other - x)
 
 
 def test_pipelines_are_saved_with_it(kind, tmp_path):

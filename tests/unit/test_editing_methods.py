@@ -317,12 +317,13 @@ def test_an_item_depends_on_its_own_seed_alone_in_either_precision(method):
     ("method", "nfe", "intervals"),
     [
         (UniEdit(15), 28, [14, 14, *range(13, 5, -1), *(i for i in range(6, 15) for _ in range(2))]),
+        (UniEdit(11, 0.7), 25, [10, 10, *range(9, 2, -1), *(i for i in range(3, 11) for _ in range(2))]),
         (RFInversion(), 56, [*range(27, -1, -1), *range(28)]),
         (FlowEdit(28, 24, 3, 1), 45, [*(i for i in range(4, 25) for _ in range(2)), 25, 26, 27]),
         (FlowEdit(5, 4, 0, 3), 24, [i for i in range(1, 5) for _ in range(6)]),
         (DNAEdit(), 48, [*range(27, 3, -1), *range(4, 28)]),
     ],
-    ids=["uni_edit", "rf_inversion", "flowedit", "flowedit 3", "dnaedit"],
+    ids=["uni_edit", "uni_edit 11", "rf_inversion", "flowedit", "flowedit 3", "dnaedit"],
 )
 def test_walks_know_where_they_are_and_count(points, method, nfe, intervals, monkeypatch):
     """Intervals count from noise, and the time that is asked for is one of their ends."""
@@ -378,7 +379,7 @@ def test_an_edit_and_its_reconstruction_draw_the_same(points):
         ("uni_edit", {"omega": -1.0}, "omega: -1.0 is not within 0 and inf"),
         ("rf_inversion", {"gamma": -0.1}, "gamma: -0.1 is not within 0 and 1"),
         ("rf_inversion", {"eta": 1.5}, "eta: 1.5 is not within 0 and 1"),
-        ("rf_inversion", {"stop": 29}, "stop: 29 is not within 0 and 28"),
+        ("rf_inversion", {"stop": 29}, "stop: 29 is not within 0 and 28, the number of steps."),
         ("flowedit", {"n_max": 29}, "n_max: 29 is not within 0 and 28"),
         ("flowedit", {"n_min": 25}, "n_min: 25 is not within 0 and 24"),
         ("flowedit", {"n_avg": 0}, "n_avg: 0 is not within 1 and inf"),

@@ -243,8 +243,9 @@ def test_of_tries_of_one_step_the_last_one_counts():
             up.at(0)(t, x)
             up.at(0)(t, y)
         assert store.entries == 2
+        plain = editor.velocity(t, y, Prompt(0))
         with store.replaying(down):
-            assert torch.equal(down.at(0)(t, y), editor.velocity(t, y, Prompt(0)))
+            assert torch.equal(down.at(0)(t, y), plain)
 
 
 class Pointer:
@@ -337,6 +338,28 @@ def test_half_precision_rounds_to_eleven_bits():
                 with store.recording(place):
                     clock.tap(torch.full((1, 1, 1), 1e5))
             assert store.bytes == 0 and hooks(clock) == 0
+
+
+def test_features_are_copies_and_a_walk_that_fails_leaves_none():
+    clock, place = Clock(), Pointer()  # whose module gives back the very tensor that it is given
+    place.place = Place(0, 0, 1.0)
+    for kept in ("device", "host", "disk"):
+        with FeatureStore(Sharing(1, store=kept), clock.attention(), 1) as store:
+            feature, other = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+            with store.recording(place):
+                clock.tap(feature).zero_()
+            with store.replaying(place):
+                for _ in range(2):
+                    assert torch.equal(
+                        clock.tap(other).clone().add_(clock.tap(other).mul_(2)), torch.full((1, 1, 4), 3.0)
+                    )
+            assert torch.equal(other, torch.zeros(1, 1, 4)) and store.bytes == 16
+            with pytest.raises(ZeroDivisionError), store.recording(place):
+                clock.tap(feature)
+                raise ZeroDivisionError
+            assert store.bytes == 0 and hooks(clock) == 0
+            with pytest.raises(ValueError, match="nothing has been recorded"), store.replaying(place):
+                pass
 
 
 def test_blocks_are_chosen_by_number_name_and_share():
@@ -505,6 +528,11 @@ def test_a_full_disk_is_told_before_a_step_is_lost(monkeypatch, tmp_path):
     run(1)
     free, need = 8 * feature - 1, 8 * feature
     run(5)
+    # others fill the disk meanwhile: no file is begun that does not fit
+    asked = iter([2**30] * 4)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda place: type("Usage", (), {"free": next(asked, 0)}))
+    free, need = 0, feature
+    run(7)
     monkeypatch.undo()
     # an error of the disk itself leaves nothing behind
     monkeypatch.setattr(memory, "save_file", lambda tensors, path: Path(path).write_bytes(b"half") and 1 / 0)
