@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,9 +11,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ..conditions import check_interval
 from ..networks.attention import Attention, Tap, fused
 from ..registry import ConfigError
 from .editor import Editor, Prompt
+from .exact import within
 from .pixels import check_frames, fitted, pictures, pixels
 
 if TYPE_CHECKING:
@@ -119,8 +120,10 @@ class PipelineEditor(Editor):
         """A prompt of embeddings [1 or B, …] by the names of the pipeline's `encode_prompt`, as `prompt` makes it.
 
         Raises:
-            ValueError: if names are missing or unknown, or a guidance has no effect.
+            ValueError: if names are missing or unknown, a guidance has no effect, or the interval is none.
         """
+        if interval is not None:
+            check_interval(interval)
         for given in (prompted, free or prompted):
             if set(given) != set(self.embeddings):
                 raise ValueError(
@@ -140,7 +143,7 @@ class PipelineEditor(Editor):
         told = prompt.condition
         if not isinstance(told, Told):
             raise ValueError("prompt: a pipeline needs one made by `prompt` or `prepared` of its editor.")
-        acts = _within(float(t), prompt.interval)
+        acts = within(prompt.interval, 1 - t, t)
         scale = prompt.guidance if acts else 1.0
         weight = (told.true_guidance if acts else 1.0) if self.told_guidance else scale
         told_scale = scale if self.told_guidance else 1.0
@@ -316,14 +319,6 @@ class PipelineEditor(Editor):
     def _decoding(self, latents: Tensor) -> tuple[Tensor | None, ...]:
         """What else the autoencoder's decoder is told."""
         return ()
-
-
-def _within(t: float, interval: tuple[float, float] | None) -> bool:
-    """Whether guidance acts; at t = 1 the noise level t/(1 - t) is infinite."""
-    if interval is None:
-        return True
-    level = t / (1 - t) if t < 1 else math.inf
-    return interval[0] <= level <= interval[1]
 
 
 def _rows(told: dict[str, Tensor], rows: int, device: torch.device) -> dict[str, Tensor]:

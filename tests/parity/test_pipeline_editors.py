@@ -200,7 +200,7 @@ def test_values_of_the_late_single_stream_blocks_are_chosen():
 def test_shared_features_are_of_the_size_foretold(name):
     editor = editor_of(name)
     x = state_of(name, tiny.latents(name, 0, 2))
-    source, target = (told(editor, name, text)[0] for text in ("a cat", "a small dog"))
+    source, target = (told(editor, name, text, guidance=2.0)[0] for text in ("a cat", "a small dog"))
     sharing = Sharing(steps=2, tensors=("q", "v"))
     made = edit(editor, x, source, target, method=RFEdit(3, sharing), noise=SeedNoise([0, 1]), reconstruct=False)
     assert made.stored == shared_bytes(editor, sharing, x, source) > 0
@@ -505,6 +505,8 @@ def test_pipelines_and_prompts_that_do_not_fit_are_refused(tmp_path):
         sd3.prompt("a cat", true_guidance=2.0)
     with pytest.raises(ValueError, match="needs a negative prompt"):
         hunyuan.prepared(tiny.prepared("hunyuan_video", 0), true_guidance=2.0)
+    with pytest.raises(ValueError, match="two noise levels"):
+        ltx.prepared(own, interval=(2.0, 1.0))
     x, t = torch.rand(1, 8, 2, 2, 2), torch.tensor(0.5, dtype=torch.float64)
     with pytest.raises(ValueError, match="needs a negative prompt to guide away from, or guidance=1"):
         ltx.velocity(t, x, ltx.prepared(own, guidance=2.0))
