@@ -92,6 +92,11 @@ def edit_pipeline(given: argparse.Namespace, device: torch.device) -> None:
     if given.inject_steps is not None:
         answer = registry.validate(PipelineEdit, with_shared(answer, given.inject_steps), "edit")
     options = PipelineEdit(**registry.values(PipelineEdit, answer))
+    if options.negative and editor.told_guidance and options.true_guidance == 1:
+        raise ConfigError(
+            f"edit.negative has no effect on {type(pipe).__name__}, which is told the guidance. Give "
+            "edit.true_guidance, too, or leave it out."
+        )
     editor.max_sequence_length = options.max_sequence_length or editor.max_sequence_length
     items, seeds = _items(files, editor, given)
     texts = [given.source or "", given.target if editing else given.source or ""]

@@ -74,6 +74,12 @@ class PipelineEditor(Editor):
         self.pipe, self.items, self.resize = pipe, items, resize
         self.max_sequence_length = own if max_sequence_length is None else max_sequence_length
         self._grid()  # refuses pipelines that are no rectified flows
+        config = pipe.transformer.config
+        if config.get("out_channels") not in (None, config.in_channels):
+            raise ConfigError(
+                f"of_pipeline: the transformer takes {config.in_channels} channels and gives {config.out_channels}, as "
+                "those for filling in or for control by pictures do. Take a model that makes items of texts alone."
+            )
 
     @property
     def told_guidance(self) -> bool:

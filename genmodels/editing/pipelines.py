@@ -22,6 +22,15 @@ def of_pipeline(
 ) -> PipelineEditor:
     """The editor of a pipeline of diffusers, which stays as it is.
 
+        pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
+        editor = of_pipeline(pipe, resize=True)
+        cat, dog = editor.prompt("a cat on a sofa"), editor.prompt("a dog on a sofa", guidance=2)
+        method = RFEdit(num_steps=15, share=Sharing(steps=2))
+        made = edit(editor, Image.open("cat.jpg"), cat, dog, method=method, noise=SeedNoise([0]))
+        made.items[0].save("dog.png")
+
+    Args:
+        items, resize, max_sequence_length: see `PipelineEditor`.
     Raises:
         ConfigError: listing the supported classes, if this is none; or if the pipeline is not a rectified flow.
     """
@@ -48,12 +57,15 @@ def load_pipeline(
 
     Args:
         dtype: of its networks.
-        offload: keep each network in memory of the host while another one computes.
+        offload: keep each network in memory of the host while another one computes on the device.
     Raises:
-        ConfigError: if there is none, or what there is cannot be read.
+        ConfigError: if there is none, what there is cannot be read, or offload has no effect.
     """
     from diffusers import DiffusionPipeline
 
+    device = torch.device(device)
+    if offload and device.type == "cpu":
+        raise ConfigError("pipeline: offload keeps networks off a GPU, and there is none here. Leave it out.")
     try:
         pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype)
     except (OSError, ValueError, AttributeError) as error:

@@ -97,6 +97,43 @@ def test_a_walk_by_eulers_method_is_the_stock_pipeline(name):
     assert all(apart(a, b) > 1e-3 for a, b in pairwise(ends))  # guidance does something
 
 
+def text_encoders(name):
+    """Of the families that `tiny_pipelines` gives prepared prompts: Llama and CLIP for HunyuanVideo, T5 for LTX."""
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+
+    if name == "ltx":
+        return {"text_encoder": tiny.t5_encoder(7), "tokenizer": tiny.t5_tokenizer()}
+    with tiny.seeded(7):
+        llama = LlamaConfig(
+            vocab_size=44, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2
+        )
+        clip = CLIPTextConfig(
+            vocab_size=514, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            bos_token_id=512, eos_token_id=513, pad_token_id=513,
+        )  # fmt: skip
+        own = {"text_encoder": LlamaModel(llama).eval(), "text_encoder_2": CLIPTextModel(clip).eval()}
+    return own | {"tokenizer": tiny.t5_tokenizer(), "tokenizer_2": tiny.clip_tokenizer()}
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "ltx"])
+def test_texts_are_read_as_the_stock_pipeline_reads_them(name):
+    """Other families are read by the walk above; a text of HunyuanVideo begins after 95 tokens of a template."""
+    shared = tiny.shared(name)
+    parts = {"vae": None, "transformer": shared.transformer, "scheduler": shared.scheduler}
+    pipe = type(shared)(**parts, **text_encoders(name))
+    pipe.set_progress_bar_config(disable=True)
+    editor, z = of_pipeline(pipe, "latent", max_sequence_length=400), tiny.latents(name, 0)
+    ways = {"true_guidance": 3.0} if name == "hunyuan_video" else {"guidance": 3.0}
+    scales = {"true_cfg_scale": 3.0, "guidance_scale": 1.0} if name == "hunyuan_video" else {"guidance_scale": 3.0}
+    call = tiny.CALLS[name] | {"prompt": "a cat", "negative_prompt": "a dog, bad", "max_sequence_length": 400} | scales
+    x = state_of(name, z)
+    prompt = editor.prompt("a cat", negative="a dog, bad", **ways)
+    found = Walk(editor, prompt, editor.times(2, x)).solve(Euler(), x, True)
+    assert apart(found, state_of(name, stock(pipe, z, call, 2))) < 1e-5
+    other = Walk(editor, editor.prompt("a bird", **ways), editor.times(2, x)).solve(Euler(), x, True)
+    assert apart(found, other) > 1e-4
+
+
 def test_prompts_of_items_are_their_own():
     editor = editor_of("sd3")
     x, t = state_of("sd3", tiny.latents("sd3", 0, 2)), torch.tensor(0.4, dtype=torch.float64)
@@ -438,6 +475,7 @@ def test_words_that_do_not_fit_a_pipeline_are_refused(folders, capsys, tmp_path)
         ((*place, "--edit", tmp_path / "grey.png", "--to", "b"), "mode L, and colour"),
         ((*place, "--edit", tmp_path / "odd.png", "--to", "b"), "8x8 or 10x8.*--resize"),
         ((*place, "--edit", photo, "--to", "b", "--inject-steps", 16), "from 0 to its 15 steps, found 16"),
+        ((*place, "--edit", photo, "--to", "b", "edit.negative=c"), "edit.negative has no effect on FluxPipeline"),
         ((*place, "--edit", photo, "--to", "b", "--num-steps", 0), "at least 1 is needed, found 0"),
     ]:
         status, _, errors = command(capsys, *words, "--out", tmp_path / "made")
@@ -491,6 +529,13 @@ def test_pipelines_and_prompts_that_do_not_fit_are_refused(tmp_path):
         flux.scheduler = scheduler
         with pytest.raises(ValueError, match="not that of a rectified flow"):
             of_pipeline(flux)
+    inpainting = copy.copy(tiny.shared("flux"))
+    inpainting.transformer = copy.deepcopy(inpainting.transformer)
+    inpainting.transformer.register_to_config(in_channels=8, out_channels=4)
+    with pytest.raises(ValueError, match="takes 8 channels and gives 4"):
+        of_pipeline(inpainting)
+    with pytest.raises(ValueError, match="offload keeps networks off a GPU"):
+        load_pipeline(str(tmp_path), offload=True)
     with pytest.raises(ValueError, match="cannot be loaded as a pipeline of diffusers"):
         load_pipeline(str(tmp_path))
     hunyuan, ltx, sd3 = editor_of("hunyuan_video", items="pil"), editor_of("ltx"), editor_of("sd3")
