@@ -345,6 +345,16 @@ def test_networks_that_wait_in_memory_of_the_host_are_called_by_their_hooks():
     assert next(pipe.transformer.parameters()).is_meta  # none there unless a hook brings it
     assert torch.equal(shares(pipe).items, wanted)
     remove_hook_from_module(pipe.transformer, recurse=True)
+    pipe = tiny.build("flux")
+    pipe.enable_model_cpu_offload(device="cpu")
+    hooks = [component._hf_hook for component in (pipe.text_encoder, pipe.transformer, pipe.vae)]
+    assert torch.equal(shares(pipe).items, wanted)
+    editor = editor_of("flux", pipe, "pixels")
+    pictures = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(editor.encode(pictures), editor_of("flux", items="pixels").encode(pictures))
+    after = [component._hf_hook for component in (pipe.text_encoder, pipe.transformer, pipe.vae)]
+    # set anew whenever texts or pictures are through, so that no network stays beside the next one
+    assert all(a is not b for a, b in zip(hooks, after, strict=True))
 
 
 def test_states_stay_in_float32_where_the_network_computes_in_bfloat16():
