@@ -41,9 +41,12 @@ class Sharing:
         ratio: factor on stored features; one for all tensors, or one for each.
         evaluations: both (all) of a step, or those amid it alone, that is all but its first: in the midpoint rule, only
             the one amid enters the result at first order, and half the memory does.
-        pairing: features of the same interval and evaluation, or of the same time (to within 1e-6). By interval, what a
-            step's first evaluation takes over was computed at the other end of the interval. By time, the latest that
-            was computed then; the first evaluation, at noise, finds none and keeps its own.
+        pairing: features of the same interval and evaluation, which is RF-Edit's, or of the same time (to within 1e-6).
+            By interval, what a step's first evaluation takes over was computed at the other end of the interval: with
+            every step shared a round trip of the midpoint rule then is of order 2, not 3 (with evaluations: mid, it is
+            3), and solvers whose every evaluation is at an end (Euler's, Heun's, AB2, Uni-Inv) want pairing by time.
+            By time, the latest feature of that time is taken; the first evaluation, at noise, keeps its own if there is
+            none.
         rows: of guided calls (on twice the items, the free ones first), whether both halves take features over or the
             prompted one alone; of several calls in one evaluation, all of them or the first alone.
         store: device keeps them where they are computed, host in (pinned) memory, disk in files.

@@ -284,16 +284,23 @@ def test_calls_one_after_the_other_take_over_what_the_first_one_left():
 
 
 def test_sharing_under_one_prompt_returns_to_the_source():
-    editor, x = Own(dit()), randn(8, *SHAPE)
-    errors = []
-    for solver in (Euler(), Midpoint()):
-        with torch.no_grad():
-            z = walk(editor, 0, 12).solve(solver, x, False)
-            errors.append((walk(editor, 0, 12).solve(solver, z, True) - x).norm())
-    euler, plain = errors
+    """As well as without, to order 3, unless first evaluations take over what was computed a step away: order 2."""
+    editor, x = Own(dit()), randn(4, *SHAPE)
+
+    def error(n: int, **options: str) -> float:
+        return float((shared(editor, x, Sharing(options.pop("steps", n), "all", **options), n, 0) - x).norm())
+
+    with torch.no_grad():
+        ends = [walk(editor, 0, 24).solve(solver, x, False) for solver in (Euler(), Midpoint())]
+        back = [walk(editor, 0, 24).solve(s, z, True) for s, z in zip((Euler(), Midpoint()), ends, strict=True)]
+    euler, plain = ((y - x).norm() for y in back)
     assert plain < 0.1 * euler  # the field is one on which the order of a solver counts
-    for steps in (1, 2, 3):
-        assert (shared(editor, x, Sharing(steps, "all"), 12, 0) - x).norm() < 2 * plain
+    for way in ({"pairing": "time"}, {"evaluations": "mid"}):
+        assert error(24, steps=3, **way) < 1.3 * plain, way
+    assert error(24, steps=1) < 2 * plain
+    assert math.log2(error(20, evaluations="mid") / error(40, evaluations="mid")) > 2.7
+    assert math.log2(error(10, pairing="time") / error(20, pairing="time")) > 2.7
+    assert 1.5 < math.log2(error(20) / error(40)) < 2.4
 
 
 def test_features_amid_steps_do_what_those_of_all_evaluations_do_to_second_order():
@@ -345,15 +352,15 @@ def test_features_are_copies_and_a_walk_that_fails_leaves_none():
     place.place = Place(0, 0, 1.0)
     for kept in ("device", "host", "disk"):
         with FeatureStore(Sharing(1, store=kept), clock.attention(), 1) as store:
-            feature, other = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+            feature, other = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)  # as queries after their norm are
             with store.recording(place):
                 clock.tap(feature).zero_()
             with store.replaying(place):
                 for _ in range(2):
                     assert torch.equal(
-                        clock.tap(other).clone().add_(clock.tap(other).mul_(2)), torch.full((1, 1, 4), 3.0)
+                        clock.tap(other).clone().add_(clock.tap(other).mul_(2)), torch.full((1, 1, 2, 2), 3.0)
                     )
-            assert torch.equal(other, torch.zeros(1, 1, 4)) and store.bytes == 16
+            assert torch.equal(other, torch.zeros(1, 1, 2, 2)) and store.bytes == 16
             with pytest.raises(ZeroDivisionError), store.recording(place):
                 clock.tap(feature)
                 raise ZeroDivisionError
