@@ -105,8 +105,6 @@ RISE, FALL = 0.7, -1.3  # λ of the source and of the target
 class Linear(Editor):
     """v = λ x + t, λ the condition."""
 
-    channel_axis = 1
-
     def __init__(self, times: tuple[float, ...] = TIMES) -> None:
         self.given, self.asked = torch.tensor(times, dtype=torch.float64), []
 
