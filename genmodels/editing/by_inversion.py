@@ -97,6 +97,8 @@ class FireFlowEdit(ByInversion):
 class UniInvEuler(ByInversion):
     """Uni-Inv up, Euler's method down, which then takes nearly the velocities of the way up.
 
+    A step down begins where the one up was evaluated, at its end: their features are shared.
+
     Args:
         num_steps: steps each way, of one evaluation, with one more before the first up.
         share: what the way down takes over from the way up; null for nothing.
@@ -106,6 +108,9 @@ class UniInvEuler(ByInversion):
 
     def __init__(self, num_steps: int = 15, share: Sharing | None = None, zero_start: bool = False) -> None:
         super().__init__(num_steps, UniInv(zero_start), Euler(), share)
+
+    def way_up(self, editor: Editor, source: Prompt, times: Tensor) -> Walk:
+        return _Repeating(editor, source, times, 1)
 
 
 @register(EditMethod, "fixed_point")
@@ -140,7 +145,7 @@ class FixedPoint(ByInversion):
 
 
 class _Repeating(Walk):
-    """A walk on which a step is tried again and again: evaluations count from 0 in every try.
+    """A walk on which evaluations count from 0 in every try of a step, and of those of one place the last one holds.
 
     Args:
         stages: evaluations of a try.

@@ -122,12 +122,16 @@ def test_fixed_points_return_to_rounding():
 
 def test_a_fixed_point_that_is_not_found_says_what_helps():
     method = build(EditMethod, {"name": "fixed_point", "solver": "euler", "num_steps": 3})
-    with pytest.raises(ValueError, match=r"from items to noise ended in numbers that are not finite\. Take more steps"):
+    with pytest.raises(
+        ValueError,
+        match=r"from items to noise ended in numbers that are not finite\. Take more steps \(exact inversion",
+    ):
         method.edit(Ring(), images(), PROMPT, PROMPT, Ring().times(3, NOISE), DRAWS)
 
 
-def test_evaluations_of_fixed_points_are_placed_within_the_last_try():
-    """So that features of the way up are those of the step which the way down takes."""
+@pytest.mark.parametrize(("name", "stages", "near"), [("fixed_point", 2, 1e-8), ("uni_inv", 1, 0.02)])
+def test_the_last_evaluations_of_a_step_up_are_placed_as_those_of_the_step_down(name, stages, near):
+    """So that features which a store keeps by place are of one time, and nearly of one state."""
     seen = []
 
     class Watched(Ring):
@@ -135,18 +139,18 @@ def test_evaluations_of_fixed_points_are_placed_within_the_last_try():
             seen.append((*walk.place[:2], float(t), x.clone()))
             return super().velocity(t, x, prompt)
 
-    method, editor = build(EditMethod, {"name": "fixed_point", "num_steps": 25}), Watched()
+    method, editor = build(EditMethod, {"name": name, "num_steps": 25}), Watched()
     times = editor.times(25, NOISE)
     walk = method.way_up(editor, PROMPT, times)
     z = walk.solve(method.up, images(), False)
-    last = {each[:2]: each for each in seen}  # what a store keyed by places ends with
+    last = {each[:2]: each for each in seen}
     seen.clear()
     walk = Walk(editor, PROMPT, times)
     walk.solve(method.down, z, True)
-    assert len(seen) == 50 == len(last)
+    assert len(seen) == 25 * stages == len(last)
     for interval, evaluation, t, x in seen:
         assert last[interval, evaluation][2] == pytest.approx(t, abs=1e-15)
-        torch.testing.assert_close(last[interval, evaluation][3], x, rtol=0, atol=1e-12)
+        assert error(last[interval, evaluation][3], x) < near
 
 
 def test_methods_are_those_of_their_solvers_and_share_by_default_as_published():

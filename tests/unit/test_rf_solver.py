@@ -265,7 +265,7 @@ def test_inverses_bear_the_rounding_of_a_field():
         ({"name": RF, "order": 3, "probe": 1.0}, "order 3 has probes of its own"),
         ({"name": "inverse", "solver": FIREFLOW}, "'fireflow' cannot be inverted"),
         ({"name": "inverse", "solver": "dopri5"}, "'dopri5' cannot be inverted"),
-        ({"name": "inverse", "solver": "trapezoid"}, "'trapezoid' cannot be inverted"),
+        ({"name": "inverse", "solver": "implicit_midpoint"}, "'implicit_midpoint' cannot be inverted"),
         ({"name": "inverse", "solver": "ddim"}, "'ddim' cannot be inverted"),
         ({"name": "inverse", "iterations": 0}, "iterations must be at least 1, found 0"),
         ({"name": "inverse", "tolerance": 0.0}, "tolerance must be above 0, or null, found 0.0"),
