@@ -301,12 +301,12 @@ def edits(editor: ToyEditor) -> dict[str, Row]:
 
 NOTE = f"""{ITEMS} held-out pictures, even times. NFE counts evaluations up and down; of a budget a solver takes as
 many steps as fit. PSNR is of the root mean square over all pixels, its peak {PEAK:g}. Networks of this kind are told
-sines of up to 1000 t, so that no step is short; rules that ask at the same times up and down are spared most of that,
-others (order 3, AB2) are not. Smooth in time is the same network without what turns faster than {FASTEST:g} t. An edit
-is to be bright, with the background of true pictures, and its blob where the source has it: distances are from the
-true centre, as the centre is estimated from pixels, so that true pictures have one, too. RF-Edit's are of 15 steps;
-bytes of features are for one picture. The effects are small: it is a check of the machinery, and no evidence for
-pictures of the size of FLUX's.
+sines of up to 1000 t, so that no step is short. Rules that ask at the same times up and down (Heun's, FireFlow's) are
+spared most of that; RF-Solver, which probes from the other end on its way back, AB2 and order 3 are not. Smooth in
+time is the same network without what turns faster than {FASTEST:g} t. An edit is to be bright, with the background of
+true pictures, and its blob where the source has it: distances are from the true centre, as the centre is estimated
+from pixels, so that true pictures have one, too. RF-Edit's are of 15 steps; bytes of features are for one picture. The
+effects are small: it is a check of the machinery, and no evidence for pictures of the size of FLUX's.
 """
 
 

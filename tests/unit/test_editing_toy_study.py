@@ -1,5 +1,6 @@
 """The study of editing by a toy: pictures and what is measured of them, its editor, and the command as a whole."""
 
+import copy
 import math
 import sys
 
@@ -93,6 +94,26 @@ def test_tokens_are_patches_at_their_places():
     torch.testing.assert_close(found, x, rtol=0, atol=0)
     for token, (_, row, column) in zip(seen[0][0], fake.places.int().tolist(), strict=True):
         torch.testing.assert_close(token, x[0, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten())
+
+
+def test_training_is_on_the_straight_path_and_keeps_an_average(monkeypatch):
+    """Means of what the network is shown are (1 - t) times those of pictures; after a step 0.9 of it are kept."""
+    fake, seen = Fake(), {}
+    fake.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    first = copy.deepcopy(fake.state_dict())
+    study.train(fake, 1)
+    bright = (seen["pooled_projections"] == study.ToyEditor(fake).pooled[1]).all(1)
+    assert 10 < int(bright.sum()) < 38
+    mean = torch.where(bright, 0.7, -0.7) + 2.5 * 2 * math.pi * 1.2**2 / 64  # the blob's share, but for its cut edges
+    apart = seen["hidden_states"].mean((1, 2)) - (1 - seen["timestep"]) * mean
+    assert float(apart.abs().mean()) < 0.15  # 64 normal numbers have 0.1 of that
+    averaged = copy.deepcopy(fake.state_dict())
+    monkeypatch.setattr(study, "KEEP", 0.0)
+    last = Fake()
+    study.train(last, 1)
+    for key, value in last.state_dict().items():
+        torch.testing.assert_close(averaged[key], 0.1 * first[key] + 0.9 * value)
+    assert not torch.equal(averaged["proj_out.weight"], last.proj_out.weight)
 
 
 def test_smooth_networks_are_told_no_fast_sines():
