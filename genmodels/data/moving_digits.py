@@ -106,3 +106,19 @@ def windows(x: Tensor, places: Tensor) -> Tensor:
     rows, columns = (places[..., axis, None] + along for axis in (0, 1))
     item, frame = torch.arange(n).reshape(n, 1, 1, 1), torch.arange(frames).reshape(1, frames, 1, 1)
     return x[:, 0][item, frame, rows[..., None], columns[..., None, :]]
+
+
+def located(x: Tensor) -> Tensor:
+    """[N, T, 2] int64 corners of the 8x8 window with the largest sum of levels in every frame of x [N, 1, T, H, W].
+
+    Digits have empty margins, so that windows near theirs often hold as much: of those the middle one is taken, which
+    shows the digit whole but is not always its place.
+    """
+    sums = torch.nn.functional.avg_pool2d(x[:, 0].double(), SIDE, 1)
+    # levels are integers, so that sums that differ do so by 1/64 at least
+    heaviest = (sums > sums.amax((2, 3), keepdim=True) - 1 / 128).double()
+    count = heaviest.sum((2, 3))
+    middle = [
+        (heaviest.sum(other) @ torch.arange(heaviest.shape[axis]).double()) / count for axis, other in ((2, 3), (3, 2))
+    ]
+    return torch.stack(middle, 2).round().long()

@@ -5,7 +5,8 @@ import torch
 
 from genmodels.data.dataset import SPLITS, Dataset
 from genmodels.data.digits import Digits
-from genmodels.data.moving_digits import MovingDigits, placed, windows
+from genmodels.data.moving_digits import MovingDigits, located, placed, windows
+from genmodels.metrics.digits_features import load_network
 from genmodels.registry import ConfigError, build, resolve
 
 
@@ -81,6 +82,18 @@ def test_an_item_depends_on_its_split_and_index_alone(data):
     repeated = (data.places("train")[:n] == data.places("train")[n:]).all(2).all(1)
     assert repeated.double().mean() < 0.01 and (data.places("test") != data.places("train")[:500]).any()
     assert data.fingerprint() == MovingDigits(copies=2).fingerprint() != other.fingerprint()
+
+
+def test_digits_are_found_whole_and_recognised_where_they_are(data):
+    """Nothing of a digit lies outside the window found, and a classifier of still digits reads it as at its place."""
+    items, network = data.all("test"), load_network()
+    found = windows(items.x, located(items.x))
+    assert torch.equal(found.sum((2, 3)), items.x.sum((1, 3, 4)))
+    right = [
+        (network(seen.reshape(-1, 1, 8, 8)).argmax(1) == items.condition.repeat_interleave(8)).double().mean().item()
+        for seen in (windows(items.x, data.places("test")), found)
+    ]
+    assert right[0] > 0.97 and right[1] > right[0] - 0.01
 
 
 def test_what_lies_elsewhere_is_black():

@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from genmodels.editing.sharing import FeatureStore, Sharing
 from genmodels.networks.dit import attended
 from genmodels.networks.video_dit import ALONG, AxisAttention, VideoDiT, places_of
 from genmodels.registry import ConfigError
+from genmodels.solvers.runge_kutta import Midpoint
 from tests.contracts.test_network import LABELS, TIMES, make, randn
+from tests.unit.test_sharing import Own, walk
 
 VIDEO = (2, 3, 4, 6)  # 3 frames of 2 x 3 patches
 
@@ -140,6 +143,29 @@ def test_layers_are_told_with_their_axes_and_taps(number):
         getattr(network.blocks[number // 2], axis).merge.weight.zero_()
     torch.testing.assert_close(changed, network(TIMES[1], x, LABELS[:2]), rtol=0, atol=1e-12)
     assert (changed - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("over", ["space", "time"])
+def test_values_of_one_axis_are_shared_on_a_walk(over):
+    """Replayed under the prompt they were recorded under, they change no bit; under another one, they change it."""
+    editor, x = Own(make("video_dit", VIDEO, depth=2)), randn(2, *VIDEO)
+    sharing = Sharing(2, "all", over, store="device")
+
+    def down(condition: int) -> Tensor:
+        return walk(editor, condition, 4).solve(Midpoint(), x, True)
+
+    with torch.no_grad(), FeatureStore(sharing, editor.attention(), 4) as store:
+        there, again, other = (walk(editor, condition, 4) for condition in (0, 0, 1))
+        with store.recording(there):
+            recorded = there.solve(Midpoint(), x, True)
+        # intervals, evaluations, layers, videos, tokens, width, bytes of float64
+        assert store.bytes == 2 * 2 * 2 * 2 * 18 * 24 * 8
+        with store.replaying(again):
+            assert torch.equal(again.solve(Midpoint(), x, True), recorded)
+        with store.replaying(other):
+            mixed = other.solve(Midpoint(), x, True)
+        assert torch.equal(down(0), recorded)
+        assert min((mixed - down(1)).abs().max(), (mixed - recorded).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from genmodels.data.moving_digits import MovingDigits
+from genmodels.metrics.features import FeatureExtractor
 from genmodels.pictures import from_bytes, to_bytes
+from genmodels.registry import build, resolve
 from genmodels.rng import generator
 from genmodels.sampling import default_seeds, request, write_picture
 from genmodels.videos import duration, read_video, write_frames, write_gif
@@ -96,6 +98,13 @@ def test_what_is_no_such_video_is_refused(data, colours, tmp_path):
     Image.new("L", (16, 15)).save(ragged / "005.png")
     red = write_frames(tmp_path / "red", x[0], data)
     Image.new("RGB", (16, 16), (255, 0, 0)).save(red / "002.png")
+    fine = write_frames(tmp_path / "fine", x[0], data)
+    for frame in fine.iterdir():
+        Image.open(frame).resize((32, 32), Image.Resampling.NEAREST).save(frame)
+    assert torch.equal(read_video(fine, data), x)
+    speck = Image.open(fine / "004.png")
+    speck.putpixel((31, 0), 77)
+    speck.save(fine / "004.png")
     clear = write_frames(tmp_path / "clear", x[0], data)
     Image.new("RGBA", (16, 16), (9, 9, 9, 100)).save(clear / "002.png")
     deep = write_frames(tmp_path / "deep", x[0], data)
@@ -106,6 +115,7 @@ def test_what_is_no_such_video_is_refused(data, colours, tmp_path):
         (tmp_path / "text.gif", "no picture that can be read"),
         (tmp_path / "empty", "there are no pictures in this folder"),
         (ragged, "frame 5 has 15x16 pixels, 16x16 are needed"),
+        (fine, "frame 4 has 32x32 pixels.*in squares of one colour"),
         (red, "the frames have colours, and the data are grey"),
         (clear, "parts of the picture are transparent"),
         (deep, "8 bits a channel are needed, found Pillow's mode I;16"),
@@ -151,3 +161,14 @@ def test_four_axes_without_a_rate_are_arrays(data, tmp_path):
     assert write_picture(tmp_path / "x", torch.zeros(2, *data.shape), volume, {}).suffix == ".npz"
     volume.frame_rate, volume.shape = 8.0, (2, 4, 8, 8)  # nor are two channels a picture
     assert write_picture(tmp_path / "y", torch.zeros(2, 2, 4, 8, 8), volume, {}).suffix == ".npz"
+
+
+def test_features_of_images_refuse_videos(data):
+    for node, message in (
+        ({"name": "digits"}, r"items have shape \[1, 8, 16, 16\].*8x8 images"),
+        ({"name": "dinov2", "path": "weights"}, r"items have shape \[1, 8, 16, 16\]; images"),
+    ):
+        extractor = build(FeatureExtractor, resolve(FeatureExtractor, node, "features"))
+        with pytest.raises(ValueError, match=f"features '{node['name']}'.*{message}"):
+            extractor.start(data, torch.device("cpu"))
+            extractor(data.take("test", torch.tensor([0])).x)
