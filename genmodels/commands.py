@@ -223,7 +223,7 @@ def sample(argv: Sequence[str]) -> None:
     from .editing.command import add_options
 
     parser = argparse.ArgumentParser("sample.py", description=sample.__doc__, formatter_class=_Formatter)
-    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("run", nargs="?", help="folder of a run (none with --pipeline)")
     parser.add_argument("overrides", nargs="*", help="options, e.g. sample.num_steps=20, edit.guidance=2")
     parser.add_argument("--seeds", help="e.g. 0-63 or 3,7,20-29 (default: a row of 8 for each class, or 0-63)")
     parser.add_argument(
@@ -240,15 +240,19 @@ def sample(argv: Sequence[str]) -> None:
     add_options(parser)
     given = parser.parse_intermixed_args(list(argv))
 
-    from .editing.run_command import check_unused, edit_run
+    from .editing.run_command import check_place, check_unused, edit_run
     from .training import processes
 
     editing = given.edit is not None or given.invert is not None
     if not editing:
         check_unused(given)
+    check_place(given)
+    act = edit_run if editing else _sample
+    if given.pipeline is not None:
+        from .editing.pipeline_command import edit_pipeline as act
     device = processes.place(given.device)
     with processes.together():
-        (edit_run if editing else _sample)(given, device)
+        act(given, device)
 
 
 def _sample(given: argparse.Namespace, device: Any) -> None:

@@ -80,7 +80,7 @@ def read_video(path: Path, dataset: Dataset, resize: bool = False) -> Tensor:
             channels are not those of the data.
     """
     channels, frames, height, width = _shape(dataset)
-    stored = list(_stored(path))
+    stored = list(stored_frames(path))
     if len(stored) != frames:
         unit = duration(dataset.frame_rate)
         times = [max(1, round(length / unit)) for _, length in stored]
@@ -108,7 +108,7 @@ def _shape(dataset: Dataset) -> tuple[int, int, int, int]:
     return dataset.shape
 
 
-def _stored(path: Path) -> Iterator[tuple[Any, float]]:
+def stored_frames(path: Path) -> Iterator[tuple[Any, float]]:
     """The frames of a file or folder as RGB pictures of Pillow, with the milliseconds that each is shown (or 0)."""
     from PIL import Image, ImageSequence, UnidentifiedImageError
 

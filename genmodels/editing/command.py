@@ -36,9 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--edit", nargs="+", metavar="PICTURE", help="turn pictures of one class into another")
     group.add_argument("--invert", nargs="+", metavar="PICTURE", help="find the noise that pictures are made from")
     group.add_argument(
-        "--from", dest="source", metavar="CLASS", help="what the pictures show (default: labels of items)"
+        "--from", dest="source", metavar="CLASS", help="what the pictures show (default: labels of items); or a text"
     )
-    group.add_argument("--to", dest="target", metavar="CLASS", help="what the edits shall show")
+    group.add_argument("--to", dest="target", metavar="CLASS", help="what the edits shall show; or a text")
     group.add_argument("--method", help="short for edit.method=…, e.g. rf_edit, flowedit (default: that of the run)")
     group.add_argument("--num-steps", type=int, metavar="N", help="short for edit.method.num_steps=N")
     group.add_argument(
@@ -48,6 +48,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="short for edit.method.share.steps=N: steps next to noise whose features are shared; 0 shares none",
     )
     group.add_argument("--resize", action="store_true", help="crop, resample and convert pictures of another size")
+    group.add_argument(
+        "--pipeline",
+        metavar="PLACE",
+        help="in place of a run: a folder of a diffusers pipeline, or its id on the hub, which knows texts "
+        "(FLUX, SD3, Wan, HunyuanVideo, LTX)",
+    )
+    group.add_argument(
+        "--dtype", choices=("float32", "bf16", "fp16"), help="of a pipeline (default: bf16 on a GPU, float32 elsewhere)"
+    )
+    group.add_argument("--offload", action="store_true", help="keep networks of a pipeline off the GPU until needed")
 
 
 class Made(NamedTuple):
@@ -121,6 +131,7 @@ def deliver(
     source = torch.cat([part.items for part in parts]).detach().float().cpu()
     made = made._replace(**{k: v.detach().float().cpu() for k, v in made._asdict().items() if isinstance(v, Tensor)})
     facts = _facts(source, made, scale)
+    facts["peak_memory_bytes"] = _peak_memory()
     told = {
         **notes,
         "method": words.method,
@@ -142,6 +153,15 @@ def deliver(
         text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False)
         (place / ("invert.json" if words.target is None else "edit.json")).write_text(text + "\n", encoding="utf-8")
     return f"{folder}  ({_sentence(words, made, facts, len(source))})"
+
+
+def _peak_memory() -> int:
+    """Bytes that the process took at most: on the GPU, if it used one, else in memory of the host."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
 
 
 def check_folder(folder: Path) -> None:

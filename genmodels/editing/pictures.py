@@ -121,6 +121,18 @@ def write_picture(path: Path, item: Tensor, scale: Scale) -> Path:
     return path
 
 
+def write_gif(stem: Path, item: Tensor, rate: float) -> Path:
+    """A GIF of one video [3, T, H, W] in [0, 1] that plays again and again, beside other files of that stem."""
+    from PIL import Image
+
+    from ..videos import duration
+
+    first, *others = (Image.fromarray(rearrange(f, "c h w -> h w c").numpy()) for f in Scale().pixels(item).unbind(1))
+    path = stem.with_name(stem.name + ".gif")
+    first.save(path, format="GIF", save_all=True, append_images=others, duration=duration(rate), loop=0)
+    return path
+
+
 def _picture(item: Tensor, scale: Scale, gap: int = 0) -> Picture:
     """An item as an image of Pillow; the frames of a video beside each other."""
     from PIL import Image

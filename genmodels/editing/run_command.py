@@ -38,8 +38,8 @@ def edit_run(given: argparse.Namespace, device: Any) -> None:
     """
     if not processes.main():
         return
-    pictures, overrides = _words(given)
-    tree = _overrides(given, dotlist(overrides))
+    pictures, overrides = edit_words(given)
+    tree = short_options(given, dotlist(overrides))
     run = Run.open(given.run)
     if "edit" not in dir(member(Model, run.config.tree["model"]["name"], "model")):
         raise ConfigError(
@@ -90,13 +90,32 @@ def edit_run(given: argparse.Namespace, device: Any) -> None:
 def check_unused(given: argparse.Namespace) -> None:
     """Raises ConfigError if an option of editing was given, and nothing is edited."""
     told = {"--from": given.source, "--to": given.target, "--method": given.method, "--num-steps": given.num_steps,
-            "--inject-steps": given.inject_steps, "--resize": given.resize or None}  # fmt: skip
+            "--inject-steps": given.inject_steps, "--resize": given.resize or None, "--pipeline": given.pipeline,
+            "--dtype": given.dtype, "--offload": given.offload or None}  # fmt: skip
     for flag, value in told.items():
         if value is not None:
             raise ConfigError(f"{flag}: is for --edit and --invert. Say which picture, such as --edit picture.png.")
 
 
-def _words(given: argparse.Namespace) -> tuple[list[str], list[str]]:
+def check_place(given: argparse.Namespace) -> None:
+    """Take what stands in the place of the run for an override, with a pipeline.
+
+    Raises:
+        ConfigError: unless there is a run or a pipeline, and not both; or if options of pipelines are given to a run.
+    """
+    if given.pipeline is None:
+        if given.run is None:
+            raise ConfigError("name the folder of a run, or a pipeline (--pipeline).")
+        for flag, value in (("--dtype", given.dtype), ("--offload", given.offload or None)):
+            if value is not None:
+                raise ConfigError(f"{flag}: is for pipelines. Say which one (--pipeline).")
+    elif given.run is not None:
+        if not OVERRIDE.match(given.run):
+            raise ConfigError(f"{given.run} and --pipeline: choose one; a pipeline stands in place of a run.")
+        given.overrides, given.run = [given.run, *given.overrides], None
+
+
+def edit_words(given: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Pictures and overrides: an option that takes several words takes overrides that stand behind it, too."""
     if given.edit is not None and given.invert is not None:
         raise ConfigError("--edit and --invert: choose one. --edit inverts by itself, if its method does.")
@@ -112,13 +131,18 @@ def _words(given: argparse.Namespace) -> tuple[list[str], list[str]]:
     return pictures, [*given.overrides, *taken]
 
 
-def _overrides(given: argparse.Namespace, tree: dict) -> dict:
+def short_options(given: argparse.Namespace, tree: dict) -> dict:
     """The section `edit` with the short options laid over it."""
     if set(tree) - {"edit"}:
         raise ConfigError(f"only overrides of edit.* apply to edits, found {', '.join(f'{key}.*' for key in tree)}.")
     short = {"name": given.method, "num_steps": given.num_steps}
     short = {key: value for key, value in short.items() if value is not None}
     return overlay(tree.get("edit", {}), {"method": short} if short else {}, "edit")
+
+
+def with_shared(answer: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Resolved options with what --inject-steps says."""
+    return overlay(answer, {"method": {"share": _shared(steps, answer["method"])}}, "edit")
 
 
 def _shared(steps: int, node: Mapping[str, Any]) -> dict[str, Any] | None:
