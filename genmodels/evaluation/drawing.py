@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from .axis import Axis, fit, labels
 from .board import EMPTY, Board, Column, Frontier
-from .costs import BY_NAME, cost, write
+from .costs import BY_NAME, cost, named, write
 from .ranking import SIGNIFICANT, sign
 from .tables import arrow, show
 
@@ -38,7 +38,8 @@ class Point:
 
 
 def scatter(board: Board, frontier: Frontier, identity: str) -> Markup | None:
-    """Quality against the logarithm of a cost, with 95 % intervals; None if less than two rows can be drawn.
+    """Quality against the logarithm of a cost, or against another column, with 95 % intervals; None if less than two
+    rows can be drawn.
 
     What is free stands before all others, behind a gap in the axis; if all is, there is nothing to draw.
 
@@ -50,11 +51,11 @@ def scatter(board: Board, frontier: Frontier, identity: str) -> Markup | None:
     points = _points(board, frontier, column)
     if sum(point.standing != QUOTED for point in points) < 2 or not any(point.price for point in points):
         return None
-    x = fit([p.price for p in points], LEFT, RIGHT, log=True, margin=0.08)
+    x = fit([p.price for p in points], LEFT, RIGHT, log=frontier.cost in BY_NAME or None, margin=0.08)
     ends = [p.value + s * p.spread for p in points for s in (-1, 1)]
     positive = [e for e, p in zip(ends, [p for p in points for _ in (0, 1)], strict=True) if p.value > 0 and e > 0]
     y = fit(positive if len(positive) == len(ends) else ends, BOTTOM, TOP)
-    heading = BY_NAME[frontier.cost].heading
+    heading = _heading(board, frontier.cost)
     name = f"{column.name.replace('_', ' ')} against {heading}"
     front = [p for p in points if p.standing == "front"] if frontier.comparable else []
     parts = [
@@ -70,6 +71,12 @@ def scatter(board: Board, frontier: Frontier, identity: str) -> Markup | None:
     return Markup("".join(parts))
 
 
+def _heading(board: Board, name: str) -> str:
+    """What stands at the axis of a cost, or of a column in its place."""
+    column = next((c for c in board.columns if name not in BY_NAME and c.name == name), None)
+    return named(name).heading + (arrow(column.better) if column else "")
+
+
 def _points(board: Board, frontier: Frontier, column: Column) -> list[Point]:
     found = []
     rows = [(row, row.label, s) for row, s in zip(board.rows, frontier.standing, strict=True) if s is not None]
@@ -78,7 +85,7 @@ def _points(board: Board, frontier: Frontier, column: Column) -> list[Point]:
         cell, price = row.cells.get(column.name, EMPTY), cost(row, column, frontier.cost)
         if cell.value is None or price is None:
             continue
-        told = f"{label}: {show(cell.value, cell.stderr, cell.kind)} at {write(price, BY_NAME[frontier.cost])}"
+        told = f"{label}: {show(cell.value, cell.stderr, cell.kind)} at {write(price, named(frontier.cost))}"
         number = board.rows.index(row) if standing != QUOTED else len(board.rows) + board.quoted.index(row)
         found.append(Point(number, label, standing, price, cell.value, SIGNIFICANT * (cell.stderr or 0), told))
     return found
