@@ -252,7 +252,8 @@ def answers(dataset: Dataset, n: int, question: str, seed: int = 0) -> tuple[dic
     batch = dataset.take("test", rows)
     if question == "edit":
         noise, target = torch.randn(2, n, *dataset.shape, generator=g), torch.randint(0, 2, (n,), generator=g)
-        made = {"x": (batch.x + 4 * noise[0]).round().clamp(0, dataset.levels - 1), "reconstruction": batch.x + 0.1 * noise[1]}
+        made = {"x": (batch.x + 4 * noise[0]).round().clamp(0, dataset.levels - 1)}
+        made["reconstruction"] = batch.x + 0.1 * noise[1]
         made["condition"] = (batch.condition + 1 + target) % dataset.num_classes
         return made | {"stored": noise[1].flatten(1)[:, 0].abs().double()}, batch
     if question == "likelihood":

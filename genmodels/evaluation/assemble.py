@@ -121,7 +121,7 @@ def _same_row(results: list[Result]) -> list[list[Result]]:
 
 
 def _seed_of_row(result: Result) -> tuple[str, int]:
-    """Which row a result belongs to, and its training seed. How a run would edit is told by answers, if it was asked."""
+    """Which row a result belongs to, and its training seed. How a run edits is told by the answers, if it was asked."""
     model = result["model"]
     config = {key: value for key, value in model["config"].items() if key not in ("name", "seed", "edit")}
     return digest([config, model["step"], model["weights"], result["answers"]]), model["seed"]

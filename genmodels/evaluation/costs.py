@@ -44,7 +44,7 @@ def bill(row: Row, column: Column) -> Bill:
 
 
 def cost(row: Row | Quoted, column: Column | None, name: str) -> float | None:
-    """A cost of a row; those of answers are of the question that feeds the column. What is no cost is a column's value."""
+    """A cost of a row; those of answers are of the question that feeds the column. No cost: a value of that name."""
     if name not in BY_NAME:
         return row.cells.get(name, EMPTY).value
     if hasattr(row, name):

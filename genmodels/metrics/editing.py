@@ -82,7 +82,7 @@ class EditSuccess(Edits):
         told, there = self.features.classes, subject.dataset.num_classes
         if told is None or told != there:
             raise NotApplicable(
-                f"features '{self.features.label}' tell {told or 'no'} classes apart, and the data have {there or 'none'}"
+                f"features '{self.features.label}' tell {told or 'no'} classes apart, the data have {there or 'none'}"
             )
         self.restart()
 

@@ -62,7 +62,9 @@ class FeatureExtractor(ABC):
         Raises:
             NotApplicable: if the extractor is no classifier.
         """
-        raise NotApplicable(f"features '{self.label}' are those of no classifier; `features: digits` are, for 8x8 digits")
+        raise NotApplicable(
+            f"features '{self.label}' are those of no classifier; `features: digits` are, for 8x8 digits"
+        )
 
 
 @register(FeatureExtractor, "pixels")
