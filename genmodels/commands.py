@@ -219,10 +219,12 @@ def _sweep(given: argparse.Namespace, files: list[str], overrides: list[str], ax
 
 @guarded
 def sample(argv: Sequence[str]) -> None:
-    """Draw samples of a run; sample i depends on seed i alone."""
+    """Draw samples of a run; sample i depends on seed i alone. Or edit or invert pictures by it."""
+    from .editing.command import add_options
+
     parser = argparse.ArgumentParser("sample.py", description=sample.__doc__, formatter_class=_Formatter)
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("overrides", nargs="*", help="sampling options, e.g. sample.num_steps=20")
+    parser.add_argument("overrides", nargs="*", help="options, e.g. sample.num_steps=20, edit.guidance=2")
     parser.add_argument("--seeds", help="e.g. 0-63 or 3,7,20-29 (default: a row of 8 for each class, or 0-63)")
     parser.add_argument(
         "--condition",
@@ -235,13 +237,18 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("--npz", action="store_true", help="also write the samples as arrays")
     parser.add_argument("--out", type=Path, help="file to write without its suffix (default: in the run's samples/)")
     parser.add_argument("--batch-size", type=int, help="seeds per call of the model (default: a quarter, 8 to 256)")
+    add_options(parser)
     given = parser.parse_intermixed_args(list(argv))
 
+    from .editing.run_command import check_unused, edit_run
     from .training import processes
 
+    editing = given.edit is not None or given.invert is not None
+    if not editing:
+        check_unused(given)
     device = processes.place(given.device)
     with processes.together():
-        _sample(given, device)
+        (edit_run if editing else _sample)(given, device)
 
 
 def _sample(given: argparse.Namespace, device: Any) -> None:

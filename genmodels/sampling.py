@@ -1,4 +1,4 @@
-"""Samples as files: a PNG that a person can read, WAV files to listen to, an .npz that a program can read.
+"""Samples as files: a PNG that a person can read, GIF and WAV files to play, an .npz that a program can read.
 
 Seeds are cut into batches whose size depends on their number alone, and batches are shared by processes: what is drawn
 has the same bits however many there are.
@@ -18,12 +18,14 @@ from torch import Tensor
 from .data.dataset import SPLITS, Dataset
 from .data.external import External
 from .model import Model
+from .pictures import enlarged, tiled, to_bytes
 from .registry import ConfigError
 from .rng import as_seeds
 from .series import draw_forecasts, draw_series
 from .sounds import SHOWN, draw_sounds, write_sounds
 from .training import processes
 from .types import Condition, SupportsSample
+from .videos import write_gif
 
 Chosen = int | str | None  # a class; a split, `split:item`, or a file; None for what suits the data
 COLUMNS = 8
@@ -54,8 +56,10 @@ def _is_number(text: str) -> bool:
 
 
 def default_seeds(model: Model, dataset: Dataset) -> list[int]:
-    """One row of 8 for each class, 8 sounds, or 64 of anything else."""
-    if dataset.sample_rate is not None:
+    """One row of 8 for each class, 8 sounds, a video of each class (or 8), or 64 of anything else."""
+    if dataset.frame_rate is not None and model.conditional and dataset.num_classes:
+        return list(range(0, COLUMNS * dataset.num_classes, COLUMNS))
+    if dataset.sample_rate is not None or dataset.frame_rate is not None:
         return list(range(8))
     return list(range(COLUMNS * dataset.num_classes if model.conditional and dataset.num_classes else 64))
 
@@ -184,7 +188,8 @@ def write_samples(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]
 
 def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
     """Images as a grid, points of the plane as a scatter plot, sounds as waveforms and spectrograms, series as curves,
-    anything else as .npz; notes go into the metadata.
+    videos as a sheet with a row of frames for each and a GIF beside it; anything else as .npz. Notes go into the
+    metadata.
 
     Data whose items are not at hand to compare with give .npz as well, except sound.
 
@@ -195,8 +200,12 @@ def write_picture(stem: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]
         return _sheet(stem.with_name(stem.name + ".png"), x, dataset.sample_rate, notes)
     if isinstance(dataset, External):
         return write_arrays(stem.with_name(stem.name + ".npz"), x, notes)
+    if dataset.frame_rate is not None and dataset.shape[0] in (1, 3):
+        write_gif(stem.with_name(stem.name + ".gif"), x, dataset)
+        frames = rearrange(x, "n c t h w -> (n t) c h w")
+        return _grid(stem.with_name(stem.name + ".png"), frames, dataset, notes, x.shape[2])
     if len(dataset.shape) == 3 and dataset.shape[0] in (1, 3):
-        return _grid(stem.with_name(stem.name + ".png"), x, dataset, notes)
+        return _grid(stem.with_name(stem.name + ".png"), x, dataset, notes, min(COLUMNS, len(x)))
     if dataset.shape == (2,):
         return _scatter(stem.with_name(stem.name + ".png"), x, dataset, notes)
     if dataset.unit_of_time is not None and x.ndim == 3:
@@ -222,37 +231,20 @@ def write_arrays(path: Path, x: Tensor, notes: dict[str, Any]) -> Path:
     return path
 
 
-def _grid(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:
-    """Nearest-neighbour enlarged images with a margin of one pixel; row by row in the order of the seeds.
+def _grid(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any], columns: int) -> Path:
+    """Nearest-neighbour enlarged images [n, C, H, W] with a margin of one pixel; row by row in the order of the seeds.
 
     Levels 0 … top become black … white; continuous data are scaled by the range of the training items.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    low, high = _range(dataset)
-    pixels = ((x.float() - low) / (high - low) * 255).nan_to_num(0).round().clamp(0, 255).to(torch.uint8)
-    channels, height, width = dataset.shape
-    columns = min(COLUMNS, len(x))
-    rows = math.ceil(len(x) / columns)
-    padded = torch.full((rows * columns, channels, height + 1, width + 1), 96, dtype=torch.uint8)
-    padded[: len(x), :, :height, :width] = pixels
-    sheet = rearrange(padded, "(r c) k h w -> (r h) (c w) k", r=rows, c=columns)[:-1, :-1]
-    image = Image.fromarray(sheet.squeeze(-1).numpy() if channels == 1 else sheet.numpy())
-    zoom = max(1, 48 // max(height, width))
+    sheet = enlarged(tiled(to_bytes(x, dataset), columns), max(x.shape[2:]))
     info = PngInfo()
     for key, value in _texts(notes).items():
         info.add_text(key, value)
-    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(path, pnginfo=info)
+    Image.fromarray(sheet.squeeze(-1).numpy()).save(path, pnginfo=info)
     return path
-
-
-def _range(dataset: Dataset) -> tuple[float, float]:
-    """The values that are drawn black and white."""
-    if dataset.levels:
-        return 0.0, (dataset.bin_width or 1.0) * (dataset.levels - 1)
-    low, high = dataset.take("train", torch.arange(min(256, dataset.size("train")))).x.aminmax()
-    return low.item(), max(high.item(), low.item() + torch.finfo(torch.float32).tiny)
 
 
 def _scatter(path: Path, x: Tensor, dataset: Dataset, notes: dict[str, Any]) -> Path:

@@ -34,6 +34,10 @@ class Transform(nn.Module, ABC):
     def inverse(self, y: Tensor) -> Tensor:
         """x [B, *shape] in data units; clamps to the range of the data where there is one."""
 
+    def continuous(self, y: Tensor) -> Tensor:
+        """x [B, *shape] as `inverse`, but of discrete data between levels and beyond them: `forward` takes it to y."""
+        return self.inverse(y)
+
     def out_shape(self, shape: Shape) -> Shape:
         """The shape of y for items x of a shape; another only where there is no volume."""
         return tuple(shape)
@@ -138,6 +142,9 @@ class Dequantize(Transform):
     def inverse(self, y: Tensor) -> Tensor:
         return (y / self.bin_width).floor().clamp(0, self.levels - 1) * self.bin_width
 
+    def continuous(self, y: Tensor) -> Tensor:
+        return y - self.bin_width / 2
+
 
 @register(Transform, "logit")
 class Logit(Transform):
@@ -197,6 +204,11 @@ class Compose(Transform):
     def inverse(self, y: Tensor) -> Tensor:
         for part in reversed(self.parts):
             y = part.inverse(y)
+        return y
+
+    def continuous(self, y: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            y = part.continuous(y)
         return y
 
     def fit(self, batches: Iterable[Batch]) -> None:

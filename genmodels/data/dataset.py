@@ -33,6 +33,7 @@ class Dataset(ABC):
             reported only where it is given.
         levels: number of levels of discrete data, so that uniform noise has log2(levels) bits/dim.
         sample_rate: samples a second of items [T] that are sound, amplitudes in [-1, 1]; None for anything else.
+        frame_rate: frames a second of items [C, T, H, W] that are videos; None for anything else.
         transform: configuration node of the proposed map from data space to model space, e.g.
             `{"name": "standardize"}`; the model owns the transform built from it and, if needed, fits it.
         unit_of_time: what `Batch.times` counts, where there are times.
@@ -48,6 +49,7 @@ class Dataset(ABC):
     bin_width: float | None = None
     levels: int | None = None
     sample_rate: int | None = None
+    frame_rate: float | None = None
     unit_of_time: ClassVar[str | None] = None
     local: ClassVar[tuple[str, ...]] = ()
     transform: dict[str, Any] | str = "identity"

@@ -54,9 +54,9 @@ class Decoder:
     def __call__(self, path: Path) -> np.ndarray:
         """Raises ConfigError naming the file if it cannot be decoded, or has a size that the options do not allow."""
         with opened(path) as image:
-            loaded = _load(path, image)
-            self.check_size(path, loaded.size)
-            pixels = np.asarray(self._sized(_converted(path, loaded, self.channels, self.background)))
+            found = loaded(path, image)
+            self.check_size(path, found.size)
+            pixels = np.asarray(self._sized(converted(path, found, self.channels, self.background)))
         return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def many(self, paths: Sequence[Path]) -> Iterator[np.ndarray]:
@@ -156,11 +156,11 @@ def inspect(path: Path) -> tuple[int, int]:
             with path.open("rb") as file:
                 file.seek(-min(len(ending), file.seek(0, 2)), 2)
                 if file.read() != ending:
-                    _load(path, image)
+                    loaded(path, image)
     return size
 
 
-def _load(path: Path, image: Picture) -> Picture:
+def loaded(path: Path, image: Picture) -> Picture:
     """The decoded image, turned as its EXIF orientation says; the first frame of an animation."""
     from PIL import Image
 
@@ -184,7 +184,7 @@ def _damaged(path: Path, error: Exception) -> ConfigError:
     )
 
 
-def _converted(path: Path, image: Picture, channels: int, background: int) -> Picture:
+def converted(path: Path, image: Picture, channels: int, background: int) -> Picture:
     """The image in mode L or RGB, with transparent pixels over the background."""
     from PIL import Image
 

@@ -1,31 +1,18 @@
 """Editing of items by a diffusion model on the straight path."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..editing.by_inversion import Vanilla
-from ..editing.edit import Inversion, edit, invert
+from ..editing.by_inversion import RFEdit
+from ..editing.edit import Inversion
 from ..editing.editor import Prompt
 from ..editing.method import EditMethod
+from ..editing.own import ModelEditor
+from ..editing.parts import edit_parts, invert_parts, model_parts
 from ..registry import ConfigError
-from ..rng import SeedNoise, as_seeds
 from ..types import Condition, Edited, Seeds
-from .checks import at_least_one
 from .grids import Even, TimeGrid
 from .guidance import check_guidance
-
-if TYPE_CHECKING:
-    from ..editing.own import ModelEditor
-
-
-class _Part(NamedTuple):
-    items: Tensor
-    source: Prompt
-    target: Prompt
-    noise: SeedNoise
 
 
 class Editable:
@@ -39,7 +26,7 @@ class Editable:
         source: Condition | None,
         target: Condition | None,
         seeds: Seeds | None = None,
-        method: EditMethod = Vanilla(),
+        method: EditMethod = RFEdit(),
         grid: TimeGrid = Even(),
         guidance: float = 1.0,
         source_guidance: float = 1.0,
@@ -65,23 +52,14 @@ class Editable:
             ConfigError: if the model is no rectified flow, or the method does not fit it.
             ValueError: if items, conditions or seeds do not fit, or guidance meets a model without conditions.
         """
-        _check(guidance, source_guidance, interval)
+        check_scales(guidance, source_guidance, interval)
         if not self.conditional:
-            raise ConfigError("edit: the model knows no conditions, so that there is no target to edit to.")
+            raise ConfigError("edit: the model knows no conditions, so that there is nothing to edit towards.")
         editor = self.editor(grid)
-        before = Prompt(source, source_guidance, interval)
-        parts = _parts(editor, x, before, Prompt(target, guidance, interval), seeds, batch_size)
-        made = [
-            edit(editor, p.items, p.source, p.target, method=method, noise=p.noise, reconstruct=reconstruct)
-            for p in parts
-        ]
-        return Edited(
-            torch.cat([part.items for part in made]),
-            torch.cat([part.reconstruction for part in made]) if reconstruct else None,
-            None if made[0].noise is None else torch.cat([part.noise for part in made]),
-            made[0].nfe,
-            sum(part.stored for part in made),
-        )
+        prompts = Prompt(source, source_guidance, interval), Prompt(target, guidance, interval)
+        parts = model_parts(editor, x, *prompts, seeds, batch_size)
+        made = edit_parts(editor, parts, method=method, reconstruct=reconstruct)
+        return Edited(made.items, made.reconstruction, made.noise, made.nfe, made.stored)
 
     @torch.no_grad()
     def invert(
@@ -90,7 +68,7 @@ class Editable:
         *,
         source: Condition | None,
         seeds: Seeds | None = None,
-        method: EditMethod = Vanilla(),
+        method: EditMethod = RFEdit(),
         grid: TimeGrid = Even(),
         source_guidance: float = 1.0,
         interval: tuple[float, float] | None = None,
@@ -101,47 +79,21 @@ class Editable:
         Raises:
             ConfigError, ValueError: as `edit`; and if the method does not invert.
         """
-        _check(source_guidance, source_guidance, interval)
+        check_scales(source_guidance, source_guidance, interval)
         editor, prompt = self.editor(grid), Prompt(source, source_guidance, interval)
-        made = [
-            invert(editor, p.items, p.source, method=method, noise=p.noise)
-            for p in _parts(editor, x, prompt, prompt, seeds, batch_size)
-        ]
-        noise, back = (torch.cat(parts) for parts in zip(*(part[:2] for part in made), strict=True))
-        return Inversion(noise, back, made[0].nfe, sum(part.seconds for part in made))
+        return invert_parts(editor, model_parts(editor, x, prompt, prompt, seeds, batch_size), method=method)
 
-    def editor(self, grid: TimeGrid = Even()) -> "ModelEditor":
+    def editor(self, grid: TimeGrid = Even()) -> ModelEditor:
         """What editing methods ask: velocities under prompts, times, and the way between items and model space.
 
         Raises:
             ConfigError: if the model is no rectified flow.
         """
-        from ..editing.own import ModelEditor  # it is made of samplers, whose models have this method
-
         return ModelEditor(self, grid)
 
 
-def _check(guidance: float, other: float, interval: tuple[float, float] | None) -> None:
+def check_scales(guidance: float, other: float, interval: tuple[float, float] | None) -> None:
     """Raises ValueError if a number is none, or an interval has no guidance to act on."""
     for scale in (guidance, other):
         check_guidance(scale, None, None, None)
     check_guidance(other if guidance == 1 else guidance, interval, None, None)
-
-
-def _parts(
-    editor: "ModelEditor", x: Tensor, source: Prompt, target: Prompt, seeds: Seeds | None, batch_size: int
-) -> Iterator[_Part]:
-    """Batches of items with their prompts and noise; one empty one if there are no items."""
-    at_least_one("edit", batch_size=batch_size)
-    editor.model.check_items(x, "edit")
-    seeds = as_seeds(len(x) if seeds is None else seeds)
-    if len(seeds) != len(x):
-        raise ValueError(f"edit: {len(x)} seeds are needed, one per item, found {len(seeds)}.")
-    told = [
-        prompt._replace(condition=editor.check(prompt.condition, len(x), prompt.guidance, "edit"))
-        for prompt in (source, target)
-    ]
-    for rows in torch.arange(len(x)).split(batch_size):
-        cut = (p._replace(condition=None if p.condition is None else p.condition[rows]) for p in told)
-        noise = SeedNoise(seeds[rows], purpose="edit", device=editor.model.device)
-        yield _Part(x[rows], *cut, noise)

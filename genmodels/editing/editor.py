@@ -3,14 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..networks.attention import Attention, Tap
 from ..registry import ConfigError
 from ..solvers.base import Solver, title
 from ..solvers.fields import VectorField
+
+__all__ = ["Attention", "Editor", "Place", "Prompt", "Tap", "Walk"]
 
 
 class Prompt(NamedTuple):
@@ -27,38 +30,18 @@ class Prompt(NamedTuple):
     interval: tuple[float, float] | None = None
 
 
-class Tap(NamedTuple):
-    """Where a projection of an attention layer can be read and replaced: the output of a module, or a part of it.
-
-    Args:
-        module: its output is [B, tokens, features].
-        part: (i, n) for the i-th of n equal parts of the features, of projections that are fused.
-    """
-
-    module: nn.Module
-    part: tuple[int, int] = (0, 1)
-
-
-class Attention(NamedTuple):
-    """One self-attention layer of a network.
-
-    Args:
-        name: how users name its block ("blocks.3", "single_transformer_blocks.20").
-        over: the tokens that attend to each other: those of one picture or frame, of one place in all frames, or all.
-        taps: of "q", "k" and "v" (queries and keys after their norm and before rotation, where there are such).
-    """
-
-    name: str
-    over: Literal["space", "time", "all"]
-    taps: dict[str, Tap]
-
-
 class Editor(ABC):
     """A rectified flow x_t = (1 - t) x_0 + t ε with the velocity dx/dt = E[ε - x_0 | x_t], t = 0 at items, 1 at noise.
 
     States are kept in float32 or better whatever the network computes in: in bf16 the rounding of states, not the
     solver, would decide how well an inversion returns.
+
+    Attributes:
+        channel_axis: of its states, the axis of features: 1 of [B, C, H, W], -1 of tokens [B, N, C]. Every other axis
+            but the first is one of positions.
     """
+
+    channel_axis: int = 1
 
     @abstractmethod
     def velocity(self, t: Tensor, x: Tensor, prompt: Prompt) -> Tensor:
@@ -103,16 +86,17 @@ class Walk:
     Attributes:
         place: of the present (or last) evaluation; None before the first.
         calls: evaluations of the velocity so far.
+        items: in the states of the present (or last) evaluation; 0 before the first.
     """
 
     def __init__(self, editor: Editor, prompt: Prompt, times: Tensor) -> None:
         self.editor, self.prompt, self.times = editor, prompt, times
         self.place: Place | None = None
         self.calls = 0
-        self._interval = self._evaluation = 0
+        self.items = self._interval = self._evaluation = 0
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        self.place = Place(self._interval, self._evaluation, float(t))
+        self.place, self.items = Place(self._interval, self._evaluation, float(t)), len(x)
         self._evaluation, self.calls = self._evaluation + 1, self.calls + 1
         return self.editor.velocity(t, x, self.prompt)
 
@@ -145,6 +129,7 @@ class Walk:
         if not bool(torch.isfinite(x).all()):
             way = "from noise to items" if to_data else "from items to noise"
             raise ValueError(
-                f"editing: the way {way} ended in numbers that are not finite. Take more steps, or float32."
+                f"editing: the way {way} ended in numbers that are not finite. Take more steps (exact inversion finds "
+                "its fixed points on short ones alone), or float32."
             )
         return x

@@ -25,8 +25,7 @@ class MixtureEditor(Editor):
         t = t.to(x.device)
         alpha, one = 1 - t, torch.ones_like(t)
         found = prompt.condition.velocity(x, alpha, t, -one, one)
-        low, high = prompt.interval or (0.0, float("inf"))
-        if prompt.guidance == 1 or not low * alpha <= t <= high * alpha:
+        if prompt.guidance == 1 or not within(prompt.interval, alpha, t):
             return found
         if self.free is None:
             raise ValueError("guidance needs the mixture without a prompt. Give `free`, or guidance=1.")
@@ -45,3 +44,11 @@ class MixtureEditor(Editor):
 
     def attention(self) -> tuple[Attention, ...]:
         return ()
+
+
+def within(interval: tuple[float, float] | None, alpha: Tensor, sigma: Tensor) -> bool:
+    """Whether the noise level σ/α lies in an interval; α may be 0 if σ is not, where the level is infinite."""
+    if interval is None:
+        return True
+    level = sigma / alpha  # not compared as σ <= high α: an infinite bound times 0 is undefined
+    return bool((interval[0] <= level) & (level <= interval[1]))

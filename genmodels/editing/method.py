@@ -76,7 +76,7 @@ class ByInversion(EditMethod):
             inverted = self.invert(editor, x, source, times, noise)
             back = Walk(editor, target, times)
             return Outcome(back.solve(self.down, inverted.x, True), inverted.x, inverted.nfe + back.calls)
-        up, down = Walk(editor, source, times), Walk(editor, target, times)
+        up, down = self.way_up(editor, source, times), Walk(editor, target, times)
         with FeatureStore(self.share, editor.attention(), len(times) - 1) as store:
             with store.recording(up):
                 z = up.solve(self.up, x, False)
@@ -84,12 +84,16 @@ class ByInversion(EditMethod):
                 y = down.solve(self.down, z, True)
             return Outcome(y, z, up.calls + down.calls, store.bytes)
 
+    def way_up(self, editor: Editor, source: Prompt, times: Tensor) -> Walk:
+        """The walk from items to noise."""
+        return Walk(editor, source, times)
+
     def plain(self) -> "ByInversion":
         same = copy.copy(self)
         same.share = None
         return same
 
     def invert(self, editor: Editor, x: Tensor, source: Prompt, times: Tensor, noise: Noise) -> Outcome:
-        walk = Walk(editor, source, times)
+        walk = self.way_up(editor, source, times)
         z = walk.solve(self.up, x, False)
         return Outcome(z, z, walk.calls)

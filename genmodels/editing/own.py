@@ -13,7 +13,6 @@ from ..diffusion.reverse import DenoiserRows
 from ..diffusion.samplers import Guidance
 from ..diffusion.schedules import Linear, Schedule
 from ..registry import ConfigError
-from ..types import Condition
 from .editor import Attention, Editor, Prompt
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class ModelEditor(Editor):
 
     def decode(self, x: Tensor) -> Tensor:
         """[B, *shape] in data units, not rounded to levels."""
-        return self.model.transform.inverse(x)
+        return self.model.transform.continuous(x)
 
     def attention(self) -> Sequence[Attention]:
         return tuple(getattr(self.model.network, "attention", tuple)())
@@ -68,15 +67,15 @@ class ModelEditor(Editor):
             self._guided[key] = denoiser, Remembered(denoiser, torch.tensor(self.span, dtype=torch.float64))
         return self._guided[key]
 
-    def check(self, condition: Condition | None, items: int, guidance: float, where: str) -> Tensor | None:
-        """[B, *] what a prompt may say of so many items.
+    def checked(self, prompt: Prompt, items: int) -> Prompt:
+        """A prompt for so many items whose condition is [B, *], or None for an unconditional model.
 
         Raises:
-            ValueError: if conditions do not fit the model or the items, or guidance the model.
+            ValueError: if the condition does not fit the model or the items, or the guidance the model.
         """
-        checked = self.model.conditions.checked(condition, items, where, guidance=guidance)
-        Guidance(guidance).of(self.model)
-        return checked
+        self._denoiser(prompt)
+        told = self.model.conditions.checked(prompt.condition, items, "edit", guidance=prompt.guidance)
+        return prompt._replace(condition=told)
 
 
 def check_straight(schedule: Schedule) -> None:

@@ -16,6 +16,7 @@ from ..registry import ConfigError
 from ..rng import Noise, SeedNoise, as_seeds
 from ..solvers.base import Solver, State, title
 from ..solvers.brownian import Brownian, BrownianTree, Increment, path_seeds
+from ..solvers.inverse import Inverse
 from ..types import Condition, Seeds, Shape, expand_like
 
 
@@ -236,7 +237,7 @@ class Asked(Brownian):
 def check_solver(solver: Solver) -> None:
     """Raises ConfigError if a solver is not run by answers at times that are known beforehand."""
     name = title(solver)
-    if solver.whole or solver.implicit:
+    if solver.whole or solver.implicit or isinstance(solver, Inverse):
         raise ConfigError(
             f"solver '{name}': {'it has loops of its own' if solver.whole else 'it solves equations in every step'}, "
             "so that no list of timesteps can be made before. Use an explicit solver, such as euler or heun."

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from .. import pretrained
 from ..registry import ConfigError, arguments, register
 from ..types import Condition, Shape
+from .attention import Attention, Tap
 from .embeddings import ConditionEmbedding
 from .network import Network, check_images, check_timed
+
+ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # in which a U-Net runs what it holds
 
 
 class _Adapter(Network):
@@ -57,6 +60,15 @@ class _Adapter(Network):
         if not len(x):  # their attention cannot tell the shape of nothing
             return x.new_zeros(0, *self.out_shape)
         return self.model(x, steps, class_labels=labels).sample[:, : self.out_shape[0]]
+
+    def attention(self) -> list[Attention]:
+        parts = {"q": "to_q", "k": "to_k", "v": "to_v"}
+        found = [(n, m) for n, m in self.model.named_modules() if all(hasattr(m, part) for part in parts.values())]
+        found.sort(key=lambda each: ORDER.get(each[0].split(".")[0], 0))
+        return [
+            Attention(name, "space", {key: Tap(getattr(module, part)) for key, part in parts.items()})
+            for name, module in found
+        ]
 
 
 def _unused(cls: type, given: dict[str, Any], where: str) -> None:

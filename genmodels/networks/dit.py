@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..registry import ConfigError, register
 from ..types import Condition, Shape
+from .attention import Attention, fused
 from .mlp import Embeddings, pick
 from .network import Network, check_images
 
@@ -48,13 +49,18 @@ class Block(nn.Module):
         return torch.addcmul(h, g2, self.expand(normalized(h, b2, s2)))
 
     def attend(self, h: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(h), "b n (three h d) -> three b h n d", three=3, h=self.heads).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.merge(rearrange(out, "b h n d -> b n (h d)"))
+        return self.merge(attended(self.qkv(h), self.heads, self.dropout if self.training else 0.0))
 
     def expand(self, h: Tensor) -> Tensor:
         h = F.gelu(self.first(h))  # its tanh approximation is the slower one on CPUs
         return self.second(F.dropout(h, self.dropout, self.training))
+
+
+def attended(qkv: Tensor, heads: int, dropout: float) -> Tensor:
+    """[B, N, width] softmax(q kᵀ / √d) v of every head, from queries, keys and values side by side [B, N, 3·width]."""
+    q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=heads).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return rearrange(out, "b h n d -> b n (h d)")
 
 
 def normalized(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -127,6 +133,9 @@ class DiT(Network):
             h = self.recompute(block, h, c, rows)
         out = self.leave(normalized(h, *self.modulation(c, rows)))
         return rearrange(out, "b (i j) (c p q) -> b c (i p) (j q)", i=self.rows, p=self.patch, q=self.patch)
+
+    def attention(self) -> list[Attention]:
+        return [Attention(f"blocks.{i}", "space", fused(block.qkv)) for i, block in enumerate(self.blocks)]
 
 
 def positions(rows: int, columns: int, width: int) -> Tensor:

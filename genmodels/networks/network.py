@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..registry import ConfigError, kind
 from ..types import Condition, Shape
+from .attention import Attention
 
 
 @kind
@@ -72,6 +73,10 @@ class Network(nn.Module, ABC):
 
         It does nothing; who counts evaluations puts a counter in its place.
         """
+
+    def attention(self) -> Sequence[Attention]:
+        """Its self-attention layers in the order in which they run; empty if it has none."""
+        return ()
 
     def check_items(self, x: Tensor) -> None:
         """Raises ValueError unless x is [B, *in_shape]."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..registry import ConfigError, register
 from ..types import Condition, Shape, expand_like
+from .attention import Attention as Layer
+from .attention import fused
 from .mlp import Embeddings
 from .network import Network, check_images
 
@@ -224,6 +226,12 @@ class UNet(Network):
         for step in self.up:
             h = self.recompute(step, h, e, kept.pop()) if step.crossing else self.recompute(step, h, e)
         return self.head(F.silu(self.norm(h)))
+
+    def attention(self) -> list[Layer]:
+        ways = {"down": self.down, "middle": self.middle, "up": self.up}
+        steps = [(f"{way}.{i}", step) for way, steps in ways.items() for i, step in enumerate(steps)]
+        found = [(name, step.attention) for name, step in steps if isinstance(step, Step) and step.attention]
+        return [Layer(name, "space", fused(attention.qkv)) for name, attention in found]
 
 
 def _change(channels: int, style: Style, resample: str, way: Resample) -> nn.Module:

@@ -136,6 +136,10 @@ BOSH3 = ButcherTableau(
     stability=2.512745,
 )
 
+HEUN3 = ButcherTableau(
+    3, row(0, "1/3", "2/3"), ((), row("1/3"), row(0, "2/3")), row("1/4", 0, "3/4"), stability=2.512745
+)
+
 RK4 = ButcherTableau(
     4,
     row(0, "1/2", "1/2", 1),

@@ -22,6 +22,7 @@ SMALL = {
     "made": {"hidden": 24},
     "wavenet2d": {"channels": 12, "layers": 3},
     "dit": {"width": 24, "depth": 2, "heads": 3},
+    "video_dit": {"patch": 2, "width": 24, "depth": 1, "heads": 3},
     "unet": {"channels": 8, "multipliers": (1, 2), "blocks": 1, "heads": 2},
     "glow": {"width": 24},
     "conv_encoder": {"width": 8, "halvings": 2},
@@ -40,13 +41,16 @@ SMALL = {
 IMAGE = (3, 8, 12)
 SQUARE = {"diffusers_dit"}  # of the networks for images, those that take no others
 VECTORS = {"made"}  # those for vectors, whose last number steers nothing
+VIDEOS = {"video_dit"}  # those for videos [C, T, H, W]
 LABELS_ONLY = {"diffusers_dit"}  # those without vectors as conditions
 LABELS = torch.tensor([0, 1, 2, 3, 1])  # of 3 classes; 3 is "none"
 TIMES = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
 
 
 def image(name: str, channels: int = 3) -> tuple[int, ...]:
-    """The shape of images that a network is tested on: neither square nor small, where it can be."""
+    """The shape of images (or videos) that a network is tested on: neither square nor small, where it can be."""
+    if name in VIDEOS:
+        return (channels, 3, 4, 6)
     if name in VECTORS:
         return (4 << channels // 2,)  # so that what comes out is a multiple of what goes in
     return (channels, 8, 8) if name in SQUARE else (channels, *IMAGE[1:])
@@ -85,7 +89,8 @@ def make(
 @every
 @pytest.mark.parametrize(("before", "after", "small"), [(3, 3, False), (3, 5, False), (1, 2, True)])
 def test_shapes_are_those_it_was_told(name, before, after, small):
-    in_shape, out_shape = ((c, 4, 4) if small and name not in VECTORS else image(name, c) for c in (before, after))
+    plain = small and name not in VECTORS | VIDEOS
+    in_shape, out_shape = ((c, 4, 4) if plain else image(name, c) for c in (before, after))
     network, x = make(name, in_shape, out_shape), randn(5, *in_shape)
     assert network(TIMES, x, LABELS).shape == (5, *out_shape)
     assert network(TIMES[2], x, LABELS).shape == (5, *out_shape)
@@ -114,6 +119,7 @@ def test_gradients_reach_every_parameter(name, timed, num_classes, condition_sha
 @every
 def test_derivatives_are_right(name):
     shape = (1, 4, 4) if name in SQUARE else image(name) if name in VECTORS else (1, 2, 4)
+    shape = (1, 2, 2, 4) if name in VIDEOS else shape
     network, x = make(name, in_shape=shape), randn(2, *shape).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: network(TIMES[1:3], x, LABELS[:2]), (x,))
 

@@ -16,6 +16,7 @@ from genmodels.rng import generator
 from genmodels.solvers.base import Fixed, Solver, integrate
 from genmodels.solvers.fields import RowField, VectorField
 from genmodels.solvers.implicit import DiagonallyImplicit
+from genmodels.solvers.inverse import Inverse
 from genmodels.solvers.runge_kutta import Dopri5, Euler, Heun, RungeKutta
 from genmodels.solvers.solution import Record, Result, SolverError
 from genmodels.solvers.step_size import PI
@@ -52,7 +53,7 @@ PROBLEMS: dict[str, tuple[Callable, Tensor, tuple[float, float], Tensor]] = {
 def rates(solve: Callable[[int], Tensor], exact: Tensor, solver: Solver) -> float:
     """Measured order at the smallest steps that rounding does not touch (longer ones if each is dear)."""
     n = {1: 128, 2: 64, 3: 48, 4: 32, 8: 4}.get(int(solver.order), 64)
-    n = 16 if isinstance(solver, DiagonallyImplicit) else n
+    n = 16 if isinstance(solver, DiagonallyImplicit | Inverse) else n
     coarse, fine = ((solve(k) - exact).abs().max() for k in (n, 2 * n))
     assert fine > 1e-14, "rounding spoils the measurement"
     return float(torch.log2(coarse / fine))

@@ -181,8 +181,10 @@ def written(data: Dataset, model: Model, sound: bool) -> list[str]:
     """The kinds of files that a run leaves of samples and of predictions of series."""
     kinds = []
     if isinstance(model, SupportsSample):
-        drawn = len(data.shape) == 3 or data.shape == (2,) or data.unit_of_time is not None
-        kinds += ["", ".png"] if sound else [".png"] if drawn else [".npz"]  # WAV files in a folder
+        drawn = len(data.shape) in (3, 4) or data.shape == (2,) or data.unit_of_time is not None
+        # WAV files are in a folder
+        kinds += ["", ".png"] if sound else [".png"] if drawn else [".npz"]
+        kinds += [".gif"] if data.frame_rate is not None else []
     if isinstance(model, SupportsPredict) and data.take("train", torch.tensor([0])).target_times is not None:
         kinds.append(".png")
     return sorted(kinds)

@@ -19,7 +19,8 @@ LAW = gaussian(torch.tensor([1.5]), torch.tensor([0.25]))
 SOLVERS = [
     n
     for n in names(Solver)
-    if not (m := member(Solver, n, "solver")).whole and not m.implicit and m.needs is not SDE and "cde" not in n
+    if not (m := member(Solver, n, "solver")).whole and not m.implicit and m.needs is not SDE
+    if "cde" not in n and n != "inverse"
 ]
 STARTS = torch.tensor([[-0.7], [0.4], [1.9]], dtype=torch.float64)
 
@@ -222,7 +223,7 @@ def test_configurations_are_json_and_come_back(scheduler, tmp_path):
 
 
 def test_refusals(scheduler):
-    for name in ("kvaerno3", "torchdiffeq", "euler_maruyama"):
+    for name in ("kvaerno3", "inverse", "torchdiffeq", "euler_maruyama"):
         with pytest.raises(ConfigError, match=f"solver '{name}'"):
             scheduler(solver=name)
     churned = scheduler("edm", "x", {"name": "edm_heun", "s_churn": 10.0})
