@@ -1,5 +1,6 @@
 """Edit, invert and reconstruct items by any method: the one way for our models and for pipelines."""
 
+import copy
 import time
 from typing import Any, NamedTuple
 
@@ -51,10 +52,11 @@ def edit(
     """
     x = editor.encode(items)
     times = _times(editor, method, x)
+    same = copy.deepcopy(noise)  # so that edit and reconstruction differ in prompts alone
     began = time.perf_counter()
     made = method.edit(editor, x, source, target, times, noise)
     seconds = time.perf_counter() - began
-    again = method.plain().edit(editor, x, source, source, times, noise).x if reconstruct else None
+    again = method.plain().edit(editor, x, source, source, times, same).x if reconstruct else None
     back = None if again is None else editor.decode(again)
     return Edit(editor.decode(made.x), back, made.noise, made.nfe, seconds, made.stored)
 
@@ -84,10 +86,11 @@ def invert(editor: Editor, items: Any, source: Prompt, *, method: EditMethod, no
     """
     x = editor.encode(items)
     times = _times(editor, method, x)
+    same = copy.deepcopy(noise)
     began = time.perf_counter()
     found = method.plain().invert(editor, x, source, times, noise)
     seconds = time.perf_counter() - began
-    back = method.plain().edit(editor, x, source, source, times, noise)
+    back = method.plain().edit(editor, x, source, source, times, same)
     return Inversion(found.x, editor.decode(back.x), found.nfe, seconds)
 
 
