@@ -10,10 +10,12 @@ import torch
 
 from genmodels.data.digits import Digits
 from genmodels.diffusion.model import DiffusionModel
+from genmodels.editing.by_inversion import Vanilla
 from genmodels.evaluation.answers import Interview, target_classes
 from genmodels.evaluation.assemble import leaderboard
 from genmodels.evaluation.drawing import scatter
 from genmodels.evaluation.evaluate import PUBLISHED, evaluate
+from genmodels.evaluation.measure import measure
 from genmodels.evaluation.protocol import FOLDER, Protocol
 from genmodels.metrics.editing import EditDistance, EditSuccess, Reconstruction, peak
 from genmodels.metrics.features import DigitsFeatures, Pixels
@@ -128,16 +130,25 @@ def test_what_cannot_be_edited_is_said(tmp_path):
     assert set(result["not_applicable"].values()) == {"needs edit"}
 
 
-def test_a_rectified_flow_is_asked(tmp_path):
+def test_a_rectified_flow_is_asked():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = partial(MLP, hidden=(8,))
         facts = {"shape": (1, 8, 8), "transform": Affine(loc=8.0, scale=8.0), "num_classes": 10, "bin_width": 1.0}
-        model = DiffusionModel(network, condition_shape=None, **facts, conditional=True)
-    run = FakeRun(tmp_path / "flow", model, edit={"reconstruct": True})
-    result = evaluate(run, FakeProtocol(Glyphs(), METRICS, edit={"num_items": 12}), device="cpu")
-    assert result["failures"] == {} and result["cost"]["edit"]["nfe"] == 60  # Euler's 30 steps up and down
-    assert 0 < found_by(result)["reconstruction_mse"]["value"] < 1
+        model = DiffusionModel(network, condition_shape=None, **facts, conditional=True).eval()
+    protocol = FakeProtocol(Glyphs(), METRICS, edit={"num_items": 12})
+    interview = Interview(model, protocol, {"edit": {"reconstruct": True, "method": Vanilla(num_steps=10)}})
+    found = measure(interview, protocol.metrics(), torch.device("cpu"))
+    assert found.refused == {} and interview.bills["edit"].nfe == 20  # of Euler's method up and down
+    made = model.edit(
+        Glyphs().all("test").x[:12],
+        source=torch.arange(12) % 10,
+        target=target_classes(torch.arange(12) % 10, torch.arange(12), 10),
+        method=Vanilla(num_steps=10),
+    )
+    errors = (made.reconstruction - Glyphs().all("test").x[:12]).double().square().flatten(1).mean(1)
+    assert found.estimates[2, "reconstruction_mse"].value == pytest.approx(errors.mean().item(), rel=1e-5) != 0
+    assert torch.equal(found.shown, made.x.round().clamp(0, 16))
 
 
 def test_protocols_without_edits_keep_their_hash():
