@@ -82,7 +82,9 @@ def _drawn(columns: Sequence[Column], rows: Sequence[Row]) -> list[tuple[Column,
     by_name = {column.name: column for column in able}
     traded = [(by_name[name], other) for name, other in TRADES if name in by_name and other in by_name]
     priced = dict.fromkeys([*able[:1], *[column for column in able if likelihood(column)][:1]])
-    return [*traded, *((column, axis) for column in priced for axis in AXES)]
+    models = {(row.config_hash, row.weights, row.step) for row in rows}
+    axes = AXES[:1] if traded and len(models) == 1 else AXES  # one model has one size
+    return [*traded, *((column, axis) for column in priced for axis in axes)]
 
 
 def _references(results: list[Result], columns: list[Column]) -> dict[str, dict[str, float]]:

@@ -3,8 +3,9 @@
 Colours and fonts are those of the page (classes); positions are rounded to a tenth of a unit.
 """
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
@@ -54,7 +55,7 @@ def scatter(board: Board, frontier: Frontier, identity: str) -> Markup | None:
     x = fit([p.price for p in points], LEFT, RIGHT, log=frontier.cost in BY_NAME or None, margin=0.08)
     ends = [p.value + s * p.spread for p in points for s in (-1, 1)]
     positive = [e for e, p in zip(ends, [p for p in points for _ in (0, 1)], strict=True) if p.value > 0 and e > 0]
-    y = fit(positive if len(positive) == len(ends) else ends, BOTTOM, TOP)
+    y = fit(positive if len(positive) == len(ends) else ends, BOTTOM, TOP, log=scale(column))
     heading = _heading(board, frontier.cost)
     name = f"{column.name.replace('_', ' ')} against {heading}"
     front = [p for p in points if p.standing == "front"] if frontier.comparable else []
@@ -88,7 +89,28 @@ def _points(board: Board, frontier: Frontier, column: Column) -> list[Point]:
         told = f"{label}: {show(cell.value, cell.stderr, cell.kind)} at {write(price, named(frontier.cost))}"
         number = board.rows.index(row) if standing != QUOTED else len(board.rows) + board.quoted.index(row)
         found.append(Point(number, label, standing, price, cell.value, SIGNIFICANT * (cell.stderr or 0), told))
-    return found
+    if len({row.name for row in board.rows}) > 1 or board.quoted:
+        return found
+    return [replace(p, label=name) for p, name in zip(found, distinct([p.label for p in found]), strict=True)]
+
+
+def distinct(labels: Sequence[str]) -> list[str]:
+    """Labels of one run by their options, without the path, and without those that a component's name implies.
+
+    >>> distinct(["run", "run e.m.name=heun e.m.n=2 e.m.k=[1, 2]", "run e.m.name=heun e.m.n=3 e.m.k=[1, 2]"])
+    ['run', 'heun n=2', 'heun n=3']
+    """
+    options = [dict(re.findall(r"(\S+)=(.*?)(?= \S+=|$)", label)) for label in labels]
+
+    def implied(own: dict[str, str], key: str) -> bool:
+        names = [(k, v) for k, v in own.items() if k.endswith(".name") and k != key]
+        return any(all(o.get(key) == own[key] for o in options if o.get(k) == v) for k, v in names)
+
+    found = []
+    for label, own in zip(labels, options, strict=True):
+        kept = {key.rpartition(".")[2]: value for key, value in own.items() if not implied(own, key)}
+        found.append(" ".join(v if k == "name" else f"{k}={v}" for k, v in kept.items()) or label)
+    return found if len(set(found)) == len(set(labels)) else list(labels)
 
 
 def _told(front: Sequence[Point], points: Sequence[Point], comparable: bool) -> str:
@@ -214,7 +236,12 @@ def interval_axis(board: Board) -> Axis | None:
     """The scale of all intervals; None if there are none."""
     cells = [row.cells.get(board.columns[0].name, EMPTY) for row in board.rows]
     ends = [c.value + s * SIGNIFICANT * (c.stderr or 0) for c in cells if c.value is not None for s in (-1, 1)]
-    return fit(ends, 4, INTERVAL - 4) if ends else None
+    return fit(ends, 4, INTERVAL - 4, log=scale(board.columns[0])) if ends else None
+
+
+def scale(column: Column) -> bool | None:
+    """Whether its axis is logarithmic: shares are not, for others their values decide."""
+    return False if column.unit == "share" else None
 
 
 def _interval(axis: Axis, value: float, spread: float, apart: str) -> Markup:

@@ -13,10 +13,11 @@ from genmodels.diffusion.model import DiffusionModel
 from genmodels.editing.by_inversion import Vanilla
 from genmodels.evaluation.answers import Interview, target_classes
 from genmodels.evaluation.assemble import leaderboard
-from genmodels.evaluation.drawing import scatter
+from genmodels.evaluation.drawing import distinct, scatter
 from genmodels.evaluation.evaluate import PUBLISHED, evaluate
 from genmodels.evaluation.measure import measure
 from genmodels.evaluation.protocol import FOLDER, Protocol
+from genmodels.evaluation.results import identify
 from genmodels.metrics.editing import EditDistance, EditSuccess, Reconstruction, peak
 from genmodels.metrics.features import DigitsFeatures, Pixels
 from genmodels.metrics.metric import Subject
@@ -280,3 +281,23 @@ def test_success_is_drawn_against_what_is_kept():
     assert steps == pytest.approx([3 * steps[2], steps[2], steps[2]], abs=0.4)  # drawn to a tenth
     (plain,) = leaderboard([example("a"), example("b", seed=1, metrics=[metric(value=2.0)])])
     assert {f.cost for f in plain.frontiers} == {"nfe", "parameters", "training"}
+
+
+def test_drawings_of_one_run_name_options_and_spread_shares_evenly():
+    labels = ["run", "run e.m.name=a e.m.n=28 e.m.k=0", "run e.m.name=b e.m.n=28 e.s=2", "run e.m.name=b e.m.n=8 e.s=2"]
+    assert distinct(labels) == ["run", "a", "b n=28", "b n=8"]
+    twins = [labels[1], labels[1].replace("run", "other")]
+    assert distinct(twins) == twins  # what would be the same stays as it is
+    rows = []
+    for k, success in enumerate((0.02, 0.5, 0.98)):
+        answers = {"answers": {"edit": {"n": k}}, "config": {"edit": {"n": 0}}}
+        share = metric("edit_success", success, 0.001, 0, "higher", "edit", unit="share")
+        made = example("run", [share, metric("edit_distance", 1.0 + k, 0.1, 1, "lower", "edit")], **answers)
+        made["overridden"] = k > 0
+        rows.append(made | {"id": identify(made)})
+    (board,) = leaderboard(rows)
+    assert [f.cost for f in board.frontiers] == ["edit_distance", "nfe"]  # the sizes of one model are one
+    drawn = scatter(board, board.frontiers[0], "p0")
+    heights = sorted(float(part.split('cy="')[1].split('"')[0]) for part in drawn.split('<g class="point ')[1:])
+    assert heights[2] - heights[1] == pytest.approx(heights[1] - heights[0], abs=0.2)
+    assert ">n=2</text>" in drawn and ">run</text>" in drawn
