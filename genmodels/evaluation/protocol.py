@@ -205,7 +205,8 @@ class Protocol:
         """`tree` without what only says where things lie on this machine, and without a question that is younger than
         published results and that no metric asks."""
         tree = registry.portable(Sections, self.tree)
-        edits = any(SupportsEdit in metric.requires for metric in self.metrics())
+        kinds = [registry.member(Metric, node["name"], "metrics") for node in self.tree["metrics"]]
+        edits = any(SupportsEdit in kind.requires for kind in kinds)
         return tree if edits else {key: value for key, value in tree.items() if key != "edit"}
 
     @cached_property
