@@ -132,15 +132,19 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What a model answered to the evaluator: drawn items, likelihoods or predictions, with their cost.
+    """What a model answered to the evaluator: drawn items, likelihoods, predictions or edits, with their cost.
 
     Args:
         seeds: [n] int64; item i was made from seed i alone.
-        x: [n, *shape] drawn items in data units, rounded to the levels of discrete data (None for other questions).
-        condition: what they were drawn given.
+        x: [n, *shape] drawn items or edits in data units, rounded to the levels of discrete data (None for other
+            questions).
+        condition: what they were drawn given, or edited to.
         likelihood: log p of the items of the batch.
         prediction: [n, *] the model's prediction for the batch.
         features: [n, D] features of drawn items by the identity of their extractor.
+        reconstruction: [n, *shape] of edits x, what the same method makes of the items under their own condition, not
+            rounded; None if it was not asked for.
+        stored: bytes of shared features of an edit, per item.
         seconds: wall-clock time of the whole answer.
         nfe: evaluations of the model's network on the path of one item (mean over items).
         failure: why there is no answer (a solver gave up); x or the likelihood is NaN then.
@@ -153,6 +157,8 @@ class Samples:
     likelihood: Likelihood | None = None
     prediction: Tensor | None = None
     features: Mapping[str, Tensor] | None = None
+    reconstruction: Tensor | None = None
+    stored: float = 0.0
     seconds: float = 0.0
     nfe: float = 0.0
     failure: str = ""

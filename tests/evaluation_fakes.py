@@ -91,6 +91,19 @@ class SharedStart(Points):
             self.hold(split, Batch(torch.ones(len(items), 1, 2), target=target))
 
 
+class Glyphs(InMemory):
+    """Pictures of 8x8 pixels with the levels of digits, and ten classes."""
+
+    registered_name = "glyphs"
+    shape, num_classes, bin_width, levels = (1, 8, 8), 10, 1.0, 17
+
+    def __init__(self, sizes=(300, 20, 200)):
+        for split, size in zip(("train", "val", "test"), sizes, strict=True):
+            g = generator("glyphs", split)
+            x = torch.randint(0, 17, (size, *self.shape), generator=g).float()
+            self.hold(split, Batch(x, condition=torch.arange(size) % 10))
+
+
 class Tap(Network):
     """A network that passes x through and is there to be counted."""
 
@@ -181,7 +194,7 @@ class FakeConfig:
     def __init__(self, sections, seed=0, **extra):
         self.tree = {"name": "fake", "seed": seed, "data": {"name": "levels"}, "model": {"name": "fake"}, **extra}
         self.tree["train"] = {"steps": 12}
-        self.tree |= {"sample": {}, "likelihood": {}, "predict": {}} | sections
+        self.tree |= {"sample": {}, "likelihood": {}, "predict": {}, "edit": {}} | sections
         self.protocols = ()
 
     @property
@@ -237,6 +250,12 @@ def answers(dataset: Dataset, n: int, question: str, seed: int = 0) -> tuple[dic
         return {"x": noise if dataset.levels is None else noise.abs().floor().clamp(max=dataset.levels - 1)}, None
     rows = torch.randint(0, dataset.size("test"), (n,), generator=g)
     batch = dataset.take("test", rows)
+    if question == "edit":
+        noise, target = torch.randn(2, n, *dataset.shape, generator=g), torch.randint(0, 2, (n,), generator=g)
+        made = {"x": (batch.x + 4 * noise[0]).round().clamp(0, dataset.levels - 1)}
+        made["reconstruction"] = batch.x + 0.1 * noise[1]
+        made["condition"] = (batch.condition + 1 + target) % dataset.num_classes
+        return made | {"stored": noise[1].flatten(1)[:, 0].abs().double()}, batch
     if question == "likelihood":
         return {"likelihood": torch.randn(n, generator=g, dtype=torch.float64) - 3}, batch
     shape = (n, 2) if batch.target.ndim == 1 else batch.target.shape

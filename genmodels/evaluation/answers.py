@@ -1,4 +1,4 @@
-"""The three questions that a model is asked, once per protocol: draw samples, score items, predict; and their price.
+"""The questions that a model is asked, once per protocol: draw samples, score items, predict, edit; and their price.
 
 Items are visited in batches of fixed seeds. Of several processes each answers every world-th batch, and the first one
 sees all answers in order: what metrics make of them does not depend on how many processes there are.
@@ -32,6 +32,7 @@ from ..types import (
     Likelihood,
     NotApplicable,
     Samples,
+    SupportsEdit,
     SupportsLogProb,
     SupportsPredict,
     SupportsSample,
@@ -39,7 +40,7 @@ from ..types import (
 )
 from .protocol import Protocol
 
-QUESTIONS = {"sample": SupportsSample, "likelihood": SupportsLogProb, "predict": SupportsPredict}
+QUESTIONS = {"sample": SupportsSample, "likelihood": SupportsLogProb, "predict": SupportsPredict, "edit": SupportsEdit}
 Answer = tuple[Samples, Batch | None]
 Progress = Callable[[str, int, int], None]
 
@@ -110,7 +111,7 @@ class Interview:
     Args:
         model: in eval mode, on its device.
         protocol: says what is asked.
-        options: keyword arguments of `sample`, `likelihood` and `predict` by question.
+        options: keyword arguments of `sample`, `likelihood`, `predict` and `edit` by question.
         extractors: whose features of drawn items the metrics want, by identity, ready for the protocol's data.
         progress: told (question, items done, items in all) after every batch.
     """
@@ -163,7 +164,8 @@ class Interview:
         batches, as often as `PATIENCE` allows.
         """
         bill, rows = self.bills[question], self._batches(question, 0)[0]
-        answer = dataclasses.replace(self, extractors={})._answer(question)
+        bare = {**self.options, "edit": {**self.options.get("edit", {}), "reconstruct": False}}
+        answer = dataclasses.replace(self, extractors={}, options=bare)._answer(question)
         try:
             with count_operations() as counted:
                 few = len(answer(rows[:COUNTED])[0].seeds)
@@ -180,7 +182,8 @@ class Interview:
             left -= again
 
     def _answer(self, question: str) -> Callable[[Tensor], Answer]:
-        return {"sample": self._sample, "likelihood": self._score, "predict": self._predict}[question]
+        ways = {"sample": self._sample, "likelihood": self._score, "predict": self._predict, "edit": self._edit}
+        return ways[question]
 
     def _count(self, question: str) -> int:
         if question == "sample":
@@ -250,6 +253,28 @@ class Interview:
         _check_length("predict", prediction, len(rows))
         return Samples(rows, prediction=prediction.detach().cpu(), **cost), batch
 
+    def _edit(self, rows: Tensor) -> Answer:
+        """Edits of items, and apart from their cost the reconstructions if `reconstruct` is among the options."""
+        batch = self.dataset.take(self.protocol.edit.split, rows)
+        if not self.model.conditional or self.dataset.num_classes is None:
+            raise NotApplicable("edits go from class to class; the model or the protocol's data have none")
+        wanted = target_classes(batch.condition, rows, self.dataset.num_classes)
+        moved, target = batch.to(self.model.device), wanted.to(self.model.device)
+        given, options = {"source": moved.condition, "seeds": rows}, self.options["edit"]
+        with self._measured(len(rows)) as cost, torch.no_grad():
+            made = self.model.edit(moved.x, target=target, **given, **{**options, "reconstruct": False})
+        again = None
+        if options["reconstruct"]:
+            again = self.model.edit(moved.x, target=moved.condition, **given, **options).reconstruction.cpu()
+        x = made.x.detach().cpu()
+        _check_length("edit", x, len(rows))
+        finite = x.flatten(1).isfinite().all(1)
+        x = torch.where(expand_like(finite, x), to_levels(x, self.dataset), torch.nan)
+        features = {name: _features(extract, x, finite) for name, extract in self.extractors.items()}
+        stored = made.stored / len(rows)
+        found = Samples(rows, x=x, condition=wanted, features=features, reconstruction=again, stored=stored, **cost)
+        return found, batch
+
     @contextmanager
     def _measured(self, items: int) -> Iterator[dict[str, float]]:
         """Fills a dictionary with the seconds of the block and its network evaluations per item."""
@@ -269,7 +294,8 @@ def _finite(samples: Samples) -> Tensor:
     """[n] bool: which answers, with their features, hold neither NaN nor infinity."""
     likelihood = None if samples.likelihood is None else samples.likelihood.value
     answer = next(v for v in (samples.x, likelihood, samples.prediction) if v is not None)
-    parts = [answer, *(samples.features or {}).values()]
+    again = [] if samples.reconstruction is None else [samples.reconstruction]
+    parts = [answer, *again, *(samples.features or {}).values()]
     return torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in parts]).all(0)
 
 
@@ -308,6 +334,17 @@ def conditions(model: Model, dataset: Dataset, seeds: Tensor, policy: str) -> Co
     if condition is None:
         raise NotApplicable("the model needs a condition, and the items of the protocol's data have none")
     return condition
+
+
+def target_classes(labels: Tensor, items: Tensor, classes: int) -> Tensor:
+    """[B] int64 the class that each item is edited to: (c + 1 + i mod (K - 1)) mod K for item i of class c.
+
+    Raises:
+        NotApplicable: if there is only one class.
+    """
+    if classes < 2:
+        raise NotApplicable("edits go from class to class, and the data have only one")
+    return (labels + 1 + items % (classes - 1)) % classes
 
 
 def _check_length(question: str, value: Tensor, items: int) -> None:

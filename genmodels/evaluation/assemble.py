@@ -14,6 +14,7 @@ from .results import Result, combine
 from .tables import SYMBOLS, failure
 
 AXES = ("nfe", "parameters", "training")  # costs that quality is drawn against
+TRADES = (("edit_success", "edit_distance"),)  # columns that are paid for with another column
 
 
 def leaderboard(
@@ -67,18 +68,23 @@ def _board(results: list[Result], items: AllItems, quoted: Sequence[Quoted]) -> 
         tuple(rows),
         _references(results, columns),
         tuple(row for row in quoted if names & set(row.cells)),
-        tuple(frontier(rows, column, axis, items) for column in _drawn(columns, rows) for axis in AXES),
+        tuple(frontier(rows, column, axis, items) for column, axis in _drawn(columns, rows)),
     )
 
 
-def _drawn(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    """The column that ranks, and the first likelihood."""
+def _drawn(columns: Sequence[Column], rows: Sequence[Row]) -> list[tuple[Column, str]]:
+    """The column that ranks, and the first likelihood, each against every cost; before them columns that are traded."""
 
     def likelihood(column: Column) -> bool:
         return any(row.cells[column.name].kind in SYMBOLS for row in rows if column.name in row.cells)
 
     able = [column for column in columns if column.better != "none"]
-    return list(dict.fromkeys([*able[:1], *[column for column in able if likelihood(column)][:1]]))
+    by_name = {column.name: column for column in able}
+    traded = [(by_name[name], other) for name, other in TRADES if name in by_name and other in by_name]
+    priced = dict.fromkeys([*able[:1], *[column for column in able if likelihood(column)][:1]])
+    models = {(row.config_hash, row.weights, row.step) for row in rows}
+    axes = AXES[:1] if traded and len(models) == 1 else AXES  # one model has one size
+    return [*traded, *((column, axis) for column in priced for axis in axes)]
 
 
 def _references(results: list[Result], columns: list[Column]) -> dict[str, dict[str, float]]:
@@ -117,9 +123,9 @@ def _same_row(results: list[Result]) -> list[list[Result]]:
 
 
 def _seed_of_row(result: Result) -> tuple[str, int]:
-    """Which row a result belongs to, and its training seed."""
+    """Which row a result belongs to, and its training seed. How a run edits is told by the answers, if it was asked."""
     model = result["model"]
-    config = {key: value for key, value in model["config"].items() if key not in ("name", "seed")}
+    config = {key: value for key, value in model["config"].items() if key not in ("name", "seed", "edit")}
     return digest([config, model["step"], model["weights"], result["answers"]]), model["seed"]
 
 

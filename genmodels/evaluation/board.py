@@ -116,7 +116,7 @@ class Frontier:
 
     Attributes:
         metric: name of a column.
-        cost: name of a cost.
+        cost: name of a cost, or of another column of which less is better.
         standing: for each row of the board "front" (no row is as cheap and better), "tied" (some are, but none by more
             than the uncertainty), "dominated", "apart" (drawn without taking part), or None (a value is missing).
         comparable: False if the cost was paid on different machines, so that there is no front.

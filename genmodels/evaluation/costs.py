@@ -44,12 +44,19 @@ def bill(row: Row, column: Column) -> Bill:
 
 
 def cost(row: Row | Quoted, column: Column | None, name: str) -> float | None:
-    """A cost of a row; those of answers are of the question that feeds the column."""
+    """A cost of a row; those of answers are of the question that feeds the column. No cost: a value of that name."""
+    if name not in BY_NAME:
+        return row.cells.get(name, EMPTY).value
     if hasattr(row, name):
         return getattr(row, name)
     if isinstance(row, Quoted) or column is None:
         return None
     return getattr(bill(row, column), name)
+
+
+def named(name: str) -> Cost:
+    """The cost of that name, or a column in the place of one."""
+    return BY_NAME.get(name) or Cost(name, name.replace("_", " "), "", short)
 
 
 def shown(board: Board) -> list[Cost]:

@@ -3,14 +3,15 @@
 Colours and fonts are those of the page (classes); positions are rounded to a tenth of a unit.
 """
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
 from .axis import Axis, fit, labels
 from .board import EMPTY, Board, Column, Frontier
-from .costs import BY_NAME, cost, write
+from .costs import BY_NAME, cost, named, write
 from .ranking import SIGNIFICANT, sign
 from .tables import arrow, show
 
@@ -38,7 +39,8 @@ class Point:
 
 
 def scatter(board: Board, frontier: Frontier, identity: str) -> Markup | None:
-    """Quality against the logarithm of a cost, with 95 % intervals; None if less than two rows can be drawn.
+    """Quality against the logarithm of a cost, or against another column, with 95 % intervals; None if less than two
+    rows can be drawn.
 
     What is free stands before all others, behind a gap in the axis; if all is, there is nothing to draw.
 
@@ -50,11 +52,11 @@ def scatter(board: Board, frontier: Frontier, identity: str) -> Markup | None:
     points = _points(board, frontier, column)
     if sum(point.standing != QUOTED for point in points) < 2 or not any(point.price for point in points):
         return None
-    x = fit([p.price for p in points], LEFT, RIGHT, log=True, margin=0.08)
+    x = fit([p.price for p in points], LEFT, RIGHT, log=frontier.cost in BY_NAME or None, margin=0.08)
     ends = [p.value + s * p.spread for p in points for s in (-1, 1)]
     positive = [e for e, p in zip(ends, [p for p in points for _ in (0, 1)], strict=True) if p.value > 0 and e > 0]
-    y = fit(positive if len(positive) == len(ends) else ends, BOTTOM, TOP)
-    heading = BY_NAME[frontier.cost].heading
+    y = fit(positive if len(positive) == len(ends) else ends, BOTTOM, TOP, log=scale(column))
+    heading = _heading(board, frontier.cost)
     name = f"{column.name.replace('_', ' ')} against {heading}"
     front = [p for p in points if p.standing == "front"] if frontier.comparable else []
     parts = [
@@ -70,6 +72,12 @@ def scatter(board: Board, frontier: Frontier, identity: str) -> Markup | None:
     return Markup("".join(parts))
 
 
+def _heading(board: Board, name: str) -> str:
+    """What stands at the axis of a cost, or of a column in its place."""
+    column = next((c for c in board.columns if name not in BY_NAME and c.name == name), None)
+    return named(name).heading + (arrow(column.better) if column else "")
+
+
 def _points(board: Board, frontier: Frontier, column: Column) -> list[Point]:
     found = []
     rows = [(row, row.label, s) for row, s in zip(board.rows, frontier.standing, strict=True) if s is not None]
@@ -78,10 +86,31 @@ def _points(board: Board, frontier: Frontier, column: Column) -> list[Point]:
         cell, price = row.cells.get(column.name, EMPTY), cost(row, column, frontier.cost)
         if cell.value is None or price is None:
             continue
-        told = f"{label}: {show(cell.value, cell.stderr, cell.kind)} at {write(price, BY_NAME[frontier.cost])}"
+        told = f"{label}: {show(cell.value, cell.stderr, cell.kind)} at {write(price, named(frontier.cost))}"
         number = board.rows.index(row) if standing != QUOTED else len(board.rows) + board.quoted.index(row)
         found.append(Point(number, label, standing, price, cell.value, SIGNIFICANT * (cell.stderr or 0), told))
-    return found
+    if len({row.name for row in board.rows}) > 1 or board.quoted:
+        return found
+    return [replace(p, label=name) for p, name in zip(found, distinct([p.label for p in found]), strict=True)]
+
+
+def distinct(labels: Sequence[str]) -> list[str]:
+    """Labels of one run by their options, without the path, and without those that a component's name implies.
+
+    >>> distinct(["run", "run e.m.name=heun e.m.n=2 e.m.k=[1, 2]", "run e.m.name=heun e.m.n=3 e.m.k=[1, 2]"])
+    ['run', 'heun n=2', 'heun n=3']
+    """
+    options = [dict(re.findall(r"(\S+)=(.*?)(?= \S+=|$)", label)) for label in labels]
+
+    def implied(own: dict[str, str], key: str) -> bool:
+        names = [(k, v) for k, v in own.items() if k.endswith(".name") and k != key]
+        return any(all(o.get(key) == own[key] for o in options if o.get(k) == v) for k, v in names)
+
+    found = []
+    for label, own in zip(labels, options, strict=True):
+        kept = {key.rpartition(".")[2]: value for key, value in own.items() if not implied(own, key)}
+        found.append(" ".join(v if k == "name" else f"{k}={v}" for k, v in kept.items()) or label)
+    return found if len(set(found)) == len(set(labels)) else list(labels)
 
 
 def _told(front: Sequence[Point], points: Sequence[Point], comparable: bool) -> str:
@@ -207,7 +236,12 @@ def interval_axis(board: Board) -> Axis | None:
     """The scale of all intervals; None if there are none."""
     cells = [row.cells.get(board.columns[0].name, EMPTY) for row in board.rows]
     ends = [c.value + s * SIGNIFICANT * (c.stderr or 0) for c in cells if c.value is not None for s in (-1, 1)]
-    return fit(ends, 4, INTERVAL - 4) if ends else None
+    return fit(ends, 4, INTERVAL - 4, log=scale(board.columns[0])) if ends else None
+
+
+def scale(column: Column) -> bool | None:
+    """Whether its axis is logarithmic: shares are not, for others their values decide."""
+    return False if column.unit == "share" else None
 
 
 def _interval(axis: Axis, value: float, spread: float, apart: str) -> Markup:

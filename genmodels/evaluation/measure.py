@@ -135,7 +135,7 @@ def _features_of(interview: Interview, identity: str, split: Split) -> Tensor | 
 
 def _batch_size(interview: Interview) -> int:
     protocol = interview.protocol
-    return max(asked.batch_size for asked in (protocol.sample, protocol.likelihood, protocol.predict))
+    return max(asked.batch_size for asked in (protocol.sample, protocol.likelihood, protocol.predict, protocol.edit))
 
 
 def _begin(

@@ -15,6 +15,7 @@ from ..hashing import digest
 from ..metrics.metric import Metric
 from ..registry import ConfigError
 from ..schema import near
+from ..types import SupportsEdit
 
 FOLDER = Path(__file__).resolve().parents[2] / "evals" / "protocols"
 SUFFIXES = (".yaml", ".yml")
@@ -88,6 +89,26 @@ class Predicting:
 
 
 @dataclass(frozen=True)
+class Editing:
+    """The `edit:` section: which items are edited.
+
+    Item i of class c is turned into one of class (c + 1 + i mod (K - 1)) mod K of K: of each pair about equally many.
+
+    Args:
+        split: of the protocol's data.
+        num_items: the first so many; null for all.
+        batch_size: items per call.
+    """
+
+    split: Literal["train", "val", "test"] = "test"
+    num_items: int | None = None
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        _at_least("edit", {"num_items": self.num_items, "batch_size": self.batch_size})
+
+
+@dataclass(frozen=True)
 class Sections:
     """The top level of a protocol file; the first estimate of the first metric ranks its leaderboard."""
 
@@ -100,6 +121,7 @@ class Sections:
     sample: Sampling = field(default_factory=Sampling)
     likelihood: Scoring = field(default_factory=Scoring)
     predict: Predicting = field(default_factory=Predicting)
+    edit: Editing = field(default_factory=Editing)
 
 
 class Protocol:
@@ -122,7 +144,7 @@ class Protocol:
             raise ConfigError("metrics: at least one is needed.")
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ConfigError(f"name: a plain folder name is needed, found {self.name!r}.")
-        self.sample, self.likelihood, self.predict  # noqa: B018  (their own checks run now, not in the middle)
+        self.sample, self.likelihood, self.predict, self.edit  # noqa: B018  (their own checks run now, not in the middle)
 
     @classmethod
     def load(cls, name: str | Path, places: dict[str, Any] | None = None) -> "Protocol":
@@ -161,6 +183,10 @@ class Protocol:
         return Predicting(**self.tree["predict"])
 
     @cached_property
+    def edit(self) -> Editing:
+        return Editing(**self.tree["edit"])
+
+    @cached_property
     def dataset(self) -> Dataset:
         """The data of the protocol, whatever the run was trained on."""
         return registry.build(Dataset, self.tree["dataset"])
@@ -176,8 +202,12 @@ class Protocol:
 
     @cached_property
     def portable(self) -> dict[str, Any]:
-        """`tree` without what only says where things lie on this machine."""
-        return registry.portable(Sections, self.tree)
+        """`tree` without what only says where things lie on this machine, and without a question that is younger than
+        published results and that no metric asks."""
+        tree = registry.portable(Sections, self.tree)
+        kinds = [registry.member(Metric, node["name"], "metrics") for node in self.tree["metrics"]]
+        edits = any(SupportsEdit in kind.requires for kind in kinds)
+        return tree if edits else {key: value for key, value in tree.items() if key != "edit"}
 
     @cached_property
     def hash(self) -> str:

@@ -43,7 +43,7 @@ OPTIONAL = type(None)
 METRIC = {
     "entry": COUNT,  # position of the metric in the protocol
     "metric": TEXT,
-    "question": frozenset(("sample", "likelihood", "predict")),
+    "question": frozenset(("sample", "likelihood", "predict", "edit")),
     "version": COUNT,
     "name": TEXT,
     "value": (*NUMBER, OPTIONAL),  # null: not finite, and flagged "failed"

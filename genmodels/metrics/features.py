@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from ..data.dataset import Dataset, Split
 from ..registry import kind, register
 from ..rng import generator
-from .digits_features import ITEM, identity, load_network
+from ..types import NotApplicable
+from .digits_features import ITEM, DigitsNetwork, identity, load_network
 
 
 @kind
@@ -24,12 +26,14 @@ class FeatureExtractor(ABC):
         costly: whether features of whole splits are worth keeping on disk.
         local: names of constructor arguments that only say where something lies on this machine; what lies there
             enters by the identity.
+        classes: how many classes `classify` tells apart; None if it is no classifier.
     """
 
     label: str
     identity: str
     costly: ClassVar[bool] = False
     local: ClassVar[tuple[str, ...]] = ()
+    classes: ClassVar[int | None] = None
 
     @property
     def frechet_name(self) -> str:
@@ -51,6 +55,16 @@ class FeatureExtractor(ABC):
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """[B, D] features of x [B, *shape] in data units; row i depends on item i alone."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        """[B] int64 the class that each item x [B, *shape] in data units is taken for.
+
+        Raises:
+            NotApplicable: if the extractor is no classifier.
+        """
+        raise NotApplicable(
+            f"features '{self.label}' are those of no classifier; `features: digits` are, for 8x8 digits"
+        )
 
 
 @register(FeatureExtractor, "pixels")
@@ -106,7 +120,7 @@ class RandomProjection(FeatureExtractor):
 
 @register(FeatureExtractor, "digits")
 class DigitsFeatures(FeatureExtractor):
-    """64 features of 8x8 digits from a classifier with fixed weights.
+    """64 features of 8x8 digits from a classifier with fixed weights, and its classes.
 
     Computed in float32 on the CPU, so that they do not depend on the evaluator's device.
 
@@ -116,15 +130,22 @@ class DigitsFeatures(FeatureExtractor):
 
     label = "digits"
     identity = identity()
+    classes = 10
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._read(x, DigitsNetwork.features)
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self._read(x, DigitsNetwork.forward).argmax(1)
+
+    def _read(self, x: Tensor, layer: Callable[[DigitsNetwork, Tensor], Tensor]) -> Tensor:
         if tuple(x.shape[1:]) != ITEM:
             raise ValueError(
                 f"features 'digits': items have shape {list(x.shape[1:])}, but the extractor was made for 8x8 images "
                 f"{list(ITEM)}. Use `features: pixels` for other data."
             )
         with torch.no_grad():
-            return load_network().features(x.float().cpu())
+            return layer(load_network(), x.float().cpu())
 
 
 def to_levels(x: Tensor, dataset: Dataset) -> Tensor:

@@ -14,7 +14,7 @@ from genmodels.networks.mlp import MLP
 from genmodels.registry import build, names, resolve
 from genmodels.transforms import Identity
 from genmodels.types import Likelihood, NotApplicable, Samples
-from tests.evaluation_fakes import Classes, Levels, Points, Series, SharedStart, UniformLevels, answers
+from tests.evaluation_fakes import Classes, Glyphs, Levels, Points, Series, SharedStart, UniformLevels, answers
 
 
 def straight(shape):
@@ -26,7 +26,7 @@ def straight(shape):
         return DiffusionModel(network, shape=shape, transform=Identity(), **facts).double()
 
 
-DATA = [Levels(), Points(), Classes(), Series(), SharedStart()]
+DATA = [Levels(), Points(), Classes(), Series(), SharedStart(), Glyphs()]
 
 
 def started(name):
@@ -49,9 +49,11 @@ def feed(metric, dataset, question, n, batch_size, order=None, spoil=False):
     for rows in order.split(batch_size):
         parts = {key: value[rows] for key, value in given.items()}
         if spoil:
-            for value in parts.values():
+            for value in filter(torch.is_floating_point, parts.values()):
                 value[0] = math.nan
             spoil = False
+        if "stored" in parts:
+            parts["stored"] = parts["stored"].mean().item()
         if "likelihood" in parts:
             parts["likelihood"] = Likelihood(parts["likelihood"], "exact")
         if metric.registered_name in (
