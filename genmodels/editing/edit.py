@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..registry import ConfigError
-from ..rng import Noise
+from ..rng import Noise, SeedNoise
 from .editor import Editor, Prompt
 from .method import EditMethod
 
@@ -42,16 +42,18 @@ def edit(
     target: Prompt,
     *,
     method: EditMethod,
-    noise: Noise,
+    noise: Noise | None = None,
     reconstruct: bool = True,
 ) -> Edit:
     """Turn items described by the source prompt into such as the target prompt describes.
 
+    Args:
+        noise: what methods draw from; None for that of the seeds 0 … B - 1.
     Raises:
         ConfigError, ValueError: if the method does not fit the editor.
     """
     x = editor.encode(items)
-    times = _times(editor, method, x)
+    times, noise = _times(editor, method, x), noise or _noise(x)
     same = copy.deepcopy(noise)  # so that edit and reconstruction differ in prompts alone
     began = time.perf_counter()
     made = method.edit(editor, x, source, target, times, noise)
@@ -78,14 +80,14 @@ class Inversion(NamedTuple):
 
 
 @torch.no_grad()
-def invert(editor: Editor, items: Any, source: Prompt, *, method: EditMethod, noise: Noise) -> Inversion:
-    """The noise from which a flow makes items, and what it makes of it.
+def invert(editor: Editor, items: Any, source: Prompt, *, method: EditMethod, noise: Noise | None = None) -> Inversion:
+    """The noise from which a flow makes items, and what it makes of it; arguments as `edit`.
 
     Raises:
         ConfigError: if the method does not invert.
     """
     x = editor.encode(items)
-    times = _times(editor, method, x)
+    times, noise = _times(editor, method, x), noise or _noise(x)
     same = copy.deepcopy(noise)
     began = time.perf_counter()
     found = method.plain().invert(editor, x, source, times, noise)
@@ -98,3 +100,7 @@ def _times(editor: Editor, method: EditMethod, x: Tensor) -> Tensor:
     if method.num_steps < 1:
         raise ConfigError(f"edit.method.num_steps: at least 1 is needed, found {method.num_steps}.")
     return editor.times(method.num_steps, x)
+
+
+def _noise(x: Tensor) -> Noise:
+    return SeedNoise(len(x), purpose="edit", device=x.device)
