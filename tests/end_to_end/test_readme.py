@@ -11,11 +11,14 @@ import torch
 
 from genmodels import commands, registry
 from genmodels.config import load
+from genmodels.editing.sharing import Sharing, estimate
 from genmodels.model import Model
 from genmodels.schema import MEMBERS
 from genmodels.training.grid import grid
 from genmodels.training.loop import train
 from genmodels.training.run import Run
+
+from .. import tiny_pipelines
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -115,6 +118,40 @@ def test_drift_example_runs(capsys):
     jacobian = (1 - y.square().sum(1))[:, None, None] * torch.eye(2).double() - 2 * y[:, :, None] * y[:, None]
     torch.testing.assert_close(told["model"].process.jacobian(u, y), jacobian)
     torch.testing.assert_close(told["model"].process.ito(u, y), 0.5**2 * -4 * y)  # ½ Q ΔF
+
+
+def test_editing_example_runs(tmp_path, monkeypatch):
+    """With a tiny pipeline in place of the downloaded one: it makes what the methods make of the same words."""
+    from diffusers import FluxPipeline
+    from PIL import Image
+
+    pipe = tiny_pipelines.build("flux")
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", lambda place, **options: pipe)
+    monkeypatch.setattr(FluxPipeline, "enable_model_cpu_offload", lambda self: None)
+    monkeypatch.chdir(tmp_path)
+    photo = torch.rand(19, 21, 3, generator=torch.Generator().manual_seed(0))
+    Image.fromarray((255 * photo).byte().numpy()).save("photo.jpg")
+    told: dict = {}
+    exec(next(b for b in blocks("python") if "of_pipeline" in b), told)
+    made, editor = told["made"], told["editor"]
+    assert made.nfe == 60 and made.stored > 0
+    told["cat"], told["dog"] = editor.prompt("a cat on a sofa"), editor.prompt("a dog on a sofa", guidance=2)
+    again = told["edit"](editor, Image.open("photo.jpg"), told["cat"], told["dog"], method=told["RFEdit"](15))
+    assert Image.open("edit.png").tobytes() == again.items[0].tobytes() != made.reconstruction[0].tobytes()
+
+
+def test_memory_of_shared_features_is_what_the_estimate_says():
+    """FLUX.1-dev: 38 single-stream blocks of width 3,072, a token for 16 x 16 pixels beside 512 of text."""
+    rows = re.findall(r"\| (\d+) x \1 \| ([\d,]+) \| (.+) \|", TEXT)
+    kinds = [{}, {"steps": 5}, {"steps": 5, "evaluations": "mid"}, {"steps": 1, "blocks": "all"}]
+    assert len(rows) == 3
+    for side, tokens, cells in rows:
+        count = (int(side) // 16) ** 2 + 512
+        assert tokens == f"{count:,}"
+        for kind, cell in zip(kinds, cells.split(" | "), strict=True):
+            layers, evaluations = (38, 1) if kind.get("blocks") else (18, 2)
+            size = estimate(Sharing(**kind), layers, count, 3072, 2, evaluations=evaluations) / 2**30
+            assert cell == f"{size:.2f} GiB"
 
 
 def test_solver_example_runs(capsys):
