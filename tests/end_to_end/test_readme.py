@@ -140,6 +140,14 @@ def test_editing_example_runs(tmp_path, monkeypatch):
     assert Image.open("edit.png").tobytes() == again.items[0].tobytes() != made.reconstruction[0].tobytes()
 
 
+def test_rows_of_edits_are_those_of_the_study():
+    table = (ROOT / "evals" / "results" / "editing.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines := TEXT.splitlines()) if line.startswith("| setting | success"))
+    shown = lines[first : next(i for i in range(first, len(lines)) if not lines[i])]
+    assert len(shown) > 10
+    assert [line for line in shown if line not in table] == []
+
+
 def test_memory_of_shared_features_is_what_the_estimate_says():
     """FLUX.1-dev: 38 single-stream blocks of width 3,072, a token for 16 x 16 pixels beside 512 of text."""
     rows = re.findall(r"\| (\d+) x \1 \| ([\d,]+) \| (.+) \|", TEXT)
