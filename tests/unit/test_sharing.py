@@ -14,11 +14,12 @@ from genmodels.conditions import guide
 from genmodels.editing import memory
 from genmodels.editing.by_inversion import Vanilla
 from genmodels.editing.editor import Attention, Editor, Place, Prompt, Tap, Walk
+from genmodels.editing.method import EditMethod
 from genmodels.editing.selection import select
 from genmodels.editing.sharing import FeatureStore, Sharing, estimate
 from genmodels.networks.attention import fused
 from genmodels.networks.dit import DiT, normalized
-from genmodels.registry import ConfigError, values
+from genmodels.registry import ConfigError, build, values
 from genmodels.rng import SeedNoise
 from genmodels.schema import arguments
 from genmodels.solvers.runge_kutta import Euler, Midpoint
@@ -303,6 +304,33 @@ def test_sharing_under_one_prompt_returns_to_the_source():
     assert 1.5 < math.log2(error(20) / error(40)) < 2.4
 
 
+ENDS = {"name": "heun"}, {"name": "ab2"}, {"name": "vanilla"}, {"name": "rf_edit", "probe": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("node", "factor"),
+    [*zip(ENDS, (0.1, 0.4, 0.8, 0.1), strict=True), ({"name": "rf_edit", "order": 3}, 0.4), ({"name": "rf_edit"}, 1.0)],
+    ids=["heun", "ab2", "vanilla", "probe 1", "order 3", "rf_edit"],
+)
+def test_methods_pair_features_as_their_solvers_ask(node, factor):
+    """By interval those that ask at ends or thirds of steps would return an order worse."""
+    editor, x, noise, n = Own(dit()), randn(2, *SHAPE), SeedNoise(range(2)), 20
+
+    def error(**options: str) -> float:
+        method = build(EditMethod, {**node, "num_steps": n, "share": {"steps": n, "blocks": "all", **options}})
+        return float((method.edit(editor, x, Prompt(0), Prompt(0), editor.times(n), noise).x - x).norm())
+
+    with torch.no_grad():
+        found, by_interval = error(), error(pairing="interval")
+    assert found < factor * by_interval if factor < 1 else found == by_interval
+
+
+@pytest.mark.parametrize("node", [*ENDS, {"name": "uni_inv"}], ids=lambda v: v["name"])
+def test_methods_without_evaluations_amid_steps_share_none(node):
+    with pytest.raises(ConfigError, match=r"share.evaluations: 'mid' shares what is evaluated amid steps, but this"):
+        build(EditMethod, {**node, "share": {"evaluations": "mid"}})
+
+
 def test_features_amid_steps_do_what_those_of_all_evaluations_do_to_second_order():
     editor, x = Own(dit()), randn(4, *SHAPE)
 
@@ -419,6 +447,7 @@ def test_memory_is_that_of_the_published_setting():
         ({"blocks": ()}, "blocks: at least one"),
         ({"blocks": (1, 1)}, "blocks: at least one, and each once"),
         ({"blocks": "first"}, "blocks: one of last_half, all is needed, found 'first'. Names of blocks go in a list"),
+        ({"pairing": "place"}, "pairing: one of interval, time is needed, found 'place'"),
         ({"over": "frames"}, "over: one of any, space, time, all"),
         ({"tensors": ("o",)}, "tensors: one of q, k, v"),
         ({"tensors": ()}, "tensors: at least one"),
