@@ -122,6 +122,9 @@ class UniInvEuler(ByInversion):
 class FixedPoint(ByInversion):
     """Up by the exact inverse of the solver down, step by step: a round trip under one prompt returns to rounding.
 
+    It does if the iterations of a step get there: each shrinks what is left by about |h λ|, λ the largest eigenvalue of
+    ∂v/∂x, so that long steps through steep flows need more of them, or shorter ones.
+
     Features are shared as the last iteration of a step saw them.
 
     Args:
