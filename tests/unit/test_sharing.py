@@ -15,7 +15,7 @@ from genmodels.editing import memory
 from genmodels.editing.by_inversion import Vanilla
 from genmodels.editing.editor import Attention, Editor, Place, Prompt, Tap, Walk
 from genmodels.editing.method import EditMethod
-from genmodels.editing.selection import select
+from genmodels.editing.selection import aligned, select
 from genmodels.editing.sharing import FeatureStore, Sharing, estimate
 from genmodels.networks.attention import fused
 from genmodels.networks.dit import DiT, normalized
@@ -276,6 +276,10 @@ def test_guided_calls_take_over_in_both_halves_or_in_the_prompted_one(rows):
     assert torch.equal(time, told) and torch.equal(row, n + first)
     time, row = told_apart(given(prompted, rows=rows))  # unguided: every row is prompted
     assert torch.equal(time, told) and torch.equal(row, first)
+    # the free and the prompted row of one item are not the rows of two items
+    for doubled, was in ((False, True), (True, False)):
+        with pytest.raises(ValueError, match="2 rows were recorded, 2 are needed"):
+            aligned(torch.zeros(2, 1), 2, doubled, was, prompted=False)
 
 
 def test_calls_one_after_the_other_take_over_what_the_first_one_left():
