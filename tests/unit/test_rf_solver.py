@@ -246,7 +246,7 @@ def test_inverses_that_diverge_say_so():
 
 
 def test_inverses_fail_where_they_say():
-    """For x' = λ x from 1 in one step: y = 1 + λ + … + λⁿ⁺¹, and λⁿ⁺¹, its last update, is told from λ² 0.9ⁿ⁻¹, λ/64."""
+    """For x' = λ x from 1: y = 1 + λ + … + λⁿ⁺¹; its last update λⁿ⁺¹ is told from λ² 0.9ⁿ⁻¹, λ/64."""
     x, times = torch.ones(1, 1, dtype=torch.float64), grid(1).flip(0)
 
     def ended(rate: float, **given: float) -> Solution:
