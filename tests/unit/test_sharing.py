@@ -354,7 +354,7 @@ def test_methods_share_through_the_store_and_without_it_do_what_walks_do():
     method = Vanilla(N, Sharing(2, (1,)))
     none, some = (m.edit(editor, x, Prompt(0), Prompt(1), editor.times(N), noise) for m in (Vanilla(N), method))
     assert torch.equal(none.x, plain) and none.stored == 0 and torch.equal(some.noise, z)
-    assert some.stored == 2 * 2 * 4 * 8 * 8 and (some.x - plain).abs().max() > 1e-4
+    assert some.nfe == none.nfe == 2 * N and some.stored == 2 * 2 * 4 * 8 * 8 and (some.x - plain).abs().max() > 1e-4
     assert torch.equal(method.plain().edit(editor, x, Prompt(0), Prompt(1), editor.times(N), noise).x, plain)
 
 
