@@ -2,6 +2,9 @@
 
 In sizes of steps h, a state comes back from the round trip under one prompt to O(h) by Euler's method, O(h²) by Uni-Inv
 and AB2, O(h³) by RF-Solver, Heun's method and FireFlow, and to rounding by a fixed point.
+
+Solvers that ask at other places of a step up than down (Euler's and Heun's method and AB2 at its ends, RF-Solver of
+order 3 at its thirds) pair shared features by time, the others by interval.
 """
 
 from typing import Literal
@@ -29,7 +32,7 @@ class Vanilla(ByInversion):
     """
 
     def __init__(self, num_steps: int = 30, share: Sharing | None = None) -> None:
-        super().__init__(num_steps, Euler(), Euler(), share)
+        super().__init__(num_steps, Euler(), Euler(), share, "time", amid=False)
 
 
 @register(EditMethod, "rf_edit")
@@ -43,14 +46,16 @@ class RFEdit(ByInversion):
         num_steps: steps each way, of as many evaluations as the order.
         share: what the way down takes over from the way up; null for nothing, as flows without attention need.
         order: of the solver, 2 or 3.
-        probe: of the solver of order 2, in units of the step.
+        probe: of the solver of order 2, in units of the step. Between 1/2 and 1, or below 1/2, probes up and down are
+            at different times, and what is shared is one of another time.
     Source: Wang et al. 2025 (Taming rectified flow for inversion and editing), algorithm 1 and section 3 (RF-Edit).
     """
 
     def __init__(
         self, num_steps: int = 15, share: Sharing | None = Sharing(), order: Literal[2, 3] = 2, probe: float = 0.5
     ) -> None:
-        super().__init__(num_steps, RFSolver(order, probe), RFSolver(order, probe), share)
+        pairing = "time" if order == 3 or probe == 1 else "interval"
+        super().__init__(num_steps, RFSolver(order, probe), RFSolver(order, probe), share, pairing, amid=probe < 1)
 
 
 @register(EditMethod, "heun")
@@ -63,7 +68,7 @@ class HeunBack(ByInversion):
     """
 
     def __init__(self, num_steps: int = 15, share: Sharing | None = None) -> None:
-        super().__init__(num_steps, Heun(), Heun(), share)
+        super().__init__(num_steps, Heun(), Heun(), share, "time", amid=False)
 
 
 @register(EditMethod, "ab2")
@@ -76,7 +81,7 @@ class AB2Back(ByInversion):
     """
 
     def __init__(self, num_steps: int = 30, share: Sharing | None = None) -> None:
-        super().__init__(num_steps, AB2(), AB2(), share)
+        super().__init__(num_steps, AB2(), AB2(), share, "time", amid=False)
 
 
 @register(EditMethod, "fireflow")
@@ -107,7 +112,7 @@ class UniInvEuler(ByInversion):
     """
 
     def __init__(self, num_steps: int = 15, share: Sharing | None = None, zero_start: bool = False) -> None:
-        super().__init__(num_steps, UniInv(zero_start), Euler(), share)
+        super().__init__(num_steps, UniInv(zero_start), Euler(), share, amid=False)
 
     def way_up(self, editor: Editor, source: Prompt, times: Tensor) -> Walk:
         return _Repeating(editor, source, times, 1)
@@ -116,6 +121,9 @@ class UniInvEuler(ByInversion):
 @register(EditMethod, "fixed_point")
 class FixedPoint(ByInversion):
     """Up by the exact inverse of the solver down, step by step: a round trip under one prompt returns to rounding.
+
+    It does if the iterations of a step get there: each shrinks what is left by about |h λ|, λ the largest eigenvalue of
+    ∂v/∂x, so that long steps through steep flows need more of them, or shorter ones.
 
     Features are shared as the last iteration of a step saw them.
 

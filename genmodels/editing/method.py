@@ -2,7 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -66,9 +67,30 @@ class ByInversion(EditMethod):
 
     Args:
         share: what the way down takes over from the way up.
+        pairing: of shared features, if `share` leaves it open: by interval where both ways are evaluated at the same
+            places of a step (in the midpoint rule, all that counts is); by time where they are not, and features of
+            the same interval would be those of another time, which costs the round trip an order.
+        amid: whether anything is evaluated between the ends of a step.
+    Raises:
+        ConfigError: if features amid steps are to be shared, and there are none.
     """
 
-    def __init__(self, num_steps: int, up: Solver, down: Solver, share: Sharing | None) -> None:
+    def __init__(
+        self,
+        num_steps: int,
+        up: Solver,
+        down: Solver,
+        share: Sharing | None,
+        pairing: Literal["interval", "time"] = "interval",
+        amid: bool = True,
+    ) -> None:
+        if share is not None and share.evaluations == "mid" and not amid:
+            raise ConfigError(
+                "edit.method.share.evaluations: 'mid' shares what is evaluated amid steps, but this solver asks at "
+                "their ends alone. Use both."
+            )
+        if share is not None and share.pairing is None:
+            share = replace(share, pairing=pairing)
         self.num_steps, self.up, self.down, self.share = num_steps, up, down, share
 
     def edit(self, editor: Editor, x: Tensor, source: Prompt, target: Prompt, times: Tensor, noise: Noise) -> Outcome:

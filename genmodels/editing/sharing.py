@@ -41,12 +41,11 @@ class Sharing:
         ratio: factor on stored features; one for all tensors, or one for each.
         evaluations: both (all) of a step, or those amid it alone, that is all but its first: in the midpoint rule, only
             the one amid enters the result at first order, and half the memory does.
-        pairing: features of the same interval and evaluation, which is RF-Edit's, or of the same time (to within 1e-6).
-            By interval, what a step's first evaluation takes over was computed at the other end of the interval: with
-            every step shared a round trip of the midpoint rule then is of order 2, not 3 (with evaluations: mid, it is
-            3), and solvers whose every evaluation is at an end (Euler's, Heun's, AB2, Uni-Inv) want pairing by time.
-            By time, the latest feature of that time is taken; the first evaluation, at noise, keeps its own if there is
-            none.
+        pairing: features of the same interval and evaluation, which is RF-Edit's, or of the same time (to within 1e-6);
+            null for what suits a method's solver, see `ByInversion`. By interval, what a step's first evaluation takes
+            over was computed at the other end of the interval: with every step shared a round trip of the midpoint rule
+            then is of order 2, not 3 (with evaluations: mid, it is 3). By time, the latest feature of that time is
+            taken; the first evaluation, at noise, keeps its own if there is none.
         rows: of guided calls (on twice the items, the free ones first), whether both halves take features over or the
             prompted one alone; of several calls in one evaluation, all of them or the first alone.
         store: device keeps them where they are computed, host in (pinned) memory, disk in files.
@@ -66,7 +65,7 @@ class Sharing:
     combine: Combine | tuple[Combine, ...] = "replace"
     ratio: float | tuple[float, ...] = 1.0
     evaluations: Literal["both", "mid"] = "both"
-    pairing: Literal["interval", "time"] = "interval"
+    pairing: Literal["interval", "time"] | None = None
     rows: Literal["both", "prompted"] = "both"
     store: Literal["device", "host", "disk"] = "host"
     precision: Literal["same", "half"] = "same"
@@ -78,6 +77,8 @@ class Sharing:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, known in _CHOICES.items():
             _one_of(name, getattr(self, name), known)
+        if self.pairing is not None:
+            _one_of("pairing", self.pairing, ("interval", "time"))
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(
                 f"{WHERE}.steps: at least 1 is needed, found {self.steps}. To share nothing: share: null."
@@ -344,8 +345,8 @@ class FeatureStore:
         known = ", ".join(f"step {i} evaluation {e} at t = {t:.6g}" for (i, e), t in sorted(self._log.places.items()))
         return ValueError(
             f"sharing: evaluation {place.evaluation} of step {place.interval} from noise, at t = {place.time:.6g}, has "
-            f"nothing to take over by pairing: {self.sharing.pairing}. Recorded: {known}. Use the same solver and "
-            "times both ways, or another pairing."
+            f"nothing to take over by pairing: {self.sharing.pairing or 'interval'}. Recorded: {known}. Use the same "
+            "solver and times both ways, another pairing, or more steps."
         )
 
 

@@ -17,7 +17,7 @@ from genmodels.solvers.inverse import Inverse
 from genmodels.solvers.multistep import AB2, FireFlow, UniInv
 from genmodels.solvers.rf_solver import RFSolver
 from genmodels.solvers.runge_kutta import Euler, Heun, Midpoint, Ralston
-from genmodels.solvers.solution import SolverError
+from genmodels.solvers.solution import Solution, SolverError
 
 ANGLES = 2 * math.pi / 8 * torch.arange(8, dtype=torch.float64)
 MODES = 2 * torch.stack((ANGLES.cos(), ANGLES.sin()), 1)
@@ -243,6 +243,19 @@ def test_inverses_that_diverge_say_so():
     torch.testing.assert_close(found, (1 - rates**22) / (1 - rates))
     stuck = lambda t, x: 0.95 * x  # noqa: E731
     assert integrate(stuck, x, grid(1).flip(0), solver=Inverse(), on_failure="return").status.tolist() == [3, 3]
+
+
+def test_inverses_fail_where_they_say():
+    """For x' = λ x from 1: y = 1 + λ + … + λⁿ⁺¹; its last update λⁿ⁺¹ is told from λ² 0.9ⁿ⁻¹, λ/64."""
+    x, times = torch.ones(1, 1, dtype=torch.float64), grid(1).flip(0)
+
+    def ended(rate: float, **given: float) -> Solution:
+        return integrate(lambda t, x: rate * x, x, times, solver=Inverse(**given), on_failure="return")
+
+    assert [ended(rate).status.item() for rate in (0.89, 0.92)] == [0, 3]
+    assert [ended(rate, iterations=30).status.item() for rate in (0.87, 0.93)] == [0, 3]
+    tight = ended(0.3, iterations=40, tolerance=1e-15)  # rounding ends it, and nothing far above that
+    assert tight.nfe.item() < 41 and tight.x.item() == pytest.approx(1 / 0.7, rel=2e-14)
 
 
 def test_inverses_bear_the_rounding_of_a_field():

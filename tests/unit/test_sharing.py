@@ -14,11 +14,12 @@ from genmodels.conditions import guide
 from genmodels.editing import memory
 from genmodels.editing.by_inversion import Vanilla
 from genmodels.editing.editor import Attention, Editor, Place, Prompt, Tap, Walk
-from genmodels.editing.selection import select
+from genmodels.editing.method import EditMethod
+from genmodels.editing.selection import aligned, select
 from genmodels.editing.sharing import FeatureStore, Sharing, estimate
 from genmodels.networks.attention import fused
 from genmodels.networks.dit import DiT, normalized
-from genmodels.registry import ConfigError, values
+from genmodels.registry import ConfigError, build, values
 from genmodels.rng import SeedNoise
 from genmodels.schema import arguments
 from genmodels.solvers.runge_kutta import Euler, Midpoint
@@ -275,6 +276,10 @@ def test_guided_calls_take_over_in_both_halves_or_in_the_prompted_one(rows):
     assert torch.equal(time, told) and torch.equal(row, n + first)
     time, row = told_apart(given(prompted, rows=rows))  # unguided: every row is prompted
     assert torch.equal(time, told) and torch.equal(row, first)
+    # the free and the prompted row of one item are not the rows of two items
+    for doubled, was in ((False, True), (True, False)):
+        with pytest.raises(ValueError, match="2 rows were recorded, 2 are needed"):
+            aligned(torch.zeros(2, 1), 2, doubled, was, prompted=False)
 
 
 def test_calls_one_after_the_other_take_over_what_the_first_one_left():
@@ -303,6 +308,33 @@ def test_sharing_under_one_prompt_returns_to_the_source():
     assert 1.5 < math.log2(error(20) / error(40)) < 2.4
 
 
+ENDS = {"name": "heun"}, {"name": "ab2"}, {"name": "vanilla"}, {"name": "rf_edit", "probe": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("node", "factor"),
+    [*zip(ENDS, (0.1, 0.4, 0.8, 0.1), strict=True), ({"name": "rf_edit", "order": 3}, 0.4), ({"name": "rf_edit"}, 1.0)],
+    ids=["heun", "ab2", "vanilla", "probe 1", "order 3", "rf_edit"],
+)
+def test_methods_pair_features_as_their_solvers_ask(node, factor):
+    """By interval those that ask at ends or thirds of steps would return an order worse."""
+    editor, x, noise, n = Own(dit()), randn(2, *SHAPE), SeedNoise(range(2)), 20
+
+    def error(**options: str) -> float:
+        method = build(EditMethod, {**node, "num_steps": n, "share": {"steps": n, "blocks": "all", **options}})
+        return float((method.edit(editor, x, Prompt(0), Prompt(0), editor.times(n), noise).x - x).norm())
+
+    with torch.no_grad():
+        found, by_interval = error(), error(pairing="interval")
+    assert found < factor * by_interval if factor < 1 else found == by_interval
+
+
+@pytest.mark.parametrize("node", [*ENDS, {"name": "uni_inv"}], ids=lambda v: v["name"])
+def test_methods_without_evaluations_amid_steps_share_none(node):
+    with pytest.raises(ConfigError, match=r"share.evaluations: 'mid' shares what is evaluated amid steps, but this"):
+        build(EditMethod, {**node, "share": {"evaluations": "mid"}})
+
+
 def test_features_amid_steps_do_what_those_of_all_evaluations_do_to_second_order():
     editor, x = Own(dit()), randn(4, *SHAPE)
 
@@ -322,7 +354,7 @@ def test_methods_share_through_the_store_and_without_it_do_what_walks_do():
     method = Vanilla(N, Sharing(2, (1,)))
     none, some = (m.edit(editor, x, Prompt(0), Prompt(1), editor.times(N), noise) for m in (Vanilla(N), method))
     assert torch.equal(none.x, plain) and none.stored == 0 and torch.equal(some.noise, z)
-    assert some.stored == 2 * 2 * 4 * 8 * 8 and (some.x - plain).abs().max() > 1e-4
+    assert some.nfe == none.nfe == 2 * N and some.stored == 2 * 2 * 4 * 8 * 8 and (some.x - plain).abs().max() > 1e-4
     assert torch.equal(method.plain().edit(editor, x, Prompt(0), Prompt(1), editor.times(N), noise).x, plain)
 
 
@@ -419,6 +451,7 @@ def test_memory_is_that_of_the_published_setting():
         ({"blocks": ()}, "blocks: at least one"),
         ({"blocks": (1, 1)}, "blocks: at least one, and each once"),
         ({"blocks": "first"}, "blocks: one of last_half, all is needed, found 'first'. Names of blocks go in a list"),
+        ({"pairing": "place"}, "pairing: one of interval, time is needed, found 'place'"),
         ({"over": "frames"}, "over: one of any, space, time, all"),
         ({"tensors": ("o",)}, "tensors: one of q, k, v"),
         ({"tensors": ()}, "tensors: at least one"),
