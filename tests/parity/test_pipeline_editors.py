@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import sys
 from itertools import pairwise
 
 import numpy
@@ -460,6 +461,18 @@ def test_other_families_are_edited_and_inverted_by_the_command(name, folders, ca
     assert told["nfe"] == 24 and told["stored_bytes"] > 0 and told["options"]["guidance"] == 3
     assert f"{told['stored_bytes'] / 2**30 / 2:.3g} GiB" in said[-2]  # of one item at a time
     if name == "wan":
+def test_folders_saved_with_our_scheduler_are_loaded(monkeypatch, tmp_path):
+    """Where nothing has imported it yet."""
+    import genmodels.export.rf_solver as ours
+
+    pipe = copy.copy(tiny.shared("wan"))
+    pipe.register_modules(scheduler=ours.RFSolverScheduler.from_config(pipe.scheduler.config))
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.delitem(sys.modules, "genmodels.export.rf_solver")
+    monkeypatch.delattr("genmodels.export.rf_solver")
+    assert type(load_pipeline(str(tmp_path)).scheduler).__name__ == "RFSolverScheduler"
+
+
         assert Image.open(out / "edit-1.gif").n_frames > 1
     same = [numpy.asarray(Image.open(out / f"edit-{k}.png")) for k in range(2)]
     assert numpy.array_equal(*same)  # nothing is drawn
