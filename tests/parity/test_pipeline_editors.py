@@ -514,6 +514,8 @@ def test_sizes_channels_and_forms_that_do_not_fit_are_refused():
         (torch.rand(1, 1, 8, 8), r"\[B, 3, H, W\].*found \[1, 1, 8, 8\]"),
         (torch.rand(1, 3, 8, 8) * 255, "pixels in \\[0, 1\\] are needed"),
         (torch.full((1, 3, 8, 8), math.nan), "pixels in \\[0, 1\\] are needed"),
+        ((*place, "--edit", photo, "--to", "b", "--batch-size", -1), "batch_size must be at least 1, found -1"),
+        ((*place, "--edit", photo, "--to", "b", "edit.max_sequence_length=0"), "length must be at least 1, found 0"),
         (grey, r'mode L; use picture.convert\("RGB"\)'),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 10))], "one size are needed, found 8x8, 8x10"),
         ("photo.png", "pictures of PIL or a tensor are needed, found str"),
