@@ -250,7 +250,7 @@ class PipelineEditor(Editor):
         return found
 
     def _taps(self, layer: nn.Module) -> dict[str, Tap]:
-        if self.fuses and getattr(layer, "fused_projections", False):
+        if self.fuses and self._fused(layer):
             taps = fused(layer.to_qkv)
             if not self.fused_norms:
                 return taps
@@ -260,6 +260,9 @@ class PipelineEditor(Editor):
         return taps | {name: Tap(norm) for name, norm in norms.items() if norm is not None}
 
     def tokens(self, x: Tensor, words: int, layer: str) -> int:
+    def _fused(self, layer: nn.Module) -> bool:
+        return getattr(layer, "fused_projections", False)
+
         """Tokens of an item that a layer attends over, with a text of so many."""
         height, width = self._patch
         places = x[0, 0].numel() // (height * width)

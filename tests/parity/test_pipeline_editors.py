@@ -335,6 +335,8 @@ def test_layers_put_in_the_place_of_projections_are_shared_of():
     assert apart(adapted.items, shares(pipe).items) < 1e-4 < apart(adapted.items, before.items)
 
 
+        pipe.transformer.unfuse_qkv_projections()
+        assert apart(shares(pipe, name).items, before.items) < 1e-6
 def test_networks_that_wait_in_memory_of_the_host_are_called_by_their_hooks():
     """Hooks of accelerate, module by module as sequential offload has them and on the whole network."""
     from accelerate import cpu_offload
