@@ -221,6 +221,18 @@ def test_pictures_are_decoded_as_the_stock_pipeline_does_and_encoding_undoes_its
     )
 
 
+def test_small_autoencoders_that_give_no_distribution_encode():
+    from diffusers import AutoencoderTiny
+
+    sizes = {"encoder_block_out_channels": (4, 4), "num_encoder_blocks": (1, 1)}
+    sizes |= {"decoder_block_out_channels": (4, 4), "num_decoder_blocks": (1, 1)}
+    pipe = copy.copy(tiny.shared("flux"))
+    with tiny.seeded(0):
+        pipe.vae = AutoencoderTiny(latent_channels=1, **sizes).eval()
+    x = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(editor_of("flux", pipe, "pixels").encode(x), pipe.vae.encode(2 * x - 1).latents)
+
+
 def test_values_of_the_late_single_stream_blocks_are_chosen():
     flux = editor_of("flux")
     assert chosen(flux) == [f"single_transformer_blocks.{i}" for i in (2, 3)]
@@ -323,6 +335,8 @@ def test_layers_put_in_the_place_of_projections_are_shared_of():
         assert apart(fused.items, before.items) < 1e-4 and fused.stored == before.stored > 0
         tap = editor_of(name, pipe).attention()[-1].taps["v"]
         assert tap.part == (2, 3) and tap.module.out_features % 3 == 0
+        pipe.transformer.unfuse_qkv_projections()
+        assert apart(shares(pipe, name).items, before.items) < 1e-6
     pipe = tiny.build("flux")
     block = pipe.transformer.single_transformer_blocks[3].attn
     with tiny.seeded(5):
@@ -335,8 +349,6 @@ def test_layers_put_in_the_place_of_projections_are_shared_of():
     assert apart(adapted.items, shares(pipe).items) < 1e-4 < apart(adapted.items, before.items)
 
 
-        pipe.transformer.unfuse_qkv_projections()
-        assert apart(shares(pipe, name).items, before.items) < 1e-6
 def test_networks_that_wait_in_memory_of_the_host_are_called_by_their_hooks():
     """Hooks of accelerate, module by module as sequential offload has them and on the whole network."""
     from accelerate import cpu_offload
@@ -449,6 +461,18 @@ def test_saved_folders_are_loaded_and_photographs_edited(folders, capsys, tmp_pa
     assert told["reconstruction"]["mse"] == pytest.approx(told["autoencoder"]["mse"], rel=0.1)
 
 
+def test_folders_saved_with_our_scheduler_are_loaded(monkeypatch, tmp_path):
+    """Where nothing has imported it yet."""
+    import genmodels.export.rf_solver as ours
+
+    pipe = copy.copy(tiny.shared("wan"))
+    pipe.register_modules(scheduler=ours.RFSolverScheduler.from_config(pipe.scheduler.config))
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.delitem(sys.modules, "genmodels.export.rf_solver")
+    monkeypatch.delattr("genmodels.export.rf_solver")
+    assert type(load_pipeline(str(tmp_path)).scheduler).__name__ == "RFSolverScheduler"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "wan"])
 def test_other_families_are_edited_and_inverted_by_the_command(name, folders, capsys, tmp_path):
@@ -463,18 +487,6 @@ def test_other_families_are_edited_and_inverted_by_the_command(name, folders, ca
     assert told["nfe"] == 24 and told["stored_bytes"] > 0 and told["options"]["guidance"] == 3
     assert f"{told['stored_bytes'] / 2**30 / 2:.3g} GiB" in said[-2]  # of one item at a time
     if name == "wan":
-def test_folders_saved_with_our_scheduler_are_loaded(monkeypatch, tmp_path):
-    """Where nothing has imported it yet."""
-    import genmodels.export.rf_solver as ours
-
-    pipe = copy.copy(tiny.shared("wan"))
-    pipe.register_modules(scheduler=ours.RFSolverScheduler.from_config(pipe.scheduler.config))
-    pipe.save_pretrained(tmp_path)
-    monkeypatch.delitem(sys.modules, "genmodels.export.rf_solver")
-    monkeypatch.delattr("genmodels.export.rf_solver")
-    assert type(load_pipeline(str(tmp_path)).scheduler).__name__ == "RFSolverScheduler"
-
-
         assert Image.open(out / "edit-1.gif").n_frames > 1
     same = [numpy.asarray(Image.open(out / f"edit-{k}.png")) for k in range(2)]
     assert numpy.array_equal(*same)  # nothing is drawn
@@ -502,6 +514,8 @@ def test_words_that_do_not_fit_a_pipeline_are_refused(folders, capsys, tmp_path)
         ((*place, "--edit", photo, "--to", "b", "--inject-steps", 16), "from 0 to its 15 steps, found 16"),
         ((*place, "--edit", photo, "--to", "b", "edit.negative=c"), "edit.negative has no effect on FluxPipeline"),
         ((*place, "--edit", photo, "--to", "b", "--num-steps", 0), "at least 1 is needed, found 0"),
+        ((*place, "--edit", photo, "--to", "b", "--batch-size", -1), "batch_size must be at least 1, found -1"),
+        ((*place, "--edit", photo, "--to", "b", "edit.max_sequence_length=0"), "length must be at least 1, found 0"),
     ]:
         status, _, errors = command(capsys, *words, "--out", tmp_path / "made")
         assert status == 2 and re.search(message, errors), errors
@@ -516,8 +530,6 @@ def test_sizes_channels_and_forms_that_do_not_fit_are_refused():
         (torch.rand(1, 1, 8, 8), r"\[B, 3, H, W\].*found \[1, 1, 8, 8\]"),
         (torch.rand(1, 3, 8, 8) * 255, "pixels in \\[0, 1\\] are needed"),
         (torch.full((1, 3, 8, 8), math.nan), "pixels in \\[0, 1\\] are needed"),
-        ((*place, "--edit", photo, "--to", "b", "--batch-size", -1), "batch_size must be at least 1, found -1"),
-        ((*place, "--edit", photo, "--to", "b", "edit.max_sequence_length=0"), "length must be at least 1, found 0"),
         (grey, r'mode L; use picture.convert\("RGB"\)'),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 10))], "one size are needed, found 8x8, 8x10"),
         ("photo.png", "pictures of PIL or a tensor are needed, found str"),
