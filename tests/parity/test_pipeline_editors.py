@@ -556,6 +556,9 @@ def test_sizes_channels_and_forms_that_do_not_fit_are_refused():
 def test_pipelines_and_prompts_that_do_not_fit_are_refused(tmp_path):
     from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
+    turned = Image.fromarray(numpy.arange(8 * 10 * 3, dtype=numpy.uint8).reshape(8, 10, 3))
+    turned.getexif()[0x0112] = 6  # the camera was turned by a quarter to the left
+    assert torch.equal(flux.encode(turned), flux.encode(turned.transpose(Image.Transpose.ROTATE_270)))
     class OtherPipeline(DiffusionPipeline):
         pass
 
