@@ -172,6 +172,21 @@ def test_steps_of_schedulers_for_several_kinds_of_models_are_theirs():
     assert times[0] == 0 and pipe.scheduler.num_inference_steps is None  # the pipeline's own is left alone
 
 
+def test_times_of_sd3_may_be_shifted_by_the_size():
+    """As the stock pipeline does where its scheduler asks for it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = copy.copy(tiny.shared("sd3"))
+    ends = {}
+    for least in (0.2, 2.0):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=least)
+        editor, z = editor_of("sd3", pipe), tiny.latents("sd3", 0, 2)
+        prompt, call = told(editor, "sd3")
+        ends[least] = Walk(editor, prompt, editor.times(2, z)).solve(Euler(), z, True)
+        assert apart(ends[least], stock(pipe, z, call, 2)) < 1e-5
+    assert apart(*ends.values()) > 1e-3
+
+
 def test_times_of_flux_are_published():
     """Knots for 1024² pixels, that is 4096 tokens; the pipeline's configuration has the shift of FLUX.1-dev."""
     times = editor_of("flux").times(5, torch.zeros(1, 1, 128, 128))
@@ -541,6 +556,9 @@ def test_sizes_channels_and_forms_that_do_not_fit_are_refused():
         wan.encode([Image.new("RGB", (16, 16))] * 4)
     with pytest.raises(ValueError, match="one length"):
         wan.encode([[Image.new("RGB", (16, 16))] * 3, [Image.new("RGB", (16, 16))] * 5])
+    turned = Image.fromarray(numpy.arange(8 * 10 * 3, dtype=numpy.uint8).reshape(8, 10, 3))
+    turned.getexif()[0x0112] = 6  # the camera was turned by a quarter to the left
+    assert torch.equal(flux.encode(turned), flux.encode(turned.transpose(Image.Transpose.ROTATE_270)))
     asked = of_pipeline(flux.pipe, "pixels", resize=True)
     assert asked.encode(torch.rand(1, 3, 9, 13)).shape == (1, 1, 8, 12)  # 6.5 pairs are 6
     clip = torch.ones(1, 3, 3, 17, 15) * torch.tensor([0.1, 0.5, 0.9]).reshape(1, 3, 1, 1, 1)
@@ -556,9 +574,6 @@ def test_sizes_channels_and_forms_that_do_not_fit_are_refused():
 def test_pipelines_and_prompts_that_do_not_fit_are_refused(tmp_path):
     from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-    turned = Image.fromarray(numpy.arange(8 * 10 * 3, dtype=numpy.uint8).reshape(8, 10, 3))
-    turned.getexif()[0x0112] = 6  # the camera was turned by a quarter to the left
-    assert torch.equal(flux.encode(turned), flux.encode(turned.transpose(Image.Transpose.ROTATE_270)))
     class OtherPipeline(DiffusionPipeline):
         pass
 
