@@ -178,7 +178,7 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
                 )
             given.setdefault("shift", given.get("flow_shift") or 1.0)
             for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-                given[key] = False  # flow_sigmas go before them there
+                given[key] = False  # grids of those names are others there
         return super().from_config(given, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def set_timesteps(
