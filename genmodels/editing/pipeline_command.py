@@ -82,8 +82,8 @@ def edit_pipeline(given: argparse.Namespace, device: torch.device) -> None:
     for file in files:
         if not Path(file).expanduser().exists():
             raise ConfigError(f"{file}: there is no such picture.")
-    dtype = DTYPES[given.dtype or ("float32" if device.type == "cpu" else "bf16")]
-    pipe = load_pipeline(given.pipeline, dtype, device, given.offload)
+    dtype = given.dtype or ("float32" if device.type == "cpu" else "bf16")
+    pipe = load_pipeline(given.pipeline, DTYPES[dtype], device, given.offload)
     pipe.set_progress_bar_config(disable=True)
     editor = of_pipeline(pipe, "pixels", given.resize)
     setting = defaults(editor, name)
@@ -115,7 +115,7 @@ def edit_pipeline(given: argparse.Namespace, device: torch.device) -> None:
     notes = {
         "pipeline": given.pipeline,
         "class": type(pipe).__name__,
-        "dtype": given.dtype or str(dtype),
+        "dtype": dtype,
         "seeds": seeds,
     }
     notes |= {"options": answer, "setting": setting.origin, "autoencoder": _kept(editor, parts)}

@@ -479,6 +479,21 @@ def test_saved_folders_are_loaded_and_photographs_edited(folders, capsys, tmp_pa
     assert told["reconstruction"]["mse"] == pytest.approx(told["autoencoder"]["mse"], rel=0.1)
 
 
+def test_precision_and_seeds_are_those_of_the_command(folders, capsys, tmp_path):
+    place = ("--pipeline", folders("flux"), "--edit", folders("photo.png"), "--to", "a dog", "--out", tmp_path / "made")
+    short, stored = (*place, "--num-steps", 2, "edit.max_sequence_length=24"), {}
+    for dtype in ("float32", "bf16"):
+        assert command(capsys, *short, "--dtype", dtype)[0] == 0
+        told = json.loads((tmp_path / "made" / "edit.json").read_text())
+        assert told["dtype"] == dtype
+        stored[dtype] = told["stored_bytes"]
+    assert stored["float32"] == 2 * stored["bf16"]
+    drawn = ("--method", "flowedit", "edit.method.n_max=2", "--seeds", "0,1", "--batch-size", 2)
+    assert command(capsys, *short, *drawn)[0] == 0
+    first, second = ((tmp_path / "made" / f"edit-{i}.png").read_bytes() for i in (0, 1))
+    assert first != second
+
+
 def test_folders_saved_with_our_scheduler_are_loaded(monkeypatch, tmp_path):
     """Where nothing has imported it yet."""
     import genmodels.export.rf_solver as ours
