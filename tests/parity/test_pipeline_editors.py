@@ -479,7 +479,7 @@ def test_saved_folders_are_loaded_and_photographs_edited(folders, capsys, tmp_pa
     assert told["reconstruction"]["mse"] == pytest.approx(told["autoencoder"]["mse"], rel=0.1)
 
 
-def test_precision_and_seeds_are_those_of_the_command(folders, capsys, tmp_path):
+def test_precision_seeds_and_guidance_are_those_of_the_command(folders, capsys, tmp_path):
     place = ("--pipeline", folders("flux"), "--edit", folders("photo.png"), "--to", "a dog", "--out", tmp_path / "made")
     short, stored = (*place, "--num-steps", 2, "edit.max_sequence_length=24"), {}
     for dtype in ("float32", "bf16"):
@@ -492,6 +492,11 @@ def test_precision_and_seeds_are_those_of_the_command(folders, capsys, tmp_path)
     assert command(capsys, *short, *drawn)[0] == 0
     first, second = ((tmp_path / "made" / f"edit-{i}.png").read_bytes() for i in (0, 1))
     assert first != second
+    ends = []
+    for scale in (1.5, 30):
+        assert command(capsys, *short, "edit.negative=a cat", f"edit.true_guidance={scale}")[0] == 0
+        ends.append((tmp_path / "made" / "edit.png").read_bytes())
+    assert ends[0] != ends[1]
 
 
 def test_folders_saved_with_our_scheduler_are_loaded(monkeypatch, tmp_path):
