@@ -162,12 +162,17 @@ def inspect(path: Path) -> tuple[int, int]:
 
 def loaded(path: Path, image: Picture) -> Picture:
     """The decoded image, turned as its EXIF orientation says; the first frame of an animation."""
-    from PIL import Image
-
     try:
         image.load()
     except DAMAGE as error:
         raise _damaged(path, error) from error
+    return turned(image)
+
+
+def turned(image: Picture) -> Picture:
+    """The image, turned as its EXIF orientation says."""
+    from PIL import Image
+
     turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(Image.Transpose[turn])
 

@@ -31,7 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
   to a folder in the run's edits/ (or --out): pictures, a strip of source,
   reconstruction and edit, and costs and errors as JSON. Options are overrides
   (edit.guidance=2 edit.method.share.blocks=[2,3]); `train.py --list edit_method`
-  names the methods.""",
+  names the methods. Beside edit.method, pipelines know edit.guidance,
+  source_guidance, true_guidance, negative, interval, max_sequence_length and
+  reconstruct.""",
     )
     group.add_argument("--edit", nargs="+", metavar="PICTURE", help="turn pictures of one class into another")
     group.add_argument("--invert", nargs="+", metavar="PICTURE", help="find the noise that pictures are made from")
@@ -39,7 +41,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--from", dest="source", metavar="CLASS", help="what the pictures show (default: labels of items); or a text"
     )
     group.add_argument("--to", dest="target", metavar="CLASS", help="what the edits shall show; or a text")
-    group.add_argument("--method", help="short for edit.method=…, e.g. rf_edit, flowedit (default: that of the run)")
+    group.add_argument(
+        "--method", help="short for edit.method=…, e.g. rf_edit, flowedit (default: that of the run, or rf_edit)"
+    )
     group.add_argument("--num-steps", type=int, metavar="N", help="short for edit.method.num_steps=N")
     group.add_argument(
         "--inject-steps",
@@ -47,7 +51,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="short for edit.method.share.steps=N: steps next to noise whose features are shared; 0 shares none",
     )
-    group.add_argument("--resize", action="store_true", help="crop, resample and convert pictures of another size")
+    group.add_argument(
+        "--resize",
+        action="store_true",
+        help="crop, resample and convert pictures of another size; for pipelines, resample to the nearest size",
+    )
     group.add_argument(
         "--pipeline",
         metavar="PLACE",

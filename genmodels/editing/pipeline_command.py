@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import registry
 from ..config import dotlist, overlay
 from ..data.decoding import converted, loaded, opened
+from ..diffusion.checks import at_least_one
 from ..hashing import digest
 from ..metrics.picture_errors import mse
 from ..registry import ConfigError, member
@@ -81,8 +82,8 @@ def edit_pipeline(given: argparse.Namespace, device: torch.device) -> None:
     for file in files:
         if not Path(file).expanduser().exists():
             raise ConfigError(f"{file}: there is no such picture.")
-    dtype = DTYPES[given.dtype or ("float32" if device.type == "cpu" else "bf16")]
-    pipe = load_pipeline(given.pipeline, dtype, device, given.offload)
+    dtype = given.dtype or ("float32" if device.type == "cpu" else "bf16")
+    pipe = load_pipeline(given.pipeline, DTYPES[dtype], device, given.offload)
     pipe.set_progress_bar_config(disable=True)
     editor = of_pipeline(pipe, "pixels", given.resize)
     setting = defaults(editor, name)
@@ -97,11 +98,14 @@ def edit_pipeline(given: argparse.Namespace, device: torch.device) -> None:
             f"edit.negative has no effect on {type(pipe).__name__}, which is told the guidance. Give "
             "edit.true_guidance, too, or leave it out."
         )
-    editor.max_sequence_length = options.max_sequence_length or editor.max_sequence_length
+    if options.max_sequence_length is not None:
+        at_least_one("edit", max_sequence_length=options.max_sequence_length)
+        editor.max_sequence_length = options.max_sequence_length
     items, seeds = _items(files, editor, given)
     texts = [given.source or "", given.target if editing else given.source or ""]
     prompts = _prompts(editor, texts, options, editing)
-    size = given.batch_size or 1
+    size = 1 if given.batch_size is None else given.batch_size
+    at_least_one("edit", batch_size=size)
     parts = [
         Part(items[rows], *prompts, SeedNoise([seeds[i] for i in rows], purpose="edit", device=device))
         for rows in torch.arange(len(items)).split(size)
@@ -111,7 +115,7 @@ def edit_pipeline(given: argparse.Namespace, device: torch.device) -> None:
     notes = {
         "pipeline": given.pipeline,
         "class": type(pipe).__name__,
-        "dtype": given.dtype or str(dtype),
+        "dtype": dtype,
         "seeds": seeds,
     }
     notes |= {"options": answer, "setting": setting.origin, "autoencoder": _kept(editor, parts)}

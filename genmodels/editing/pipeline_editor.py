@@ -216,7 +216,8 @@ class PipelineEditor(Editor):
             check_frames(found.shape[2], self.every)
         vae = self.pipe.vae
         with torch.no_grad():
-            mode = vae.encode(found.to(self.pipe._execution_device, vae.dtype) * 2 - 1).latent_dist.mode()
+            encoded = vae.encode(found.to(self.pipe._execution_device, vae.dtype) * 2 - 1)
+        mode = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents  # of AutoencoderTiny
         self.pipe.maybe_free_model_hooks()
         return self._normalised(mode if mode.dtype == torch.float64 else mode.float())
 
@@ -250,7 +251,7 @@ class PipelineEditor(Editor):
         return found
 
     def _taps(self, layer: nn.Module) -> dict[str, Tap]:
-        if self.fuses and getattr(layer, "fused_projections", False):
+        if self.fuses and self._fused(layer):
             taps = fused(layer.to_qkv)
             if not self.fused_norms:
                 return taps
@@ -258,6 +259,9 @@ class PipelineEditor(Editor):
             taps = {name: Tap(getattr(layer, f"to_{name}")) for name in "qkv"}
         norms = {name: getattr(layer, f"norm_{name}", None) for name in "qk"}
         return taps | {name: Tap(norm) for name, norm in norms.items() if norm is not None}
+
+    def _fused(self, layer: nn.Module) -> bool:
+        return getattr(layer, "fused_projections", False)
 
     def tokens(self, x: Tensor, words: int, layer: str) -> int:
         """Tokens of an item that a layer attends over, with a text of so many."""

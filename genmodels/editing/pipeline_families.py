@@ -136,6 +136,10 @@ class StableDiffusion3(PipelineEditor):
         tokens = x.shape[-2] // height * (x.shape[-1] // width)
         return {"num_inference_steps": num_steps, "mu": shift_of(tokens, config, 1.16)}
 
+    def _fused(self, layer: nn.Module) -> bool:
+        # unfusing puts the processors back, but leaves the layers' own mark
+        return type(layer.processor).__name__.startswith("Fused")
+
     _normalised, _raw = Flux._normalised, Flux._raw
 
 

@@ -63,6 +63,8 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
+    from ..export import rf_solver  # noqa: F401  folders saved with our scheduler load only once it is imported
+
     device = torch.device(device)
     if offload and device.type == "cpu":
         raise ConfigError("pipeline: offload keeps networks off a GPU, and there is none here. Leave it out.")

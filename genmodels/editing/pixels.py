@@ -7,6 +7,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..data.decoding import turned
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -55,6 +57,7 @@ def _tensors(pictures: Sequence[Any]) -> list[Tensor]:
             raise ValueError(f"items: pictures of PIL or a tensor are needed, found {type(picture).__name__}.")
         if picture.mode != "RGB":
             raise ValueError(f'items: a picture has the mode {picture.mode}; use picture.convert("RGB").')
+    pictures = [turned(picture) for picture in pictures]
     sizes = {picture.size for picture in pictures}
     if len(sizes) > 1:
         shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))

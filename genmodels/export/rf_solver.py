@@ -76,6 +76,8 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
         pipe.scheduler = RFSolverScheduler.from_config(pipe.scheduler.config, inversion=False)
         y = pipe(target, latents=z, guidance_scale=2.0, num_inference_steps=15, …).images
 
+    Folders of pipelines that were saved with it are loaded once `genmodels.export.rf_solver` is imported.
+
     Args:
         solver: rf, rf3, fireflow or euler.
         probe: c, above 0 and at most 1, for "rf" alone: 1/2 is the midpoint rule, as published; 1 is Heun's method.
@@ -176,7 +178,7 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
                 )
             given.setdefault("shift", given.get("flow_shift") or 1.0)
             for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
-                given[key] = False  # flow_sigmas go before them there
+                given[key] = False  # grids of those names are others there
         return super().from_config(given, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def set_timesteps(
@@ -289,7 +291,7 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
             if seed.shape != sample.shape or not torch.equal(seed.to(sample.dtype), sample):
                 raise ValueError(
                     f"RFSolverScheduler: the run begins at another state ({list(sample.shape)}) than the one given to "
-                    f"`seed` ({list(seed.shape)}). Give the pipeline the same latents."
+                    f"`seed` ({list(seed.shape)}), by shape or by numbers. Give the pipeline the same latents."
                 )
             self._kept = seed
         wide = torch.promote_types(sample.dtype, torch.float32)

@@ -17,7 +17,7 @@ TABLES = (  # with a table of ᾱ
     "TCDScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
     "UniPCMultistepScheduler", "SASolverScheduler",
 )  # fmt: skip
-FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "RFSolverScheduler")
 LEVELS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 OWN = "GenScheduler"
 WRAPPERS = ("TimestepShared", "Relabelled", "OnStraightPath")
@@ -144,7 +144,12 @@ def _flow(config: dict[str, Any], image_tokens: int | None) -> Training:
         mu = _mu(config, image_tokens)
         shift = mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
     grid = {"name": "even"} if shift == 1 else {"name": "shifted", "shift": shift}
-    sample = {"solver": {"name": "euler"}, "grid": grid, "num_steps": 50}
+    solvers = {  # of RFSolverScheduler
+        "rf": {"name": "rf_solver", "probe": config.get("probe", 0.5)},
+        "rf3": {"name": "rf_solver", "order": 3},
+        "fireflow": {"name": "fireflow"},
+    }
+    sample = {"solver": solvers.get(config.get("solver"), {"name": "euler"}), "grid": grid, "num_steps": 50}
     count = float(config.get("num_train_timesteps", 1000))
     return Training({"name": "linear"}, "velocity", count, 0.0, 1.0, False, sample)
 

@@ -336,6 +336,18 @@ def test_shifts_that_depend_on_the_size(network, tmp_path):
         training_of(folder / "scheduler")
 
 
+def test_our_scheduler_of_flows_says_how_to_sample(tmp_path):
+    from genmodels.export.rf_solver import RFSolverScheduler
+    from genmodels.export.schedulers import training_of
+
+    cases = {"rf": {"name": "rf_solver", "probe": 0.5}, "rf3": {"name": "rf_solver", "order": 3}}
+    for solver, node in (cases | {"fireflow": {"name": "fireflow"}, "euler": {"name": "euler"}}).items():
+        RFSolverScheduler(shift=3.0, solver=solver).save_pretrained(tmp_path)
+        found = training_of(tmp_path)
+        assert (found.prediction, found.schedule) == ("velocity", {"name": "linear"})
+        assert found.sample == {"solver": node, "grid": {"name": "shifted", "shift": 3.0}, "num_steps": 50}
+
+
 def test_no_signal_is_left_where_a_scheduler_keeps_a_remainder(network, tmp_path):
     """The table of EulerDiscreteScheduler ends at 2^-24 for its own sake; the model was trained at 0."""
     from diffusers import EulerDiscreteScheduler

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import sys
 from itertools import pairwise
 
 import numpy
@@ -171,6 +172,21 @@ def test_steps_of_schedulers_for_several_kinds_of_models_are_theirs():
     assert times[0] == 0 and pipe.scheduler.num_inference_steps is None  # the pipeline's own is left alone
 
 
+def test_times_of_sd3_may_be_shifted_by_the_size():
+    """As the stock pipeline does where its scheduler asks for it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = copy.copy(tiny.shared("sd3"))
+    ends = {}
+    for least in (0.2, 2.0):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=least)
+        editor, z = editor_of("sd3", pipe), tiny.latents("sd3", 0, 2)
+        prompt, call = told(editor, "sd3")
+        ends[least] = Walk(editor, prompt, editor.times(2, z)).solve(Euler(), z, True)
+        assert apart(ends[least], stock(pipe, z, call, 2)) < 1e-5
+    assert apart(*ends.values()) > 1e-3
+
+
 def test_times_of_flux_are_published():
     """Knots for 1024² pixels, that is 4096 tokens; the pipeline's configuration has the shift of FLUX.1-dev."""
     times = editor_of("flux").times(5, torch.zeros(1, 1, 128, 128))
@@ -218,6 +234,18 @@ def test_pictures_are_decoded_as_the_stock_pipeline_does_and_encoding_undoes_its
     torch.testing.assert_close(
         torch.tensor(numpy.array(one)) / 255, rearrange(pixel, "c h w -> h w c"), atol=0.51 / 255, rtol=0
     )
+
+
+def test_small_autoencoders_that_give_no_distribution_encode():
+    from diffusers import AutoencoderTiny
+
+    sizes = {"encoder_block_out_channels": (4, 4), "num_encoder_blocks": (1, 1)}
+    sizes |= {"decoder_block_out_channels": (4, 4), "num_decoder_blocks": (1, 1)}
+    pipe = copy.copy(tiny.shared("flux"))
+    with tiny.seeded(0):
+        pipe.vae = AutoencoderTiny(latent_channels=1, **sizes).eval()
+    x = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(editor_of("flux", pipe, "pixels").encode(x), pipe.vae.encode(2 * x - 1).latents)
 
 
 def test_values_of_the_late_single_stream_blocks_are_chosen():
@@ -322,6 +350,11 @@ def test_layers_put_in_the_place_of_projections_are_shared_of():
         assert apart(fused.items, before.items) < 1e-4 and fused.stored == before.stored > 0
         tap = editor_of(name, pipe).attention()[-1].taps["v"]
         assert tap.part == (2, 3) and tap.module.out_features % 3 == 0
+        pipe.transformer.unfuse_qkv_projections()
+        assert apart(shares(pipe, name).items, before.items) < 1e-6
+    pipe = tiny.build("sd3")
+    pipe.transformer.fuse_qkv_projections()  # its norms never run then, and queries are those before them
+    assert shares(pipe, "sd3").stored > 0
     pipe = tiny.build("flux")
     block = pipe.transformer.single_transformer_blocks[3].attn
     with tiny.seeded(5):
@@ -446,6 +479,38 @@ def test_saved_folders_are_loaded_and_photographs_edited(folders, capsys, tmp_pa
     assert told["reconstruction"]["mse"] == pytest.approx(told["autoencoder"]["mse"], rel=0.1)
 
 
+def test_precision_seeds_and_guidance_are_those_of_the_command(folders, capsys, tmp_path):
+    place = ("--pipeline", folders("flux"), "--edit", folders("photo.png"), "--to", "a dog", "--out", tmp_path / "made")
+    short, stored = (*place, "--num-steps", 2, "edit.max_sequence_length=24"), {}
+    for dtype in ("float32", "bf16"):
+        assert command(capsys, *short, "--dtype", dtype)[0] == 0
+        told = json.loads((tmp_path / "made" / "edit.json").read_text())
+        assert told["dtype"] == dtype
+        stored[dtype] = told["stored_bytes"]
+    assert stored["float32"] == 2 * stored["bf16"]
+    drawn = ("--method", "flowedit", "edit.method.n_max=2", "--seeds", "0,1", "--batch-size", 2)
+    assert command(capsys, *short, *drawn)[0] == 0
+    first, second = ((tmp_path / "made" / f"edit-{i}.png").read_bytes() for i in (0, 1))
+    assert first != second
+    ends = []
+    for scale in (1.5, 30):
+        assert command(capsys, *short, "edit.negative=a cat", f"edit.true_guidance={scale}")[0] == 0
+        ends.append((tmp_path / "made" / "edit.png").read_bytes())
+    assert ends[0] != ends[1]
+
+
+def test_folders_saved_with_our_scheduler_are_loaded(monkeypatch, tmp_path):
+    """Where nothing has imported it yet."""
+    import genmodels.export.rf_solver as ours
+
+    pipe = copy.copy(tiny.shared("wan"))
+    pipe.register_modules(scheduler=ours.RFSolverScheduler.from_config(pipe.scheduler.config))
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.delitem(sys.modules, "genmodels.export.rf_solver")
+    monkeypatch.delattr("genmodels.export.rf_solver")
+    assert type(load_pipeline(str(tmp_path)).scheduler).__name__ == "RFSolverScheduler"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "wan"])
 def test_other_families_are_edited_and_inverted_by_the_command(name, folders, capsys, tmp_path):
@@ -487,6 +552,8 @@ def test_words_that_do_not_fit_a_pipeline_are_refused(folders, capsys, tmp_path)
         ((*place, "--edit", photo, "--to", "b", "--inject-steps", 16), "from 0 to its 15 steps, found 16"),
         ((*place, "--edit", photo, "--to", "b", "edit.negative=c"), "edit.negative has no effect on FluxPipeline"),
         ((*place, "--edit", photo, "--to", "b", "--num-steps", 0), "at least 1 is needed, found 0"),
+        ((*place, "--edit", photo, "--to", "b", "--batch-size", -1), "batch_size must be at least 1, found -1"),
+        ((*place, "--edit", photo, "--to", "b", "edit.max_sequence_length=0"), "length must be at least 1, found 0"),
     ]:
         status, _, errors = command(capsys, *words, "--out", tmp_path / "made")
         assert status == 2 and re.search(message, errors), errors
@@ -512,6 +579,9 @@ def test_sizes_channels_and_forms_that_do_not_fit_are_refused():
         wan.encode([Image.new("RGB", (16, 16))] * 4)
     with pytest.raises(ValueError, match="one length"):
         wan.encode([[Image.new("RGB", (16, 16))] * 3, [Image.new("RGB", (16, 16))] * 5])
+    turned = Image.fromarray(numpy.arange(8 * 10 * 3, dtype=numpy.uint8).reshape(8, 10, 3))
+    turned.getexif()[0x0112] = 6  # the camera was turned by a quarter to the left
+    assert torch.equal(flux.encode(turned), flux.encode(turned.transpose(Image.Transpose.ROTATE_270)))
     asked = of_pipeline(flux.pipe, "pixels", resize=True)
     assert asked.encode(torch.rand(1, 3, 9, 13)).shape == (1, 1, 8, 12)  # 6.5 pairs are 6
     clip = torch.ones(1, 3, 3, 17, 15) * torch.tensor([0.1, 0.5, 0.9]).reshape(1, 3, 1, 1, 1)
