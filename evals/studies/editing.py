@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from genmodels.diffusion.grids import TimeGrid
-from genmodels.editing.edit import edit
+from genmodels.editing.apply import edit
 from genmodels.editing.editor import Editor, Prompt
 from genmodels.editing.method import EditMethod
 from genmodels.evaluation.answers import target_classes

@@ -20,7 +20,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genmodels.editing.edit import edit
+from genmodels.editing.apply import edit
 from genmodels.editing.editor import Attention, Editor, Prompt, Tap
 from genmodels.editing.method import EditMethod
 from genmodels.files import write_text

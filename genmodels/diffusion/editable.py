@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..editing.by_inversion import RFEdit
-from ..editing.edit import Inversion
+from ..editing.apply import Inversion
 from ..editing.editor import Prompt
 from ..editing.method import EditMethod
 from ..editing.own import ModelEditor

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..diffusion.checks import at_least_one
 from ..rng import Noise, SeedNoise, as_seeds
 from ..types import Seeds
-from .edit import Edit, Inversion, edit, invert
+from .apply import Edit, Inversion, edit, invert
 from .editor import Editor, Prompt
 from .method import EditMethod
 

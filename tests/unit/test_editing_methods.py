@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genmodels.distributions import GaussianMixture
 from genmodels.editing.dna_edit import DNAEdit
-from genmodels.editing.edit import edit, invert
+from genmodels.editing.apply import edit, invert
 from genmodels.editing.editor import Editor, Prompt, Walk
 from genmodels.editing.exact import MixtureEditor
 from genmodels.editing.flow_edit import FlowEdit

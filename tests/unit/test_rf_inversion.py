@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genmodels.editing.edit import edit, invert
+from genmodels.editing.apply import edit, invert
 from genmodels.editing.editor import Prompt, Walk
 from genmodels.editing.exact import MixtureEditor
 from genmodels.editing.method import EditMethod, Outcome
