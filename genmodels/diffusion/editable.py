@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..editing.by_inversion import RFEdit
 from ..editing.apply import Inversion
+from ..editing.by_inversion import RFEdit
 from ..editing.editor import Prompt
 from ..editing.method import EditMethod
 from ..editing.own import ModelEditor

@@ -1,7 +1,7 @@
 """Inversion and editing with rectified flows: methods, sharing of attention, models and pipelines as editors."""
 
-from .by_inversion import RFEdit
 from .apply import edit, invert
+from .by_inversion import RFEdit
 from .pipelines import of_pipeline
 from .sharing import Sharing
 

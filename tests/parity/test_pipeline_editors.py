@@ -14,8 +14,8 @@ from einops import rearrange
 from PIL import Image
 
 from genmodels.commands import sample
-from genmodels.editing.by_inversion import RFEdit, Vanilla
 from genmodels.editing.apply import edit, invert
+from genmodels.editing.by_inversion import RFEdit, Vanilla
 from genmodels.editing.editor import Walk
 from genmodels.editing.pipelines import SETTINGS, defaults, load_pipeline, of_pipeline, shared_bytes
 from genmodels.editing.selection import select

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from genmodels.distributions import GaussianMixture
-from genmodels.editing.dna_edit import DNAEdit
 from genmodels.editing.apply import edit, invert
+from genmodels.editing.dna_edit import DNAEdit
 from genmodels.editing.editor import Editor, Prompt, Walk
 from genmodels.editing.exact import MixtureEditor
 from genmodels.editing.flow_edit import FlowEdit
