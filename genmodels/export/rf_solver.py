@@ -59,7 +59,8 @@ class RFSolverScheduler(FlowMatchEulerDiscreteScheduler):
 
     The knots k_0 … k_N are those of diffusers' Euler scheduler of the same configuration (all shifts included), flipped
     for an inversion. They are not those of UniPC and others with `use_flow_sigmas`: Euler's scheduler applies a static
-    shift twice, so that noise from one of these fits itself alone. A step from k to k + h asks the network at k and at the probe k + c h, and with c = `probe` takes
+    shift twice, so that noise from one of these fits itself alone. A step from k to k + h asks the network at k and at
+    the probe k + c h, and with c = `probe` takes
 
         x⁺ = x + h ((1 - 1/2c) v(k, x) + 1/2c v(k + c h, x + c h v(k, x))),
 
