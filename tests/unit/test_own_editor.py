@@ -26,7 +26,7 @@ from genmodels.registry import ConfigError, build, kind, register, resolve
 from genmodels.rng import SeedNoise
 from genmodels.solvers.runge_kutta import Euler
 from genmodels.transforms import Affine, Compose, Dequantize, Identity, Transform
-from genmodels.types import Edited, SupportsEdit
+from genmodels.types import Edited, NotApplicable, SupportsEdit
 from tests.contracts.test_denoiser import TWO, Oracle, randn
 from tests.unit.fakes import restored
 
@@ -180,7 +180,7 @@ def test_what_is_refused():
     for schedule in ("vp", "cosine", "trigonometric"):
         other = exact()
         other.denoiser.schedule = build(Schedule, schedule)
-        with pytest.raises(ConfigError, match=f"not a rectified flow: model.schedule is '{schedule}'.*schedule=linear"):
+        with pytest.raises(NotApplicable, match=f"not a rectified flow: model.schedule is '{schedule}'.*=linear"):
             other.edit(X, **facts)
     with pytest.raises(ConfigError, match="knows no conditions"):
         exact(conditional=False).edit(X, source=None, target=None, method=BARE)
