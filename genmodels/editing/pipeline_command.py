@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import registry
 from ..config import dotlist, overlay
 from ..data.decoding import converted, loaded, opened
+from ..diffusion.checks import at_least_one
 from ..hashing import digest
 from ..metrics.picture_errors import mse
 from ..registry import ConfigError, member
@@ -101,7 +102,8 @@ def edit_pipeline(given: argparse.Namespace, device: torch.device) -> None:
     items, seeds = _items(files, editor, given)
     texts = [given.source or "", given.target if editing else given.source or ""]
     prompts = _prompts(editor, texts, options, editing)
-    size = given.batch_size or 1
+    size = 1 if given.batch_size is None else given.batch_size
+    at_least_one("edit", batch_size=size)
     parts = [
         Part(items[rows], *prompts, SeedNoise([seeds[i] for i in rows], purpose="edit", device=device))
         for rows in torch.arange(len(items)).split(size)
