@@ -12,6 +12,7 @@ from PIL import Image
 
 from genmodels import commands
 from genmodels.config import Config
+from genmodels.editing.by_inversion import RFEdit
 from genmodels.editing.pictures import Panel, Scale, read_picture, write_picture, write_strip
 from genmodels.training.loop import train
 from genmodels.training.run import Run
@@ -106,6 +107,11 @@ def test_what_is_written_is_what_the_model_makes(ask):
     np.testing.assert_array_equal(pixels(folder / "source.png"), pixels(Path("item.png")))
     assert ask("rf", "--edit", "item.png", "--from", "1", "--to", "2", "--npz", *options)[0] == 0
     assert [folder] == list(Path("rf/edits").iterdir()), "the same edit takes the place of the old one"
+    again = model.invert(x, source=torch.tensor([1]), method=RFEdit(num_steps=6, share=None))
+    torch.testing.assert_close(made.reconstruction, again.reconstruction)  # with nothing shared
+    for change in (["edit.guidance=3"], ["--seeds", "7"]):
+        assert ask("rf", "--edit", "item.png", "--from", "1", "--to", "2", *options, *change)[0] == 0
+    assert len(list(Path("rf/edits").iterdir())) == 3, "other options and seeds have folders of their own"
 
 
 def test_items_of_a_split_know_their_class_and_have_a_row_each(ask):
@@ -239,10 +245,12 @@ def test_other_sizes_are_cropped_averaged_and_converted_if_asked(tmp_path):
     """A grey picture 4x8 of squares 2x2 amid margins, as colours: the squares are the pixels of the item."""
     inner = np.array([[0, 80], [160, 240]], dtype=np.uint8)
     whole = np.full((4, 8), 9, dtype=np.uint8)
-    whole[:, 2:6] = inner.repeat(2, 0).repeat(2, 1)
+    whole[:, 2:6] = (
+        inner.repeat(2, 0).repeat(2, 1) + np.array([[0, 4], [8, 12]]).astype(np.uint8)[[0, 1] * 2][:, [0, 1] * 2]
+    )
     Image.fromarray(whole).convert("RGB").save(tmp_path / "p.png")
     found = read_picture(tmp_path / "p.png", (1, 2, 2), Scale(0.0, 255.0), resize=True)
-    np.testing.assert_allclose(found[0, 0].numpy(), inner, atol=1e-4)
+    np.testing.assert_allclose(found[0, 0].numpy(), inner + 6, atol=1e-4)
     Image.fromarray(inner).save(tmp_path / "q.png")
     assert read_picture(tmp_path / "q.png", (3, 6, 6), Scale(), resize=True).shape == (1, 3, 6, 6)
 

@@ -151,6 +151,8 @@ def test_a_rectified_flow_is_asked():
     errors = (made.reconstruction - Glyphs().all("test").x[:12]).double().square().flatten(1).mean(1)
     assert found.estimates[2, "reconstruction_mse"].value == pytest.approx(errors.mean().item(), rel=1e-5) != 0
     assert torch.equal(found.shown, made.x.round().clamp(0, 16))
+    rounded = (made.x.round().clamp(0, 16) - Glyphs().all("test").x[:12]).double().square().flatten(1).mean(1).sqrt()
+    assert found.estimates[1, "edit_distance"].value == pytest.approx(rounded.mean().item(), rel=1e-6)
     model.denoiser.schedule = VariancePreserving()
     refused = measure(interview, protocol.metrics(), torch.device("cpu")).refused
     assert len(refused) == 4 and all("not a rectified flow" in reason for reason in refused.values())

@@ -20,6 +20,7 @@ from genmodels.editing.editor import Prompt, Walk
 from genmodels.editing.exact import MixtureEditor
 from genmodels.editing.flow_edit import FlowEdit
 from genmodels.editing.method import EditMethod
+from genmodels.editing.rf_inversion import RFInversion
 from genmodels.model import Model
 from genmodels.networks.attention import Attention
 from genmodels.registry import ConfigError, build, kind, register, resolve
@@ -132,6 +133,9 @@ def test_items_depend_on_their_own_seed_alone():
     some = model.edit(X[order], source=labels(0, 3), target=labels(1, 3), seeds=10 + order, **options)
     torch.testing.assert_close(whole.x[order], some.x, rtol=0, atol=1e-12)
     assert whole.noise is None and whole.nfe == some.nfe == 12
+    given = {"method": RFInversion(num_steps=6, stop=2), "source": labels(1, 6)}
+    edit, same = model.edit(X, target=labels(0, 6), **given), model.edit(X, target=labels(1, 6), **given)
+    assert torch.equal(same.x, same.reconstruction) and torch.equal(edit.reconstruction, same.reconstruction)
     other = model.edit(X, source=labels(0, 6), target=labels(1, 6), seeds=6, **options)
     assert (other.x - whole.x).abs().min() > 1e-6
     none = model.edit(X[:0], source=labels(0, 0), target=labels(1, 0), method=BARE, reconstruct=False)
