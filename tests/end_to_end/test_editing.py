@@ -12,7 +12,6 @@ from PIL import Image
 
 from genmodels import commands
 from genmodels.config import Config
-from genmodels.editing.by_inversion import RFEdit
 from genmodels.editing.pictures import Panel, Scale, read_picture, write_picture, write_strip
 from genmodels.training.loop import train
 from genmodels.training.run import Run
@@ -107,8 +106,6 @@ def test_what_is_written_is_what_the_model_makes(ask):
     np.testing.assert_array_equal(pixels(folder / "source.png"), pixels(Path("item.png")))
     assert ask("rf", "--edit", "item.png", "--from", "1", "--to", "2", "--npz", *options)[0] == 0
     assert [folder] == list(Path("rf/edits").iterdir()), "the same edit takes the place of the old one"
-    again = model.invert(x, source=torch.tensor([1]), method=RFEdit(num_steps=6, share=None))
-    torch.testing.assert_close(made.reconstruction, again.reconstruction)  # with nothing shared
     for change in (["edit.guidance=3"], ["--seeds", "7"]):
         assert ask("rf", "--edit", "item.png", "--from", "1", "--to", "2", *options, *change)[0] == 0
     assert len(list(Path("rf/edits").iterdir())) == 3, "other options and seeds have folders of their own"

@@ -136,6 +136,10 @@ def test_items_depend_on_their_own_seed_alone():
     given = {"method": RFInversion(num_steps=6, stop=2), "source": labels(1, 6)}
     edit, same = model.edit(X, target=labels(0, 6), **given), model.edit(X, target=labels(1, 6), **given)
     assert torch.equal(same.x, same.reconstruction) and torch.equal(edit.reconstruction, same.reconstruction)
+    method, bare = Vanilla(num_steps=6), RFEdit(num_steps=6, share=None)
+    method.plain = lambda: bare  # a reconstruction is made by what shares nothing
+    made, plain = (model.edit(X, source=labels(1, 6), target=labels(0, 6), method=each) for each in (method, bare))
+    assert torch.equal(made.reconstruction, plain.reconstruction) and not torch.equal(made.x, plain.x)
     other = model.edit(X, source=labels(0, 6), target=labels(1, 6), seeds=6, **options)
     assert (other.x - whole.x).abs().min() > 1e-6
     none = model.edit(X[:0], source=labels(0, 0), target=labels(1, 0), method=BARE, reconstruct=False)
