@@ -33,9 +33,11 @@ PREDICTED = 8  # items in a picture of predictions
 MOST_SEEDS = 1_000_000  # of one request; they are held in memory
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str, where: str = "--seeds", what: str = "seed") -> list[int]:
     """`0-63`, `7`, `0-9,20,30-31` as a list.
 
+    Args:
+        where, what: whom an error speaks of, and what the numbers are.
     Raises:
         ConfigError: if the text is malformed, saying which part.
     """
@@ -44,9 +46,9 @@ def parse_seeds(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (_is_number(first) and _is_number(last)) or int(last) < int(first):
-            raise ConfigError(f"--seeds: '{part.strip()}' is no seed and no range like 0-63 (in '{text}').")
+            raise ConfigError(f"{where}: '{part.strip()}' is no {what} and no range like 0-63 (in '{text}').")
         if int(last) >= 2**63 or len(seeds) + int(last) - int(first) >= MOST_SEEDS:
-            raise ConfigError(f"--seeds: '{part.strip()}' is out of range: at most {MOST_SEEDS:,} seeds below 2^63.")
+            raise ConfigError(f"{where}: '{part.strip()}' is out of range: at most {MOST_SEEDS:,} {what}s below 2^63.")
         seeds += range(int(first), int(last) + 1)
     return seeds
 

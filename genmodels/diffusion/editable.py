@@ -49,7 +49,8 @@ class Editable:
             reconstruct: whether to tell what the method makes of the items under their own condition.
             batch_size: how many are edited at once.
         Raises:
-            ConfigError: if the model is no rectified flow, or the method does not fit it.
+            NotApplicable: if the model is no rectified flow.
+            ConfigError: if the method does not fit it.
             ValueError: if items, conditions or seeds do not fit, or guidance meets a model without conditions.
         """
         check_scales(guidance, source_guidance, interval)
@@ -77,7 +78,7 @@ class Editable:
         """The noise [B, *model_shape] of items x [B, *shape], and what the way back makes of it; arguments as `edit`.
 
         Raises:
-            ConfigError, ValueError: as `edit`; and if the method does not invert.
+            NotApplicable, ConfigError, ValueError: as `edit`; and if the method does not invert.
         """
         check_scales(source_guidance, source_guidance, interval)
         editor, prompt = self.editor(grid), Prompt(source, source_guidance, interval)
@@ -87,7 +88,7 @@ class Editable:
         """What editing methods ask: velocities under prompts, times, and the way between items and model space.
 
         Raises:
-            ConfigError: if the model is no rectified flow.
+            NotApplicable: if the model is no rectified flow.
         """
         return ModelEditor(self, grid)
 

@@ -12,7 +12,7 @@ from ..diffusion.remembered import Remembered
 from ..diffusion.reverse import DenoiserRows
 from ..diffusion.samplers import Guidance
 from ..diffusion.schedules import Linear, Schedule
-from ..registry import ConfigError
+from ..types import NotApplicable
 from .editor import Attention, Editor, Prompt
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class ModelEditor(Editor):
     Args:
         grid: of the times of the steps, between the ends of the path.
     Raises:
-        ConfigError: if the model is no rectified flow.
+        NotApplicable: if the model is no rectified flow.
     """
 
     def __init__(self, model: "DiffusionModel", grid: TimeGrid = Even()) -> None:
@@ -79,10 +79,10 @@ class ModelEditor(Editor):
 
 
 def check_straight(schedule: Schedule) -> None:
-    """Raises ConfigError unless a path is α = 1 - t, σ = t."""
+    """Raises NotApplicable unless a path is α = 1 - t, σ = t."""
     if not isinstance(schedule, Linear):
         name = getattr(schedule, "registered_name", type(schedule).__name__)
-        raise ConfigError(
+        raise NotApplicable(
             f"edit: the model is not a rectified flow: model.schedule is '{name}'. Train or take one with "
             "model.schedule=linear."
         )

@@ -35,6 +35,7 @@ def edit_run(given: argparse.Namespace, device: Any) -> None:
         given: from the parser of `sample.py`.
     Raises:
         ConfigError, ValueError: if words, pictures, classes or options do not fit each other, the run or its model.
+        NotApplicable: if that is no rectified flow.
     """
     if not processes.main():
         return
@@ -64,7 +65,8 @@ def edit_run(given: argparse.Namespace, device: Any) -> None:
     check_scales(options["guidance"] if editing else guidance, guidance, interval)
     source = Prompt(before, guidance, interval)
     target = Prompt(after, options["guidance"], interval) if editing else source
-    parts = list(model_parts(editor, items.x, source, target, seeds, given.batch_size or options["batch_size"]))
+    size = options["batch_size"] if given.batch_size is None else given.batch_size
+    parts = list(model_parts(editor, items.x, source, target, seeds, size))
     weights = run.weights_name(given.weights)
     name = answer["method"]["name"]
     words = Words(items.names, _said(before), _said(after) if editing else None, name)
@@ -123,6 +125,8 @@ def edit_words(given: argparse.Namespace) -> tuple[list[str], list[str]]:
         raise ConfigError("--condition: is for samples. Say --from and --to of what is edited.")
     if given.invert is not None and given.target is not None:
         raise ConfigError("--to: is for --edit; an inversion has no target.")
+    if given.invert is not None and given.inject_steps is not None:
+        raise ConfigError("--inject-steps: is for --edit; an inversion shares nothing.")
     words = given.invert if given.edit is None else given.edit
     taken = [word for word in words if OVERRIDE.match(word) and not Path(word).exists()]
     pictures = [word for word in words if word not in taken]
@@ -187,7 +191,7 @@ def _taken(word: str, dataset: Dataset) -> _Items | None:
     split, colon, which = word.partition(":")
     if not colon or split not in SPLITS or Path(word).exists():
         return None
-    rows, size = parse_seeds(which), dataset.size(split)
+    rows, size = parse_seeds(which, word, "item"), dataset.size(split)
     if not size or max(rows) >= size:
         raise ConfigError(f"{word}: the split '{split}' has {f'items 0 … {size - 1}' if size else 'none'}.")
     batch = dataset.take(split, torch.tensor(rows))

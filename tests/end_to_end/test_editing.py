@@ -106,6 +106,9 @@ def test_what_is_written_is_what_the_model_makes(ask):
     np.testing.assert_array_equal(pixels(folder / "source.png"), pixels(Path("item.png")))
     assert ask("rf", "--edit", "item.png", "--from", "1", "--to", "2", "--npz", *options)[0] == 0
     assert [folder] == list(Path("rf/edits").iterdir()), "the same edit takes the place of the old one"
+    for change in (["edit.guidance=3"], ["--seeds", "7"]):
+        assert ask("rf", "--edit", "item.png", "--from", "1", "--to", "2", *options, *change)[0] == 0
+    assert len(list(Path("rf/edits").iterdir())) == 3, "other options and seeds have folders of their own"
 
 
 def test_items_of_a_split_know_their_class_and_have_a_row_each(ask):
@@ -165,7 +168,7 @@ EDIT = ("rf", "--edit", "item.png", "--from", "1", "--to", "2")
         (("rf", "--edit", "text.png", "--from", "1", "--to", "2"), "text.png is no image that Pillow can read"),
         (("rf", "--edit", "none.png", "--from", "1", "--to", "2"), "none.png: there is no such picture. Give a file"),
         (("rf", "--edit", "test:30", "--to", "2"), "test:30: the split 'test' has items 0 … 29"),
-        (("rf", "--edit", "test:a", "--to", "2"), "'a' is no seed and no range"),
+        (("rf", "--edit", "test:a", "--to", "2"), "test:a: 'a' is no item and no range"),
         (("vp", "--edit", "item.png", "--from", "1", "--to", "2"), "not a rectified flow: model.schedule is 'vp'"),
         (("vp", "--invert", "item.png"), "not a rectified flow"),
         (("free", "--edit", "item.png", "--from", "1", "--to", "2"), "--from: the model was not trained on classes"),
@@ -184,10 +187,12 @@ EDIT = ("rf", "--edit", "item.png", "--from", "1", "--to", "2")
         (("rf", "--edit", "item.png", "--to", "2"), "--from: say which class the pictures show"),
         (EDIT[:5], "--to: say which class the edits shall show"),
         (("rf", "--invert", "item.png", "--to", "2"), "--to: is for --edit; an inversion has no target"),
+        (("rf", "--invert", "item.png", "--inject-steps", "2"), "--inject-steps: is for --edit; an inversion shares"),
         (("rf", "--invert", "item.png", "--method", "flowedit"), "'flowedit' does not invert"),
         (("rf", "--edit", "edit.guidance=2", "--from", "1", "--to", "2"), "--edit: no picture was given"),
         ((*EDIT, "edit.guidanc=2"), "edit: Key 'guidanc' not in"),
         ((*EDIT, "sample.num_steps=2"), "only overrides of edit.* apply to edits, found sample.*"),
+        ((*EDIT, "--batch-size", "0"), "batch_size must be at least 1, found 0"),
         ((*EDIT, "--condition", "2"), "--condition: is for samples. Say --from and --to"),
         ((*EDIT, "--seeds", "0-1", "--out", "full"), "--out: full exists, and holds no edit that could be replaced"),
         (("rf", "--edit", "test:0", "test:1", "--to", "2", "--seeds", "0-2"), "2 seeds are needed, one per item"),
@@ -237,10 +242,12 @@ def test_other_sizes_are_cropped_averaged_and_converted_if_asked(tmp_path):
     """A grey picture 4x8 of squares 2x2 amid margins, as colours: the squares are the pixels of the item."""
     inner = np.array([[0, 80], [160, 240]], dtype=np.uint8)
     whole = np.full((4, 8), 9, dtype=np.uint8)
-    whole[:, 2:6] = inner.repeat(2, 0).repeat(2, 1)
+    whole[:, 2:6] = (
+        inner.repeat(2, 0).repeat(2, 1) + np.array([[0, 4], [8, 12]]).astype(np.uint8)[[0, 1] * 2][:, [0, 1] * 2]
+    )
     Image.fromarray(whole).convert("RGB").save(tmp_path / "p.png")
     found = read_picture(tmp_path / "p.png", (1, 2, 2), Scale(0.0, 255.0), resize=True)
-    np.testing.assert_allclose(found[0, 0].numpy(), inner, atol=1e-4)
+    np.testing.assert_allclose(found[0, 0].numpy(), inner + 6, atol=1e-4)
     Image.fromarray(inner).save(tmp_path / "q.png")
     assert read_picture(tmp_path / "q.png", (3, 6, 6), Scale(), resize=True).shape == (1, 3, 6, 6)
 

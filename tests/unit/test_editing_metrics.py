@@ -10,6 +10,7 @@ import torch
 
 from genmodels.data.digits import Digits
 from genmodels.diffusion.model import DiffusionModel
+from genmodels.diffusion.schedules import VariancePreserving
 from genmodels.editing.by_inversion import Vanilla
 from genmodels.evaluation.answers import Interview, target_classes
 from genmodels.evaluation.assemble import leaderboard
@@ -150,6 +151,11 @@ def test_a_rectified_flow_is_asked():
     errors = (made.reconstruction - Glyphs().all("test").x[:12]).double().square().flatten(1).mean(1)
     assert found.estimates[2, "reconstruction_mse"].value == pytest.approx(errors.mean().item(), rel=1e-5) != 0
     assert torch.equal(found.shown, made.x.round().clamp(0, 16))
+    rounded = (made.x.round().clamp(0, 16) - Glyphs().all("test").x[:12]).double().square().flatten(1).mean(1).sqrt()
+    assert found.estimates[1, "edit_distance"].value == pytest.approx(rounded.mean().item(), rel=1e-6)
+    model.denoiser.schedule = VariancePreserving()
+    refused = measure(interview, protocol.metrics(), torch.device("cpu")).refused
+    assert len(refused) == 4 and all("not a rectified flow" in reason for reason in refused.values())
 
 
 def test_protocols_without_edits_keep_their_hash():

@@ -20,13 +20,14 @@ from genmodels.editing.editor import Prompt, Walk
 from genmodels.editing.exact import MixtureEditor
 from genmodels.editing.flow_edit import FlowEdit
 from genmodels.editing.method import EditMethod
+from genmodels.editing.rf_inversion import RFInversion
 from genmodels.model import Model
 from genmodels.networks.attention import Attention
 from genmodels.registry import ConfigError, build, kind, register, resolve
 from genmodels.rng import SeedNoise
 from genmodels.solvers.runge_kutta import Euler
 from genmodels.transforms import Affine, Compose, Dequantize, Identity, Transform
-from genmodels.types import Edited, SupportsEdit
+from genmodels.types import Edited, NotApplicable, SupportsEdit
 from tests.contracts.test_denoiser import TWO, Oracle, randn
 from tests.unit.fakes import restored
 
@@ -132,6 +133,13 @@ def test_items_depend_on_their_own_seed_alone():
     some = model.edit(X[order], source=labels(0, 3), target=labels(1, 3), seeds=10 + order, **options)
     torch.testing.assert_close(whole.x[order], some.x, rtol=0, atol=1e-12)
     assert whole.noise is None and whole.nfe == some.nfe == 12
+    given = {"method": RFInversion(num_steps=6, stop=2), "source": labels(1, 6)}
+    edit, same = model.edit(X, target=labels(0, 6), **given), model.edit(X, target=labels(1, 6), **given)
+    assert torch.equal(same.x, same.reconstruction) and torch.equal(edit.reconstruction, same.reconstruction)
+    method, bare = Vanilla(num_steps=6), RFEdit(num_steps=6, share=None)
+    method.plain = lambda: bare  # a reconstruction is made by what shares nothing
+    made, plain = (model.edit(X, source=labels(1, 6), target=labels(0, 6), method=each) for each in (method, bare))
+    assert torch.equal(made.reconstruction, plain.reconstruction) and not torch.equal(made.x, plain.x)
     other = model.edit(X, source=labels(0, 6), target=labels(1, 6), seeds=6, **options)
     assert (other.x - whole.x).abs().min() > 1e-6
     none = model.edit(X[:0], source=labels(0, 0), target=labels(1, 0), method=BARE, reconstruct=False)
@@ -180,7 +188,7 @@ def test_what_is_refused():
     for schedule in ("vp", "cosine", "trigonometric"):
         other = exact()
         other.denoiser.schedule = build(Schedule, schedule)
-        with pytest.raises(ConfigError, match=f"not a rectified flow: model.schedule is '{schedule}'.*schedule=linear"):
+        with pytest.raises(NotApplicable, match=f"not a rectified flow: model.schedule is '{schedule}'.*=linear"):
             other.edit(X, **facts)
     with pytest.raises(ConfigError, match="knows no conditions"):
         exact(conditional=False).edit(X, source=None, target=None, method=BARE)
