@@ -234,9 +234,17 @@ def sample(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--weights", help="model, best or ema-<value> (default: the first average)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--npz", action="store_true", help="also write the samples as arrays")
-    parser.add_argument("--out", type=Path, help="file to write without its suffix (default: in the run's samples/)")
-    parser.add_argument("--batch-size", type=int, help="seeds per call of the model (default: a quarter, 8 to 256)")
+    parser.add_argument("--npz", action="store_true", help="also write samples, or edits, as arrays")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file to write without its suffix (default: in the run's samples/); of edits, a folder (in its edits/)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="seeds per call of the model (default: a quarter, 8 to 256); of edits, items (256; 1 of a pipeline)",
+    )
     add_options(parser)
     given = parser.parse_intermixed_args(list(argv))
 

@@ -74,7 +74,8 @@ def read_video(path: Path, dataset: Dataset, resize: bool = False) -> Tensor:
     reduced to them.
 
     Args:
-        resize: smoothly, where sizes differ; frames are never left out or made up.
+        resize: crop to the middle and resample where sizes differ, and make grey what is to be; frames are never left
+            out or made up.
     Raises:
         ValueError: if there is no such file, the file is no picture, or the number of frames, their size or their
             channels are not those of the data.
@@ -90,11 +91,15 @@ def read_video(path: Path, dataset: Dataset, resize: bool = False) -> Tensor:
                 "you choose into a folder, a PNG each."
             )
         stored = list(chain.from_iterable(repeat(each, n) for each, n in zip(stored, times, strict=True)))
+    if resize and channels == 1:
+        stored = [(image.convert("L").convert("RGB"), length) for image, length in stored]
     found = [_fitted(path, number, image, (height, width), resize) for number, (image, _) in enumerate(stored)]
     pixels = rearrange(torch.from_numpy(np.stack(found)), "t h w c -> 1 c t h w")
     if channels == 1:
         if not (pixels == pixels[:, :1]).all():
-            raise ValueError(f"{path}: the frames have colours, and the data are grey. Turn them into grey first.")
+            raise ValueError(
+                f"{path}: the frames have colours, and the data are grey. Change that, or ask for it (resize)."
+            )
         pixels = pixels[:, :1]
     return from_bytes(pixels, dataset)
 
@@ -138,7 +143,7 @@ def _plain(file: Path, image: Any) -> Any:
 
 def _fitted(path: Path, number: int, image: Any, size: tuple[int, int], resize: bool) -> np.ndarray:
     """[H, W, 3] uint8 a frame in the size of the data."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     height, width = size
     pixels = np.asarray(image)
@@ -151,4 +156,4 @@ def _fitted(path: Path, number: int, image: Any, size: tuple[int, int], resize: 
             f"{path}: frame {number} has {image.height}x{image.width} pixels, {height}x{width} are needed (or a whole "
             "multiple of them, in squares of one colour). Change its size, or ask for that (resize)."
         )
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))

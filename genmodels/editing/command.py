@@ -219,9 +219,14 @@ def _facts(source: Tensor, made: Made, scale: Scale) -> dict[str, Any]:
         size = math.prod(made.noise.shape[1:])
         facts["noise"] = {
             "mean_square": made.noise.double().square().flatten(1).mean(1).tolist(),
-            "expected": 1.0,
-            "standard_deviation": math.sqrt(2 / size),  # of the mean square of so many standard normal numbers
+            # of the mean square of so many standard normal numbers
+            "standard_normal": {"mean": 1.0, "standard_deviation": math.sqrt(2 / size)},
         }
+        if scale.levels:
+            facts["noise"]["remark"] = (
+                "Discrete items enter amid their cells, without the noise of dequantisation that the model was trained "
+                "with: their noise is smaller than standard normal."
+            )
     return facts
 
 

@@ -139,6 +139,8 @@ def short_options(given: argparse.Namespace, tree: dict) -> dict:
     """The section `edit` with the short options laid over it."""
     if set(tree) - {"edit"}:
         raise ConfigError(f"only overrides of edit.* apply to edits, found {', '.join(f'{key}.*' for key in tree)}.")
+    if given.invert is not None and "guidance" in tree.get("edit", {}):
+        raise ConfigError("edit.guidance: is that of an edit; an inversion is guided by edit.source_guidance.")
     short = {"name": given.method, "num_steps": given.num_steps}
     short = {key: value for key, value in short.items() if value is not None}
     return overlay(tree.get("edit", {}), {"method": short} if short else {}, "edit")
@@ -210,7 +212,12 @@ def _read(word: str, dataset: Dataset, scale: Scale, resize: bool) -> _Items:
     if len(dataset.shape) == 4:
         from ..videos import read_video
 
-        return _Items(read_video(path, dataset, resize), None, [path.name])
+        try:
+            return _Items(read_video(path, dataset, resize), None, [path.name])
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error).replace("(resize)", "(--resize)")) from error
     return _Items(read_picture(path, dataset.shape, scale, resize), None, [path.name])
 
 

@@ -163,7 +163,8 @@ class FeatureStore:
     def __init__(self, sharing: Sharing, layers: Sequence[Attention], num_steps: int) -> None:
         if sharing.steps > num_steps:
             raise ConfigError(
-                f"{WHERE}.steps: 1 to {num_steps} are possible on a walk of {num_steps} steps, found {sharing.steps}."
+                f"{WHERE}.steps: 1 to {num_steps} are possible on a walk of {num_steps} steps, found {sharing.steps}. "
+                "Share fewer (--inject-steps), or take more steps."
             )
         self.sharing, self.num_steps = sharing, num_steps
         self.layers = select(layers, sharing.blocks, sharing.over, sharing.tensors)

@@ -147,7 +147,8 @@ def test_the_noise_of_a_picture(ask):
     np.testing.assert_allclose(np.load("noise/noise.npz")["arr_0"], found.noise.numpy(), rtol=0, atol=1e-5)
     facts = json.loads(Path("noise/invert.json").read_text())
     assert facts["noise"]["mean_square"] == pytest.approx([float(found.noise.square().mean())], rel=1e-4)
-    assert facts["noise"]["standard_deviation"] == pytest.approx(math.sqrt(2 / 16)) and "to" not in facts
+    assert facts["noise"]["standard_normal"] == {"mean": 1, "standard_deviation": pytest.approx(math.sqrt(2 / 16))}
+    assert "amid their cells" in facts["noise"]["remark"] and "to" not in facts
     assert "edit_from_source" not in facts and facts["nfe"] == 10
     status, out, _ = ask("free", "--invert", "test:0", "edit.method.share=null", "--out", "free_noise")
     assert status == 0 and "test:0 by rf_edit" in out
@@ -168,6 +169,7 @@ EDIT = ("rf", "--edit", "item.png", "--from", "1", "--to", "2")
         (("rf", "--edit", "text.png", "--from", "1", "--to", "2"), "text.png is no image that Pillow can read"),
         (("rf", "--edit", "none.png", "--from", "1", "--to", "2"), "none.png: there is no such picture. Give a file"),
         (("rf", "--edit", "test:30", "--to", "2"), "test:30: the split 'test' has items 0 … 29"),
+        (("rf", "--invert", "test:4", "edit.guidance=3"), "edit.guidance: is that of an edit; an inversion is guided by"),
         (("rf", "--edit", "test:a", "--to", "2"), "test:a: 'a' is no item and no range"),
         (("vp", "--edit", "item.png", "--from", "1", "--to", "2"), "not a rectified flow: model.schedule is 'vp'"),
         (("vp", "--invert", "item.png"), "not a rectified flow"),

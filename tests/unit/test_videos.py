@@ -84,6 +84,12 @@ def test_other_sizes_are_resized_only_if_asked(data, tmp_path):
     # smooth: a frame keeps its mean level, to the tenth that levels and edges of digits at the wall take
     expected = other.take("test", torch.tensor([0])).x.mean((1, 3, 4))
     torch.testing.assert_close(found.mean((1, 3, 4)), expected, rtol=0.1, atol=0)
+    wide = write_frames(tmp_path / "wide", data.take("test", torch.tensor([0])).x[0], data)
+    for frame in wide.iterdir():  # between two red sides, which a crop to the middle leaves out
+        sheet = Image.new("RGB", (24, 16), (255, 0, 0))
+        sheet.paste(Image.open(frame).convert("RGB"), (4, 0))
+        sheet.save(frame)
+    assert torch.equal(read_video(wide, data, resize=True), data.take("test", torch.tensor([0])).x)
     twice = read_video(write_gif(tmp_path / "y.gif", data.take("test", torch.tensor([0])).x, data), data)
     assert torch.equal(twice, data.take("test", torch.tensor([0])).x)  # squares of pixels are no other size
 
