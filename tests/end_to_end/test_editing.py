@@ -169,7 +169,7 @@ EDIT = ("rf", "--edit", "item.png", "--from", "1", "--to", "2")
         (("rf", "--edit", "text.png", "--from", "1", "--to", "2"), "text.png is no image that Pillow can read"),
         (("rf", "--edit", "none.png", "--from", "1", "--to", "2"), "none.png: there is no such picture. Give a file"),
         (("rf", "--edit", "test:30", "--to", "2"), "test:30: the split 'test' has items 0 … 29"),
-        (("rf", "--invert", "test:4", "edit.guidance=3"), "edit.guidance: is that of an edit; an inversion is guided by"),
+        (("rf", "--invert", "test:4", "edit.guidance=3"), "edit.guidance: is that of an edit; an inversion is guided"),
         (("rf", "--edit", "test:a", "--to", "2"), "test:a: 'a' is no item and no range"),
         (("vp", "--edit", "item.png", "--from", "1", "--to", "2"), "not a rectified flow: model.schedule is 'vp'"),
         (("vp", "--invert", "item.png"), "not a rectified flow"),
