@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from omegaconf import MISSING
 
@@ -80,32 +80,25 @@ class Predicting:
         batch_size: items per call.
     """
 
+    section: ClassVar[str] = "predict"
     split: Literal["train", "val", "test"] = "test"
     num_items: int | None = None
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        _at_least("predict", {"num_items": self.num_items, "batch_size": self.batch_size})
+        _at_least(self.section, {"num_items": self.num_items, "batch_size": self.batch_size})
 
 
 @dataclass(frozen=True)
-class Editing:
+class Editing(Predicting):
     """The `edit:` section: which items are edited.
 
     Item i of class c is turned into one of class (c + 1 + i mod (K - 1)) mod K of K: of each pair about equally many.
 
-    Args:
-        split: of the protocol's data.
-        num_items: the first so many; null for all.
-        batch_size: items per call.
+    Arguments are those of `predict:`.
     """
 
-    split: Literal["train", "val", "test"] = "test"
-    num_items: int | None = None
-    batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        _at_least("edit", {"num_items": self.num_items, "batch_size": self.batch_size})
+    section: ClassVar[str] = "edit"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from abc import abstractmethod
 from typing import ClassVar, Literal
 
 import torch
@@ -35,9 +36,9 @@ class Edits(Metric):
         self.kept.append({name: torch.where(finite, v.detach().double().cpu(), math.nan) for name, v in found.items()})
         self.known.append(against)
 
+    @abstractmethod
     def values(self, samples: Samples, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """[B] values of each edit by the name of their estimate, and [B] by name what the first is read against."""
-        raise NotImplementedError
 
     def compute(self) -> dict[str, Estimate]:
         if not self.kept:

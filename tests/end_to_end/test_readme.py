@@ -147,6 +147,17 @@ def test_rows_of_edits_are_those_of_the_study():
     assert [line for line in shown if line not in table] == []
 
 
+@pytest.mark.slow
+def test_the_transformer_of_flux_is_of_the_size_that_is_told():
+    """The default configuration of diffusers is FLUX.1's; parameters without memory are counted."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(guidance_embeds=True)
+    assert len(network.single_transformer_blocks) == 38
+    assert f"of {2 * sum(p.numel() for p in network.parameters()) / 2**30:.1f} GiB" in TEXT
+
+
 def test_memory_of_shared_features_is_what_the_estimate_says():
     """FLUX.1-dev: 38 single-stream blocks of width 3,072, a token for 16 x 16 pixels beside 512 of text."""
     rows = re.findall(r"\| (\d+) x \1 \| ([\d,]+) \| (.+) \|", TEXT)

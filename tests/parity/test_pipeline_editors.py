@@ -185,6 +185,14 @@ def test_times_of_sd3_may_be_shifted_by_the_size():
         ends[least] = Walk(editor, prompt, editor.times(2, z)).solve(Euler(), z, True)
         assert apart(ends[least], stock(pipe, z, call, 2)) < 1e-5
     assert apart(*ends.values()) > 1e-3
+    # a line through 0.5 at 256 tokens and 1.15 at 4096; patches of 2 x 2 latents are the tokens
+    pipe = tiny.build("sd3")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe.transformer.register_to_config(patch_size=2)
+    wanted = copy.deepcopy(pipe.scheduler)
+    wanted.set_timesteps(3, mu=0.5 + 0.65 * (16 * 24 - 256) / (4096 - 256))
+    times = editor_of("sd3", pipe).times(3, torch.zeros(1, 4, 32, 48))
+    torch.testing.assert_close(times, wanted.sigmas.flip(0).double(), atol=1e-6, rtol=0)
 
 
 def test_times_of_flux_are_published():
@@ -204,6 +212,7 @@ def test_two_transformers_and_times_of_tokens_as_wan_2_2_has_them():
     editor, z = editor_of("wan", pipe), tiny.latents("wan", 0, 2)
     prompt, call = told(editor, "wan", guidance=3.0)
     assert apart(Walk(editor, prompt, editor.times(4, z)).solve(Euler(), z, True), stock(pipe, z, call)) < 1e-5
+    assert editor._at(0.8) is pipe.transformer and editor._at(0.799) is pipe.transformer_2  # the stock t >= boundary
     assert chosen(editor) == ["blocks.1", "blocks.2"] * 2 and chosen(editor, blocks=(0,)) == ["blocks.0"] * 2
     sharing = Sharing(steps=4)  # beyond the boundary, too
     other = editor.prompt("a dog", guidance=3.0)

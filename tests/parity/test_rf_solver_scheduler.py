@@ -220,6 +220,8 @@ def test_knots_and_steps_of_euler_are_those_of_diffusers(kind):
         torch.testing.assert_close(y, x, rtol=0, atol=2e-6)
     wan = UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction")
     assert kind.from_config(wan.config).config.shift == 5.0
+    spaced = UniPCMultistepScheduler(use_flow_sigmas=True, use_karras_sigmas=True, prediction_type="flow_prediction")
+    assert not kind.from_config(spaced.config).config.use_karras_sigmas  # of noise levels, where ours would be of times
     again = kind.from_config(kind(solver="fireflow", inversion=True, shift=7.0).config, inversion=False)
     assert (again.config.solver, again.config.inversion, again.config.shift) == ("fireflow", False, 7.0)
 

@@ -19,7 +19,8 @@ from genmodels.editing.by_inversion import RFEdit, Vanilla
 from genmodels.editing.editor import Prompt, Walk
 from genmodels.editing.exact import MixtureEditor
 from genmodels.editing.flow_edit import FlowEdit
-from genmodels.editing.method import EditMethod
+from genmodels.editing.method import EditMethod, Outcome
+from genmodels.editing.parts import Part, edit_parts
 from genmodels.editing.rf_inversion import RFInversion
 from genmodels.model import Model
 from genmodels.networks.attention import Attention
@@ -144,6 +145,19 @@ def test_items_depend_on_their_own_seed_alone():
     assert (other.x - whole.x).abs().min() > 1e-6
     none = model.edit(X[:0], source=labels(0, 0), target=labels(1, 0), method=BARE, reconstruct=False)
     assert none.x.shape == (0, 1) and none.reconstruction is None
+
+
+def test_parts_are_joined_and_their_bytes_are_added():
+    class Storing(EditMethod):
+        num_steps = 1
+
+        def edit(self, editor, x, source, target, times, noise):
+            return Outcome(x + 1, None, 3, 8 * len(x))
+
+    prompt = Prompt(TWO)
+    parts = [Part(X[rows], prompt, prompt, SeedNoise(len(X[rows]))) for rows in torch.arange(len(X)).split(4)]
+    made = edit_parts(MixtureEditor(), parts, method=Storing(), reconstruct=False)
+    assert torch.equal(made.items, X + 1) and made.stored == 8 * len(X) and made.nfe == 3 and len(parts) > 1
 
 
 def test_levels_lie_amid_their_cells_and_edits_between_them():
