@@ -1,0 +1,151 @@
+"""The law of one level: p(x̄ | what is coarser) ∝ exp(-Ē(x̄, coarser)) with an energy linear in its parameters."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import ConfigError
+from .terms import Term
+from .tree import Level
+
+DENSE = 800  # coefficients up to which spectra are of dense matrices
+MEMORY = 2**26  # bytes of features' gradients at a time
+
+
+class Conditional(nn.Module):
+    """Ē(x̄) = Σ_k θ_k Φ_k(u), u = y/σ, of the coefficients x̄ = σ ζ that a level draws.
+
+    y = base + Ḡᵀ x̄ is the level's field, base what is known of it, and σ the standard deviation of y over the training
+    data, so that energies, their parameters and steps of chains have no units: gradients are by ζ = x̄/σ.
+
+    Args:
+        level: of a tree.
+        terms: builders of the terms, called with `level`.
+    Attributes:
+        theta, errors: [M] float64 parameters and their standard errors.
+        unit: [] float64 σ.
+        scale: [dim] float64 of the chains' moves, 1/√(mean curvature) by tiles.
+        condition: [] float64 condition number of the Gram matrix of normalised features.
+    """
+
+    theta: Tensor
+    errors: Tensor
+    unit: Tensor
+    scale: Tensor
+    condition: Tensor
+
+    def __init__(self, level: Level, terms: tuple[Callable[..., Term], ...]) -> None:
+        super().__init__()
+        self.__dict__["level"] = level
+        self.terms = nn.ModuleList(term(level=level) for term in terms)
+        self.sizes = [len(term) for term in self.terms]
+        count = sum(self.sizes)
+        for name, shape in (("theta", (count,)), ("errors", (count,)), ("scale", (level.dim,))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        for name in ("unit", "condition"):
+            self.register_buffer(name, torch.ones((), dtype=torch.float64))
+
+    @property
+    def names(self) -> list[str]:
+        """Of all features, in the order of `theta`."""
+        return [name for term in self.terms for name in term.names]
+
+    def parts(self) -> list[tuple[Term, Tensor]]:
+        """Every term with its parameters."""
+        return list(zip(self.terms, self.theta.split(self.sizes), strict=True))
+
+    def features(self, u: Tensor) -> Tensor:
+        """[B, M] float64 Φ_k(u)."""
+        return torch.cat([term.features(u) for term in self.terms], 1)
+
+    def laplacians(self, u: Tensor) -> Tensor:
+        """[B, M] float64 Δ_ζ Φ_k."""
+        return torch.cat([term.laplacians(u) for term in self.terms], 1)
+
+    def gradients(self, u: Tensor) -> Tensor:
+        """[B, M, dim] ∇_ζ Φ_k."""
+        return self.level.detail(torch.cat([term.gradients(u) for term in self.terms], 1))
+
+    def rows(self, dtype: torch.dtype = torch.float64) -> int:
+        """How many fields' gradients of features fit in 64 MiB."""
+        height, width = self.level.size
+        return max(1, MEMORY // (dtype.itemsize * height * width * max(1, len(self.theta))))
+
+    def energy(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] float64 Ē and [B, H, W] ∂Ē/∂u, of fields u [B, H, W]."""
+        found = [term.energy(theta, u) for term, theta in self.parts()]
+        return sum(e for e, _ in found), sum(g for _, g in found)
+
+    def potential(self, base: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """ζ [B, dim] -> (Ē [B] float64, ∇_ζ Ē [B, dim]), given the known part [B, H, W] in data units."""
+        known = base / self.unit.to(base)
+
+        def of(z: Tensor) -> tuple[Tensor, Tensor]:
+            energy, gradient = self.energy(known + self.level.synthesize(z))
+            return energy, self.level.detail(gradient)
+
+        return of
+
+    def laplacian(self, u: Tensor) -> Tensor:
+        """[B] float64 Δ_ζ Ē."""
+        return sum(term.laplacian(theta, u) for term, theta in self.parts())
+
+    def loss(self, u: Tensor) -> Tensor:
+        """[B] float64 ℓ = ½ |∇_ζ Ē|² - Δ_ζ Ē, whose mean is ½ E|∇ log p - ∇ log p_θ|² up to a constant of the data."""
+        gradient = self.level.detail(self.energy(u)[1])
+        return 0.5 * gradient.square().sum(1, dtype=torch.float64) - self.laplacian(u)
+
+    def hessian(self, u: Tensor, z: Tensor) -> Tensor:
+        """[*, dim] product of the conditional Hessian ∇²_ζ Ē at u [*, H, W] with z [*, dim]."""
+        v = self.level.synthesize(z)
+        return self.level.detail(sum(term.hessian(theta, u, v) for term, theta in self.parts()))
+
+    def at_infinity(self, z: Tensor) -> Tensor:
+        """[*, dim] the same far from all data."""
+        v = self.level.synthesize(z)
+        return self.level.detail(sum(term.at_infinity(theta, v) for term, theta in self.parts()))
+
+    def set_scale(self, u: Tensor) -> None:
+        """Scale moves by 1/√(mean curvature) of each tile over fields u; of tiles where that is not positive, by 1."""
+        diagonal = sum(term.diagonal(theta, u) for term, theta in self.parts())
+        count = torch.zeros(int(self.level.tile.max()) + 1, dtype=torch.float64, device=diagonal.device)
+        ones, total = torch.ones_like(diagonal), count.clone()
+        mean = total.index_add(0, self.level.tile, diagonal) / count.index_add(0, self.level.tile, ones)
+        self.scale.copy_(torch.where(mean > 0, mean.clamp(min=1e-12).rsqrt(), 1.0)[self.level.tile])
+
+    def guard(self, margin: float) -> float:
+        """Set the curvature of the potentials' tails so that exp(-Ē) has a finite integral; returns the smallest
+        curvature at infinity, which is `margin` where it is not larger without a guard.
+
+        Far out Ē grows like ½ ζᵀ (Ḡ K Ḡᵀ + c) ζ with K of the quadratic terms and c of the guards.
+
+        Raises:
+            ConfigError: if there is no potential to guard and some direction has no positive curvature.
+        """
+        guarded = [term for term in self.terms if hasattr(term, "tail")]
+        for term in guarded:
+            term.tail.zero_()
+        lowest = smallest_eigenvalue(self.at_infinity, self.level.dim, self.theta.device)
+        missing = max(0.0, margin - lowest)
+        for term in guarded[:1]:  # all of them act on every pixel
+            term.tail.fill_(missing)
+        if not guarded and not lowest > 0:
+            raise ConfigError(
+                f"{self.level.label}: the fitted energy cannot be normalised: its curvature is {lowest:.3g} in some "
+                "direction, so that chains would run away. Add a potential (its tails are guarded), a larger "
+                "regularization, or a smaller reach."
+            )
+        return lowest + missing if guarded else lowest
+
+
+def smallest_eigenvalue(product: Callable[[Tensor], Tensor], dim: int, device: torch.device) -> float:
+    """Of a symmetric matrix [dim, dim] given by its products with rows [*, dim]: dense up to 800, Lanczos beyond."""
+    if dim <= DENSE:
+        matrix = product(torch.eye(dim, dtype=torch.float64, device=device))
+        return float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    times = lambda v: product(torch.from_numpy(v.reshape(1, dim)).to(device)).squeeze(0).cpu().numpy()  # noqa: E731
+    start = torch.linspace(1, dim, dim, dtype=torch.float64).sin().numpy()  # else Lanczos starts at random
+    return float(eigsh(LinearOperator((dim, dim), times, dtype="float64"), 1, which="SA", v0=start, tol=1e-4)[0][0])
