@@ -27,6 +27,9 @@ class Conditional(nn.Module):
         unit: [] float64 σ.
         scale: [dim] float64 of the chains' moves, 1/√(mean curvature) by tiles.
         condition: [] float64 condition number of the Gram matrix of normalised features.
+        step_size: [] float64 of its chains, in units of the scale; 0 where none is needed (a single coefficient).
+        num_steps: [] int64 transitions of a sample.
+        acceptance, autocorrelation, r_hat: [] float64 of its chains, as measured when they were tuned.
     """
 
     theta: Tensor
@@ -34,6 +37,11 @@ class Conditional(nn.Module):
     unit: Tensor
     scale: Tensor
     condition: Tensor
+    step_size: Tensor
+    num_steps: Tensor
+    acceptance: Tensor
+    autocorrelation: Tensor
+    r_hat: Tensor
 
     def __init__(self, level: Level, terms: tuple[Callable[..., Term], ...]) -> None:
         super().__init__()
@@ -43,8 +51,10 @@ class Conditional(nn.Module):
         count = sum(self.sizes)
         for name, shape in (("theta", (count,)), ("errors", (count,)), ("scale", (level.dim,))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
-        for name in ("unit", "condition"):
+        for name in ("unit", "condition", "acceptance", "autocorrelation", "r_hat"):
             self.register_buffer(name, torch.ones((), dtype=torch.float64))
+        self.register_buffer("step_size", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
     @property
     def names(self) -> list[str]:
