@@ -86,10 +86,14 @@ class Stationary(Term):
 
     def product(self, theta: Tensor, v: Tensor) -> Tensor:
         """[*, H, W] K v."""
+        if not self.names:
+            return torch.zeros_like(v)
         symbol = torch.einsum("m,mhw->hw", theta.to(self.symbols), self.symbols).to(v)
         return torch.fft.irfft2(torch.fft.rfft2(v) * symbol, s=self.level.size)
 
     def gradients(self, u: Tensor) -> Tensor:
+        if not self.names:  # on a single pixel; transforms of nothing are an error
+            return u.new_zeros(len(u), 0, *self.level.size)
         return torch.fft.irfft2(torch.fft.rfft2(u).unsqueeze(1) * self.symbols.to(u), s=self.level.size)
 
     def features(self, u: Tensor) -> Tensor:
