@@ -219,8 +219,9 @@ def _sweep(given: argparse.Namespace, files: list[str], overrides: list[str], ax
 
 @guarded
 def sample(argv: Sequence[str]) -> None:
-    """Draw samples of a run; sample i depends on seed i alone. Or edit or invert pictures by it."""
+    """Draw samples of a run; sample i depends on seed i alone. Or edit, invert or upsample items by it."""
     from .editing.command import add_options
+    from .wavelet import upsample_command
 
     parser = argparse.ArgumentParser("sample.py", description=sample.__doc__, formatter_class=_Formatter)
     parser.add_argument("run", nargs="?", help="folder of a run (none with --pipeline)")
@@ -246,9 +247,11 @@ def sample(argv: Sequence[str]) -> None:
         help="seeds per call of the model (default: a quarter, 8 to 256); of edits, items (256; 1 of a pipeline)",
     )
     add_options(parser)
+    upsample_command.add_options(parser)
     given = parser.parse_intermixed_args(list(argv))
 
     from .editing.run_command import check_place, check_unused, edit_run
+    from .registry import ConfigError
     from .training import processes
 
     editing = given.edit is not None or given.invert is not None
@@ -256,6 +259,12 @@ def sample(argv: Sequence[str]) -> None:
         check_unused(given)
     check_place(given)
     act = edit_run if editing else _sample
+    if given.upsample is None:
+        upsample_command.check_unused(given)
+    elif editing or given.pipeline is not None:
+        raise ConfigError("--upsample: is neither for editing nor for pipelines; choose one.")
+    else:
+        act = upsample_command.upsample_run
     if given.pipeline is not None:
         from .editing.pipeline_command import edit_pipeline as act
     device = processes.place(given.device)

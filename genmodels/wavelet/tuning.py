@@ -18,6 +18,7 @@ NODES = 4001  # of the quadrature of a single coefficient
 WIDE = 4.0  # its grid over the range of the data
 CHAINS = 4  # at each conditioning where R̂ is measured
 MIXED = 1.1  # R̂ that is told beyond
+LONG = 50  # autocorrelation times of a trace whose R̂ says something
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Tuning:
     Args:
         starts: training fields whose coarse parts condition the chains.
         adapt: transitions in which the step size is found.
-        record: transitions over which autocorrelation and R̂ are measured.
+        record: transitions over which autocorrelation is measured; R̂, over 50 autocorrelation times if that is more.
         decorrelate: autocorrelation times that a sample's chain lasts.
         least, most: bounds on its transitions.
     """
@@ -119,11 +120,16 @@ def tune(
     at_data = torch.arange(len(base), device=y.device) % CHAINS < CHAINS // 2
     z = torch.where(at_data[:, None], z[:few].repeat_interleave(CHAINS, 0), wide)
     potential, options = conditional.potential(base), {"step_size": found.step_size, "scale": conditional.scale}
-    state = advance(kernel, potential, begin(potential, z, where=label), tuning.record, noise=noise, **options)
-    _, trace = record(
-        kernel, potential, restart(state), tuning.record, observe=_observables(conditional), noise=noise, **options
-    )
+    options |= {"noise": noise}
+    state = advance(kernel, potential, begin(potential, z, where=label), tuning.record, **options)
+    observe = _observables(conditional)
+    state, trace = record(kernel, potential, restart(state), tuning.record, observe=observe, **options)
     tau = autocorrelation_time(trace, one_law=False).tau
+    more = min(math.ceil(LONG * float(tau.max())), tuning.most) - tuning.record
+    if more > 0:
+        _, rest = record(kernel, potential, state, more, observe=observe, **options)
+        trace = torch.cat((trace, rest))
+        tau = autocorrelation_time(trace, one_law=False).tau
     # of its own chains each, since every conditioning has a law of its own
     grouped = trace.unflatten(1, (few, CHAINS)).transpose(1, 2).flatten(2)
     conditional.autocorrelation.copy_(tau.max())
@@ -132,7 +138,7 @@ def tune(
         import warnings
 
         warnings.warn(
-            f"{label}: chains from data and from afar still differ after {2 * tuning.record} transitions (R̂ = "
+            f"{label}: chains from data and from afar still differ after {tuning.record + len(trace)} transitions (R̂ = "
             f"{float(conditional.r_hat):.2f}): the conditional law may have several modes. Use narrower packets "
             "(subdivisions), or longer chains (tuning.record, tuning.least).",
             FitWarning,
