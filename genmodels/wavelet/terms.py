@@ -131,7 +131,7 @@ class Quadratic(Stationary):
         own: whether ½ Σ u_i² is a feature too; a potential of splines holds it already.
     Raises:
         ConfigError: unless reach >= 1, or own is true and reach 0.
-    Source: Lempereur and Mallat 2025 (Hierarchic flows to estimate and sample high-dimensional probabilities).
+    Source: Marchand et al. 2022 (Wavelet conditional renormalization group).
     """
 
     def __init__(
