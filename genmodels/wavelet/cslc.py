@@ -18,6 +18,7 @@ from .terms import Term
 from .tree import Tree
 from .tuning import Tuning, draw, tune
 
+PIXELS = 200_000  # of a level, from which ranges are found
 MARGIN = 0.5  # least curvature far from the data, in units of 1/σ²
 
 
@@ -120,24 +121,21 @@ class CSLC(Model):
             if sum(map(len, some)) < self.tuning.starts:
                 some.append(batch.x.to(self.device))
         self.mean.copy_(total / n)
-        squares = [0.0] * len(self.conditionals)
-        low, high = [math.inf] * len(squares), [-math.inf] * len(squares)
+        squares, pixels = [0.0] * len(self.conditionals), [[] for _ in self.conditionals]
         for batch in batches:
             for k, y in enumerate(self.fields(batch.x.to(self.device).double())[0]):
                 squares[k] += y.square().mean((1, 2)).sum()
-                low[k], high[k] = min(low[k], float(y.min())), max(high[k], float(y.max()))
-        some = torch.cat(some)[: self.tuning.starts]
-        fields = self.fields(some.double())[0]
-        for k, c in enumerate(self.conditionals):
-            c.unit.copy_((squares[k] / n) ** 0.5)
+                pixels[k].append(_some(y, PIXELS * len(y) // n))
+        for c, square, values in zip(self.conditionals, squares, pixels, strict=True):
+            c.unit.copy_((square / n) ** 0.5)
             if not c.unit > 1e-12 * (1 + self.mean.abs()):
                 raise ConfigError(
                     f"{c.level.label}: the training fields do not vary at this scale, so that there is no law to fit. "
                     "Look at the data: constant fields are no samples."
                 )
-            unit = float(c.unit)
             for term in c.terms:
-                term.fit(fields[k] / unit, low[k] / unit, high[k] / unit)
+                term.fit(torch.cat(values) / c.unit)
+        some = torch.cat(some)[: self.tuning.starts]
         return some
 
     def _tune(self, some: Tensor, generator: Generator) -> None:
@@ -253,6 +251,14 @@ def _check(shape: Shape, boundary: str, regularization: float) -> None:
         )
     if regularization < 0:
         raise ConfigError(f"cslc: regularization >= 0 is needed, found {regularization:g}.")
+
+
+def _some(y: Tensor, count: int) -> Tensor:
+    """About `count` pixels of fields, evenly spaced, by a stride that meets all rows and columns."""
+    stride = max(1, y.numel() // max(1, count))
+    while math.gcd(stride, y.shape[1] * y.shape[2]) > 1:
+        stride += 1
+    return y.flatten()[::stride]
 
 
 def _check_finite(x: Tensor) -> None:

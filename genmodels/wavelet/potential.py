@@ -11,15 +11,16 @@ from .bases import Basis, BSpline
 from .terms import Term
 from .tree import Level
 
-MARGIN = 1.02  # the range of the basis over that of the data
+SHARE, LEAST = 1e-3, 30  # of the training pixels, and how many of them at least, that lie beyond each end
 
 
 @register(Term, "potential")
 class Potential(Term):
     """Σ_k θ_k Σ_i ρ_k(u_i): a potential v of each pixel of the level's grid, in a fixed basis.
 
-    On the range [a, b] of the training data (2 % wider) v = Σ θ_k ρ_k. Beyond, v continues with its slope at the end
-    and, as a guard, with the curvature c: v(b) + v'(b)(t - b) + c (t - b)²/2, so that no chain runs away.
+    On an interval [a, b] that holds all but a thousandth of the training pixels at either end, v = Σ θ_k ρ_k. Beyond, v
+    goes on as a parabola with the slope at the end: v(b) + v'(b)(t - b) + (κ + c)(t - b)²/2. Its curvature κ is a
+    parameter (one for both ends of an even potential); c is 0, or what a guard adds so that no chain runs away.
 
     Args:
         basis: the functions ρ_k, of s = 2(t - a)/(b - a) - 1.
@@ -35,29 +36,42 @@ class Potential(Term):
     def __init__(self, basis: Basis = BSpline(), even: bool = False, warp: bool = False, *, level: Level) -> None:
         super().__init__(level)
         self.basis, self.even, self.warp = basis, even, warp
-        eye = torch.eye(basis.count, dtype=torch.float64)
+        eye, half = torch.eye(basis.count, dtype=torch.float64), basis.count // 2
         if even:
-            expansion = (eye - eye.flip(0))[: basis.count // 2]
+            expansion = (eye - eye.flip(0))[:half]
         elif basis.spans_linear and level.conditional and not warp:
             # Σ u_i has no detail, so that v = t would be invisible: one function less spans the rest
-            expansion = torch.cat([eye[: basis.count // 2], eye[basis.count // 2 + 1 :]])
+            expansion = torch.cat([eye[:half], eye[half + 1 :]])
         else:
             expansion = eye
-        self.names = [f"potential {k + 1}/{len(expansion)}" for k in range(len(expansion))]
+        self.inside = len(expansion)  # features; the others are of the tails
+        self.names = [f"potential {k + 1}/{self.inside}" for k in range(self.inside)]
+        self.names += ["tails"] if even else ["lower tail", "upper tail"]
         self.register_buffer("expansion", expansion, persistent=False)
         self.register_buffer("interval", torch.tensor([-1.0, 1.0], dtype=torch.float64))
         self.register_buffer("centre", torch.zeros((), dtype=torch.float64))
         self.register_buffer("tail", torch.zeros((), dtype=torch.float64))
         self.register_buffer("weights", level.weights(), persistent=False)
 
-    def fit(self, u: Tensor, low: float, high: float) -> None:
+    def fit(self, values: Tensor) -> None:
         if self.warp:
-            self.centre.copy_(u.flatten()[:: max(1, u.numel() // 100_000)].median())
+            self.centre.copy_(values.median())
+        share = max(SHARE, LEAST / len(values))
         if self.even:
-            high = max(abs(low), abs(high))
-            low = -high
-        middle, half = (low + high) / 2, MARGIN * (high - low) / 2
-        self.interval.copy_(torch.tensor([middle - half, middle + half]))
+            end = values.abs().quantile(1 - 2 * share)
+            self.interval.copy_(torch.stack((-end, end)))
+        else:
+            self.interval.copy_(values.quantile(torch.tensor([share, 1 - share]).to(values)))
+
+    def _tails(self, beyond: Tensor) -> Tensor:
+        """[*, 1 or 2] how far u is beyond the lower and the upper end, or beyond any of an even potential."""
+        parts = (beyond,) if self.even else (beyond.clamp(max=0), beyond.clamp(min=0))
+        return torch.stack(parts, -1)
+
+    def _curvatures(self, theta: Tensor) -> tuple[float, float]:
+        """κ + c of the lower and the upper tail."""
+        low, high = (theta[self.inside :] + self.tail).expand(2).tolist()
+        return low, high
 
     def _places(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """s of u, clamped to [-1, 1]; how far u is beyond the interval; ds/du and d²s/du²."""
@@ -77,12 +91,13 @@ class Potential(Term):
     def features(self, u: Tensor) -> Tensor:
         s, beyond, rate, _ = self._places(u)
         value = self.basis.derivatives(s, 0) + self.basis.derivatives(s, 1) * (rate * beyond).unsqueeze(-1)
-        return value.sum((1, 2), dtype=torch.float64) @ self.expansion.T
+        inside = value.sum((1, 2), dtype=torch.float64) @ self.expansion.T
+        return torch.cat((inside, 0.5 * self._tails(beyond).square().sum((1, 2), dtype=torch.float64)), 1)
 
     def gradients(self, u: Tensor) -> Tensor:
-        s, _, rate, _ = self._places(u)
-        slopes = self.basis.derivatives(s, 1) @ self.expansion.to(u).T
-        return (slopes * rate.unsqueeze(-1)).movedim(-1, 1).contiguous()
+        s, beyond, rate, _ = self._places(u)
+        slopes = (self.basis.derivatives(s, 1) @ self.expansion.to(u).T) * rate.unsqueeze(-1)
+        return torch.cat((slopes, self._tails(beyond)), -1).movedim(-1, 1).contiguous()
 
     def laplacians(self, u: Tensor) -> Tensor:
         s, beyond, rate, bend = self._places(u)
@@ -90,14 +105,17 @@ class Potential(Term):
         curved = torch.einsum("bhw,bhwk->bk", weight * rate.square(), self.basis.derivatives(s, 2))
         if self.warp:
             curved = curved + torch.einsum("bhw,bhwk->bk", weight * bend, self.basis.derivatives(s, 1))
-        return curved.double() @ self.expansion.T
+        tails = (self.weights.to(u).unsqueeze(-1) * (self._tails(beyond) != 0)).sum((1, 2))
+        return torch.cat((curved.double() @ self.expansion.T, tails.double()), 1)
 
     def shape(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """v, v' and v'' at u [*], with the guard."""
         s, beyond, rate, bend = self._places(u)
-        value, slope, curvature = self.basis.combine(theta.to(self.expansion) @ self.expansion, s)
+        inside = theta[: self.inside].to(self.expansion) @ self.expansion
+        value, slope, curvature = self.basis.combine(inside, s)
         slope, curvature = slope * rate, curvature * rate.square() + slope * bend
-        tail = self.tail.to(u)
+        low, high = self._curvatures(theta)
+        tail = torch.where(beyond < 0, low, high).to(u)
         return (
             value + slope * beyond + 0.5 * tail * beyond.square(),
             slope + tail * beyond,
@@ -120,4 +138,4 @@ class Potential(Term):
         return (rows @ mean @ columns.T).flatten()[self.level.index]
 
     def at_infinity(self, theta: Tensor, v: Tensor) -> Tensor:
-        return self.tail.to(v) * v
+        return min(self._curvatures(theta)) * v

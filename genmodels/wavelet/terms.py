@@ -37,8 +37,8 @@ class Term(nn.Module, ABC):
     def __len__(self) -> int:
         return len(self.names)
 
-    def fit(self, u: Tensor, low: float, high: float) -> None:
-        """Set buffers from some training fields u and the range of all of them, before anything else is asked."""
+    def fit(self, values: Tensor) -> None:
+        """Set buffers from pixels [N] of training fields u, before anything else is asked."""
 
     @abstractmethod
     def features(self, u: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """Which coefficients are drawn given which: octaves of a grid, split into rings of wavelet packets."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..registry import ConfigError
 from .filter_bank import Packets, analysis
+
+TILE = 4  # pixels a side of the smallest tile of rings that nobody asked for by octave
 
 
 class Level(nn.Module):
@@ -80,7 +84,8 @@ class Tree(nn.Module):
         size: (H, W) of the fields.
         wavelet: a name of `genmodels.wavelet.filters`.
         octaves: how many; None for as many as both sizes allow. With 0 there is one level, the field itself.
-        subdivisions: M, of every octave or of each from the finest; less on grids that are too small for it.
+        subdivisions: M, of each octave from the finest, as far as its grid can be halved so often; or of every octave,
+            then less on grids whose tiles would have fewer than 4 pixels a side.
     Attributes:
         levels: coarse to fine; the first draws the coarsest field whole.
     Raises:
@@ -112,7 +117,9 @@ class Tree(nn.Module):
         levels, first = [], []
         for k, m in enumerate(given):
             grid = tuple(n >> k for n in size)
-            packets = Packets(grid, wavelet, min(m, *map(_halvings, grid)))
+            least = TILE if isinstance(subdivisions, int) else 1
+            deepest = max(1, _halvings(math.gcd(*grid)) - _halvings(least))
+            packets = Packets(grid, wavelet, min(m, deepest))
             rings = 2**packets.depth
             levels += [Level(packets, q) for q in range(rings - 1, rings // 2 - 1, -1)]
             first += [False] * (rings // 2 - 1) + [True]
