@@ -39,8 +39,8 @@ class Potential(Term):
         eye, half = torch.eye(basis.count, dtype=torch.float64), basis.count // 2
         if even:
             expansion = (eye - eye.flip(0))[:half]
-        elif basis.spans_linear and level.conditional and not warp:
-            # Σ u_i has no detail, so that v = t would be invisible: one function less spans the rest
+        elif basis.spans_linear and level.conditional:
+            # Σ u_i has no detail, so that v = t is invisible: one function less spans the rest (nearly, of a warped t)
             expansion = torch.cat([eye[:half], eye[half + 1 :]])
         else:
             expansion = eye
