@@ -108,7 +108,7 @@ def _value(text: str) -> Any:
 
 def _whole(header: Header, key: str, default: int | None = None) -> int:
     value = header.get(key, default)
-    if type(value) is not int:
+    if type(value) is not int or (key.startswith("NAXIS") and value < 0):
         raise _Damaged(f"has a damaged header: {key} must be a whole number, found {value!r}. Write the file again.")
     return value
 

@@ -33,7 +33,8 @@ from .phi4_lattice import (
 )
 from .simulated_fields import SimulatedFields
 
-LENGTH = 40  # items that a chain gives
+LENGTH = 40  # items that a chain gives at most
+TOGETHER = 2**14  # sites of chains that are moved together before chains are made longer: fewer cost hardly less
 VERSION = 1  # of the simulation: another one would give other items under the same arguments
 
 
@@ -171,7 +172,8 @@ def simulate(size: int, beta: float, counts: tuple[tuple[Split, int], ...], seed
     """The fields [n, L, L] float32 of one split after another, with a line on a terminal that counts them."""
     done, total = 0, sum(n for _, n in counts)
     for split, n in counts:
-        for group in chains(size, beta, n, LENGTH, mix.burn_in, mix.thinning, seed, split):
+        lattices = max(-(-n // LENGTH), min(n, TOGETHER // size**2), 1)
+        for group in chains(size, beta, n, -(-n // lattices), mix.burn_in, mix.thinning, seed, split):
             yield group.float()
             done += len(group)
             if sys.stderr.isatty():

@@ -6,6 +6,7 @@ E(φ) = Σ_i (φ_i⁴ - φ_i²) - β Σ_⟨ij⟩ φ_i φ_j, over nearest neighbo
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -190,6 +191,7 @@ def autocorrelation_time(series: Tensor) -> float:
     return math.inf
 
 
+@lru_cache(maxsize=64)
 def mixing(size: int, beta: float, seed: int = 0, chains: int = 64) -> Mixing:
     """The autocorrelation times in chains of their own, from the later half of at least `2 BURN_IN` of them."""
     source = generator("phi4 mixing", size, repr(beta), seed)

@@ -30,7 +30,7 @@ class SimulatedFields(InMemory):
     def plan(
         self, shape: tuple[int, int], count: int, reference: int, transform: Callable[..., Transform] | None
     ) -> None:
-        """`count` training items, a fifth as many for validation, `reference` test items; proposing `standardize_channels`.
+        """`count` training items, a fifth as many for validation, `reference` test items, one standardisation.
 
         Raises:
             ConfigError: unless there are 5 training items and 1 test item at least.
