@@ -73,31 +73,18 @@ class Term(nn.Module, ABC):
         return torch.zeros_like(v)
 
 
-class Stationary(Term):
-    """A quadratic form ½ uᵀ K u whose K is a circulant of the grid: a product in Fourier space.
+class QuadraticForm(Term):
+    """½ uᵀ K u with K = Σ θ_k K_k: the Hessian is K everywhere.
 
     Attributes:
-        symbols: [M, H, W//2 + 1] float64 real Fourier symbols of the features' matrices.
         traces: [M] float64 tr(Ḡ K_k Ḡᵀ).
     """
 
-    symbols: Tensor
     traces: Tensor
 
+    @abstractmethod
     def product(self, theta: Tensor, v: Tensor) -> Tensor:
         """[*, H, W] K v."""
-        if not self.names:
-            return torch.zeros_like(v)
-        symbol = torch.einsum("m,mhw->hw", theta.to(self.symbols), self.symbols).to(v)
-        return torch.fft.irfft2(torch.fft.rfft2(v) * symbol, s=self.level.size)
-
-    def gradients(self, u: Tensor) -> Tensor:
-        if not self.names:  # on a single pixel; transforms of nothing are an error
-            return u.new_zeros(len(u), 0, *self.level.size)
-        return torch.fft.irfft2(torch.fft.rfft2(u).unsqueeze(1) * self.symbols.to(u), s=self.level.size)
-
-    def features(self, u: Tensor) -> Tensor:
-        return 0.5 * (self.gradients(u) * u.unsqueeze(1)).sum((2, 3), dtype=torch.float64)
 
     def laplacians(self, u: Tensor) -> Tensor:
         return self.traces.expand(len(u), -1)
@@ -114,6 +101,30 @@ class Stationary(Term):
 
     def at_infinity(self, theta: Tensor, v: Tensor) -> Tensor:
         return self.product(theta, v)
+
+
+class Stationary(QuadraticForm):
+    """A quadratic form ½ uᵀ K u whose K is a circulant of the grid: a product in Fourier space.
+
+    Attributes:
+        symbols: [M, H, W//2 + 1] float64 real Fourier symbols of the features' matrices.
+    """
+
+    symbols: Tensor
+
+    def product(self, theta: Tensor, v: Tensor) -> Tensor:
+        if not self.names:
+            return torch.zeros_like(v)
+        symbol = torch.einsum("m,mhw->hw", theta.to(self.symbols), self.symbols).to(v)
+        return torch.fft.irfft2(torch.fft.rfft2(v) * symbol, s=self.level.size)
+
+    def gradients(self, u: Tensor) -> Tensor:
+        if not self.names:  # on a single pixel; transforms of nothing are an error
+            return u.new_zeros(len(u), 0, *self.level.size)
+        return torch.fft.irfft2(torch.fft.rfft2(u).unsqueeze(1) * self.symbols.to(u), s=self.level.size)
+
+    def features(self, u: Tensor) -> Tensor:
+        return 0.5 * (self.gradients(u) * u.unsqueeze(1)).sum((2, 3), dtype=torch.float64)
 
 
 @register(Term, "quadratic")
