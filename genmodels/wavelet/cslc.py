@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,6 +13,8 @@ from ..rng import SeedNoise, as_seeds
 from ..transforms import Transform
 from ..types import Batch, Condition, Loss, Seeds, Shape
 from .chains import MALA, Kernel
+from .concavity import judge
+from .concavity_plot import write
 from .conditional import Conditional
 from .score_matching import Gram, Sandwich
 from .terms import Term
@@ -91,6 +94,21 @@ class CSLC(Model):
             ConfigError: if fields are constant or not finite, if features cannot be told apart, if an energy cannot be
                 normalised, or if its chains collapse.
         """
+        some = self.fit(batches)
+        judge(self.conditionals, self.units(some), self.tree.wavelet)
+        self._tune(some, generator)
+        self.fitted.fill_(1)
+        return self._logs()
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Batch]) -> Tensor:
+        """Fit transform, units and parameters alone: energies are known then, but samples cannot be drawn yet.
+
+        Returns:
+            [n, 1, H, W] some of the items.
+        Raises:
+            ConfigError: if fields are constant or not finite, or if features cannot be told apart.
+        """
         self.transform.fit(batches)
         some = self._measure(batches)
         grams = [Gram(c) for c in self.conditionals]
@@ -101,9 +119,11 @@ class CSLC(Model):
         self._pass(batches, sandwiches)
         for sandwich in sandwiches:
             sandwich.finish()
-        self._tune(some, generator)
-        self.fitted.fill_(1)
-        return self._logs()
+        return some
+
+    def portray(self, folder: Path) -> list[Path]:
+        """`concavity.png`: how convex each level's energy is at training fields; `potentials.png`: those found."""
+        return write(folder, self.conditionals)
 
     def _pass(self, batches: Iterable[Batch], sums: list) -> None:
         for batch in batches:
@@ -154,6 +174,8 @@ class CSLC(Model):
             "autocorrelation": max(c.autocorrelation for c in chains),
             "r_hat": max(c.r_hat for c in chains),
             "transitions": sum(c.num_steps for c in chains),
+            "hessian_min": min(c.minima[0] for c in chains),
+            "hessian_negative": max(c.negative for c in chains),
         }
 
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:

@@ -12,6 +12,7 @@ from .terms import Term
 from .tree import Level
 
 MARGIN = 1.02  # the range of the basis over that of the data
+NODES = 4001  # where the least curvature is looked for
 
 
 @register(Term, "potential")
@@ -121,3 +122,9 @@ class Potential(Term):
 
     def at_infinity(self, theta: Tensor, v: Tensor) -> Tensor:
         return self.tail.to(v) * v
+
+    def least_curvature(self, theta: Tensor) -> float:
+        """min v'' less the tail's, or 0 where the tail curves least."""
+        low, high = self.interval.tolist()
+        places = torch.linspace(low, high, NODES, dtype=torch.float64, device=self.interval.device)
+        return min(0.0, float(self.shape(theta, places)[2].min() - self.tail))

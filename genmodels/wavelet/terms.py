@@ -72,6 +72,10 @@ class Term(nn.Module, ABC):
         """[*, H, W] product of v with the Hessian far from the data, where terms that stay bounded count as nothing."""
         return torch.zeros_like(v)
 
+    def least_curvature(self, theta: Tensor) -> float:
+        """A number below all eigenvalues, at every field, of the Hessian less that of `at_infinity`."""
+        return -math.inf
+
 
 class Stationary(Term):
     """A quadratic form ½ uᵀ K u whose K is a circulant of the grid: a product in Fourier space.
@@ -114,6 +118,9 @@ class Stationary(Term):
 
     def at_infinity(self, theta: Tensor, v: Tensor) -> Tensor:
         return self.product(theta, v)
+
+    def least_curvature(self, theta: Tensor) -> float:
+        return 0.0
 
 
 @register(Term, "quadratic")
