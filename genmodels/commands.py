@@ -93,7 +93,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
     print(f"warning: {message}{place}", file=sys.stderr)
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Configuration files and overrides; a folder stands for its config.yaml.
 
     Raises:
@@ -166,7 +166,7 @@ def train(argv: Sequence[str]) -> int | None:
         print(registry.describe_name(given.describe))
         return None
     axes = [word for word in given.sweep or () if "=" in word and not Path(word).is_file()]
-    files, overrides = _split([*given.config, *(word for word in given.sweep or () if word not in axes)])
+    files, overrides = split_words([*given.config, *(word for word in given.sweep or () if word not in axes)])
     if not files:
         raise registry.ConfigError(
             "no configuration file was given. Try: python train.py configs/digits/flow_matching.yaml"
@@ -351,6 +351,7 @@ ELSEWHERE = {
     "evaluate": ".evaluation.evaluate",
     "leaderboard": ".evaluation.leaderboard",
     "compare": ".evaluation.compare",
+    "concavity": ".wavelet.concavity_command",
     "reference": ".metrics.reference_command",
     "export": ".export.write",
     "import": ".export.read",
@@ -362,6 +363,7 @@ VERBS = """usage: genmodels VERB …
   evaluate     score runs under a protocol
   leaderboard  make the tables and the page of results
   compare      compare the results of runs in words, with intervals
+  concavity    measure how convex a wavelet model's energies are, and suggest the width of its packets
   reference    write the statistics of reference data to a file
   plots        draw the training curves of runs
   export       write a diffusion model as a pipeline folder of diffusers
@@ -372,7 +374,10 @@ Each answers --help.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`genmodels train|sample|evaluate|leaderboard|compare|reference|plots|export|import …`, also by `python -m`."""
+    """`genmodels train|sample|evaluate|leaderboard|compare|concavity|reference|plots|export|import …`.
+
+    Also by `python -m genmodels`.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     verbs = {
         "train": train,

@@ -1,5 +1,6 @@
 """The law of one level: p(x̄ | what is coarser) ∝ exp(-Ē(x̄, coarser)) with an energy linear in its parameters."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from .tree import Level
 
 DENSE = 800  # coefficients up to which spectra are of dense matrices
 MEMORY = 2**26  # bytes of features' gradients at a time
+QUANTILES = 21  # of the smallest eigenvalues of Hessians that are kept
 
 
 class Conditional(nn.Module):
@@ -30,6 +32,9 @@ class Conditional(nn.Module):
         step_size: [] float64 of its chains, in units of the scale; 0 where none is needed (a single coefficient).
         num_steps: [] int64 transitions of a sample.
         acceptance, autocorrelation, r_hat: [] float64 of its chains, as measured when they were tuned.
+        minima: [21] float64 quantiles, at 0, 5 %, …, 100 %, of the smallest eigenvalue of ∇²_ζ Ē over training fields.
+        negative: [] float64 share of these fields where it is negative.
+        largest: [] float64 largest eigenvalue over these fields.
     """
 
     theta: Tensor
@@ -42,6 +47,9 @@ class Conditional(nn.Module):
     acceptance: Tensor
     autocorrelation: Tensor
     r_hat: Tensor
+    minima: Tensor
+    negative: Tensor
+    largest: Tensor
 
     def __init__(self, level: Level, terms: tuple[Callable[..., Term], ...]) -> None:
         super().__init__()
@@ -51,6 +59,9 @@ class Conditional(nn.Module):
         count = sum(self.sizes)
         for name, shape in (("theta", (count,)), ("errors", (count,)), ("scale", (level.dim,))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("minima", torch.full((QUANTILES,), math.nan, dtype=torch.float64))
+        for name in ("negative", "largest"):
+            self.register_buffer(name, torch.full((), math.nan, dtype=torch.float64))
         for name in ("unit", "condition", "acceptance", "autocorrelation", "r_hat"):
             self.register_buffer(name, torch.ones((), dtype=torch.float64))
         self.register_buffer("step_size", torch.zeros((), dtype=torch.float64))

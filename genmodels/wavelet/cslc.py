@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,9 +13,11 @@ from ..rng import SeedNoise, as_seeds
 from ..transforms import Transform
 from ..types import Batch, Condition, Loss, Seeds, Shape
 from .chains import MALA, Kernel
+from .concavity import judge
+from .concavity_plot import write
 from .conditional import Conditional
 from .score_matching import Gram, Sandwich
-from .terms import Term
+from .terms import Term, some_pixels
 from .tree import Tree
 from .tuning import Tuning, draw, tune
 
@@ -92,6 +95,21 @@ class CSLC(Model):
             ConfigError: if fields are constant or not finite, if features cannot be told apart, if an energy cannot be
                 normalised, or if its chains collapse.
         """
+        some = self.fit(batches)
+        judge(self.conditionals, self.units(some), self.tree.wavelet)
+        self._tune(some, generator)
+        self.fitted.fill_(1)
+        return self._logs()
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[Batch]) -> Tensor:
+        """Fit transform, units and parameters alone: energies are known then, but samples cannot be drawn yet.
+
+        Returns:
+            [n, 1, H, W] some of the items.
+        Raises:
+            ConfigError: if fields are constant or not finite, or if features cannot be told apart.
+        """
         self.transform.fit(batches)
         some = self._measure(batches)
         grams = [Gram(c) for c in self.conditionals]
@@ -102,9 +120,11 @@ class CSLC(Model):
         self._pass(batches, sandwiches)
         for sandwich in sandwiches:
             sandwich.finish()
-        self._tune(some, generator)
-        self.fitted.fill_(1)
-        return self._logs()
+        return some
+
+    def portray(self, folder: Path) -> list[Path]:
+        """`concavity.png`: how convex each level's energy is at training fields; `potentials.png`: those found."""
+        return write(folder, self.conditionals)
 
     def _pass(self, batches: Iterable[Batch], sums: list) -> None:
         for batch in batches:
@@ -125,7 +145,7 @@ class CSLC(Model):
         for batch in batches:
             for k, y in enumerate(self.fields(batch.x.to(self.device).double())[0]):
                 squares[k] += y.square().mean((1, 2)).sum()
-                pixels[k].append(_some(y, PIXELS * len(y) // n))
+                pixels[k].append(some_pixels(y, PIXELS * len(y) // n))
         for c, square, values in zip(self.conditionals, squares, pixels, strict=True):
             c.unit.copy_((square / n) ** 0.5)
             if not c.unit > 1e-12 * (1 + self.mean.abs()):
@@ -152,6 +172,8 @@ class CSLC(Model):
             "autocorrelation": max(c.autocorrelation for c in chains),
             "r_hat": max(c.r_hat for c in chains),
             "transitions": sum(c.num_steps for c in chains),
+            "hessian_min": min(c.minima[0] for c in chains),
+            "hessian_negative": max(c.negative for c in chains),
         }
 
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
@@ -251,14 +273,6 @@ def _check(shape: Shape, boundary: str, regularization: float) -> None:
         )
     if regularization < 0:
         raise ConfigError(f"cslc: regularization >= 0 is needed, found {regularization:g}.")
-
-
-def _some(y: Tensor, count: int) -> Tensor:
-    """About `count` pixels of fields, evenly spaced, by a stride that meets all rows and columns."""
-    stride = max(1, y.numel() // max(1, count))
-    while math.gcd(stride, y.shape[1] * y.shape[2]) > 1:
-        stride += 1
-    return y.flatten()[::stride]
 
 
 def _check_finite(x: Tensor) -> None:

@@ -12,6 +12,7 @@ from .terms import Term
 from .tree import Level
 
 SHARE, LEAST = 1e-3, 30  # of the training pixels, and how many of them at least, that lie beyond each end
+NODES = 4001  # where the least curvature is looked for
 
 
 @register(Term, "potential")
@@ -139,3 +140,9 @@ class Potential(Term):
 
     def at_infinity(self, theta: Tensor, v: Tensor) -> Tensor:
         return min(self._curvatures(theta)) * v
+
+    def least_curvature(self, theta: Tensor) -> float:
+        """min v'' less the curvature of the flatter tail, or 0 where that curves least."""
+        low, high = self.interval.tolist()
+        places = torch.linspace(low, high, NODES, dtype=torch.float64, device=self.interval.device)
+        return min(0.0, float(self.shape(theta, places)[2].min()) - min(self._curvatures(theta)))

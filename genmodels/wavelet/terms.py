@@ -72,6 +72,18 @@ class Term(nn.Module, ABC):
         """[*, H, W] product of v with the Hessian far from the data, where terms that stay bounded count as nothing."""
         return torch.zeros_like(v)
 
+    def least_curvature(self, theta: Tensor) -> float:
+        """A number below all eigenvalues, at every field, of the Hessian less that of `at_infinity`."""
+        return -math.inf
+
+
+def some_pixels(y: Tensor, count: int) -> Tensor:
+    """About `count` pixels of fields [B, H, W] for `Term.fit`, by a stride that meets all rows and columns in turn."""
+    stride = max(1, y.numel() // max(1, count))
+    while math.gcd(stride, y.shape[1] * y.shape[2]) > 1:
+        stride += 1
+    return y.flatten()[::stride]
+
 
 class QuadraticForm(Term):
     """½ uᵀ K u with K = Σ θ_k K_k: the Hessian is K everywhere.
@@ -101,6 +113,9 @@ class QuadraticForm(Term):
 
     def at_infinity(self, theta: Tensor, v: Tensor) -> Tensor:
         return self.product(theta, v)
+
+    def least_curvature(self, theta: Tensor) -> float:
+        return 0.0
 
 
 class Stationary(QuadraticForm):

@@ -113,7 +113,9 @@ def test_split_r_hat_sees_places_spreads_and_drifts():
     x = autoregressive(0.3, 1000, 4)
     one = torch.tensor([0.0, 0.0, 0.0, 1.0])
     drift = torch.linspace(-1, 1, 1000)[:, None]
-    assert float(split_r_hat(x + one)) > 1.05 < float(split_r_hat(x * (1 + one))) and float(split_r_hat(x + drift)) > 1.05
+    assert (
+        float(split_r_hat(x + one)) > 1.05 < float(split_r_hat(x * (1 + one))) and float(split_r_hat(x + drift)) > 1.05
+    )
     # one chain of four at 1, and ranks of no distance: between halves there is √(1 + (6/32)/(1 + …)) of the deviation
     far = autoregressive(0.0, 20_000, 4, key="shifted") + one
     z = stats.norm

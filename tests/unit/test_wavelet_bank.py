@@ -192,13 +192,14 @@ def test_rings_part_the_bands_of_an_octave(size, octaves, subdivisions):
         assert len(index.unique()) == len(index)
         if levels[0].conditional:  # all but the low quarter
             assert len(index) == height * width * 3 // 4 and ((rows >= height // 2) | (columns >= width // 2)).all()
-            assert [level.ring for level in levels] == list(range(2 ** (levels[0].packets.depth - 1), 2 ** levels[0].packets.depth))
+            rings = 2 ** levels[0].packets.depth
+            assert [level.ring for level in levels] == list(range(rings // 2, rings))
         else:
             assert len(index) == height * width
 
 
 def test_the_tiles_of_a_ring_are_numbered_row_by_row():
-    level = Tree((16, 8), "db4", 1, 2).levels[-2]  # ring 2 of 4: tiles (0,2) (1,2) (2,0) (2,1) (2,2) of 4 x 2
+    level = Tree((16, 8), "db4", 1, (2,)).levels[-2]  # ring 2 of 4: tiles (0,2) (1,2) (2,0) (2,1) (2,2) of 4 x 2
     z = level.synthesize(torch.eye(level.dim, dtype=torch.float64))
     c = level.packets(z)
     for tile, (p, r) in enumerate([(0, 2), (1, 2), (2, 0), (2, 1), (2, 2)]):
@@ -210,7 +211,9 @@ def test_levels_are_named_by_grid_and_band():
     assert [level.label for level in Tree((8, 8), "haar", 2, (2, 1)).levels] == [
         "2x2", "4x4", "8x8 band 2/4", "8x8 band 3/4",
     ]  # fmt: skip
-    depths = [level.packets.depth for level in Tree((8, 8), "haar", None, 3).levels]
+    depths = [level.packets.depth for level in Tree((32, 32), "haar", None, 3).levels]
+    assert depths == [0, 1, 1, 1, 2, 2, 3, 3, 3, 3]  # one number keeps tiles of 4 x 4 pixels
+    depths = [level.packets.depth for level in Tree((8, 8), "haar", None, (3, 3, 3)).levels]
     assert depths == [0, 1, 2, 2, 3, 3, 3, 3]  # grids of 2 and 4 cannot be parted three times
 
 
