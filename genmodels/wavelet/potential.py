@@ -25,9 +25,12 @@ class Potential(Term):
         basis: the functions ρ_k, of s = 2(t - a)/(b - a) - 1.
         even: v(-t) = v(t) and a = -b, for fields whose law has that symmetry.
         warp: take ρ_k of asinh(t - median) instead of t, for skewed fields with heavy tails.
+    Attributes:
+        guards: whether `tail` may be set to keep chains from running away.
     Source: Guth et al. 2023 (Conditionally strongly log-concave generative models).
     """
 
+    guards = True  # its tails act on every pixel
     interval: Tensor
     centre: Tensor
     tail: Tensor
