@@ -13,6 +13,7 @@ from ..transforms import Transform
 from ..types import Batch, Condition, Loss, Seeds, Shape
 from .chains import MALA, Kernel
 from .conditional import Conditional
+from .polish import Moments, Polish, polish_chains, polish_line
 from .score_matching import Gram, Sandwich
 from .terms import Term
 from .tree import Tree
@@ -39,6 +40,7 @@ class CSLC(Model):
         subdivisions: M of packets that part an octave into 2^(M-1) rings, for all octaves or each from the finest.
         kernel: of the Markov chains.
         regularization: λ, added to the normalised Gram matrix.
+        polish: by maximum likelihood after score matching, to cure what misspecified energies miss; None for none.
         tuning: of the chains.
         boundary: "periodic", the only one for which the transform is orthogonal and energies are stationary.
     Raises:
@@ -54,6 +56,7 @@ class CSLC(Model):
         subdivisions: int | tuple[int, ...] = 1,
         kernel: Kernel = MALA(),
         regularization: float = 1e-6,
+        polish: Polish | None = None,
         tuning: Tuning = Tuning(),
         boundary: str = "periodic",
         *,
@@ -65,7 +68,8 @@ class CSLC(Model):
         _check(self.shape, boundary, regularization)
         self.tree = Tree(self.shape[1:], wavelet, octaves, subdivisions)
         self.conditionals = nn.ModuleList(Conditional(level, energy) for level in self.tree.levels)
-        self.transform, self.kernel, self.regularization, self.tuning = transform, kernel, regularization, tuning
+        self.transform, self.kernel, self.regularization = transform, kernel, regularization
+        self.polish, self.tuning = polish, tuning
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.int64))
 
@@ -85,7 +89,7 @@ class CSLC(Model):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
-        """Fit every level in three passes over the data, then guard tails and tune chains on some of the fields.
+        """Fit every level in passes over the data, polish the fits, then guard tails and tune chains on some fields.
 
         Raises:
             ConfigError: if fields are constant or not finite, if features cannot be told apart, if an energy cannot be
@@ -101,9 +105,10 @@ class CSLC(Model):
         self._pass(batches, sandwiches)
         for sandwich in sandwiches:
             sandwich.finish()
-        self._tune(some, generator)
+        found = self._polish(batches, some, generator)
+        self._tune(some[: self.tuning.starts], generator)
         self.fitted.fill_(1)
-        return self._logs()
+        return self._logs() | found
 
     def _pass(self, batches: Iterable[Batch], sums: list) -> None:
         for batch in batches:
@@ -113,11 +118,12 @@ class CSLC(Model):
     def _measure(self, batches: Iterable[Batch]) -> Tensor:
         """Set mean, units and ranges; returns some of the items."""
         n, total, some = 0, 0.0, []
+        most = max(self.tuning.starts, self.polish.fields if self.polish else 0)
         for batch in batches:
             _check_finite(batch.x)
             y = self.transform(batch.x.to(self.device).double())[0]
             n, total = n + len(y), total + y.mean((1, 2, 3)).sum()
-            if sum(map(len, some)) < self.tuning.starts:
+            if sum(map(len, some)) < most:
                 some.append(batch.x.to(self.device))
         self.mean.copy_(total / n)
         squares = [0.0] * len(self.conditionals)
@@ -126,7 +132,7 @@ class CSLC(Model):
             for k, y in enumerate(self.fields(batch.x.to(self.device).double())[0]):
                 squares[k] += y.square().mean((1, 2)).sum()
                 low[k], high[k] = min(low[k], float(y.min())), max(high[k], float(y.max()))
-        some = torch.cat(some)[: self.tuning.starts]
+        some = torch.cat(some)[:most]
         fields = self.fields(some.double())[0]
         for k, c in enumerate(self.conditionals):
             c.unit.copy_((squares[k] / n) ** 0.5)
@@ -139,6 +145,31 @@ class CSLC(Model):
             for term in c.terms:
                 term.fit(fields[k] / unit, low[k] / unit, high[k] / unit)
         return some
+
+    def _polish(self, batches: Iterable[Batch], some: Tensor, generator: Generator) -> dict[str, Tensor]:
+        """Levels that `polish` reaches; returns their mismatches in standard errors, before and after."""
+        chosen = [k for k, c in enumerate(self.conditionals) if self.polish and self.polish.reaches(c)]
+        if not chosen:
+            return {}
+        first = self.conditionals[0]
+        moments = Moments(first)  # of the only level that is given nothing
+        if chosen[0] == 0:
+            for batch in batches:
+                moments.update(self.units(batch.x.to(self.device))[0])
+        fields, logs = self.fields(some[: self.polish.fields].float())[0], {}
+        for k in chosen:
+            c, y = self.conditionals[k], fields[k]
+            c.set_scale(y[: self.tuning.starts].double() / c.unit)
+            c.guard(MARGIN)
+            if c.level.dim == 1 and not c.level.conditional:
+                found = polish_line(c, moments, margin=MARGIN)
+            else:
+                found = polish_chains(
+                    c, self.kernel, y, self.tree.given(k, y), self.polish, margin=MARGIN, generator=generator,
+                    moments=None if c.level.conditional else moments,
+                )  # fmt: skip
+            logs |= {f"mismatch_{when}/{c.level.label}": torch.tensor(v) for when, v in found._asdict().items()}
+        return logs
 
     def _tune(self, some: Tensor, generator: Generator) -> None:
         for k, (c, y) in enumerate(zip(self.conditionals, self.fields(some.float())[0], strict=True)):
