@@ -13,13 +13,13 @@ from ..registry import ConfigError
 from ..types import Batch
 from .concavity import Spectrum, affordable, spectrum
 from .conditional import Conditional
+from .fitting import PIXELS
 from .score_matching import FitWarning, Gram, Sandwich
-from .terms import Term, some_pixels
+from .terms import Term
 from .tree import Tree
 
 THRESHOLD = 0.02  # share of fields with a negative direction that is taken for none
 BATCH = 250
-PIXELS = 200_000  # from which ranges of potentials are found
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def fit(conditional: Conditional, y: Tensor, regularization: float) -> None:
         raise ConfigError(f"{conditional.level.label}: the fields are constant, so that there is no law to fit.")
     unit = float(conditional.unit)
     for term in conditional.terms:
-        term.fit(some_pixels(y.double(), PIXELS) / unit)
+        term.fit(y[:: max(1, y.numel() // PIXELS)].double() / unit)
     gram = Gram(conditional)
     for part in y.split(BATCH):
         gram.update(part.double() / unit)

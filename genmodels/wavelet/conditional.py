@@ -144,7 +144,7 @@ class Conditional(nn.Module):
         Raises:
             ConfigError: if there is no potential to guard and some direction has no positive curvature.
         """
-        guarded = [term for term in self.terms if hasattr(term, "tail")]
+        guarded = [term for term in self.terms if getattr(term, "guards", False)]
         for term in guarded:
             term.tail.zero_()
         lowest = smallest_eigenvalue(self.at_infinity, self.level.dim, self.theta.device)

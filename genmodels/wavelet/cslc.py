@@ -16,13 +16,11 @@ from .chains import MALA, Kernel
 from .concavity import judge
 from .concavity_plot import write
 from .conditional import Conditional
-from .score_matching import Gram, Sandwich
-from .terms import Term, some_pixels
+from .fitting import match_scores, measure, polish_levels, tune_levels
+from .polish import Polish
+from .terms import Term
 from .tree import Tree
-from .tuning import Tuning, draw, tune
-
-PIXELS = 200_000  # of a level, from which ranges are found
-MARGIN = 0.5  # least curvature far from the data, in units of 1/σ²
+from .tuning import Tuning, draw
 
 
 @register(Model, "cslc")
@@ -43,6 +41,7 @@ class CSLC(Model):
         subdivisions: M of packets that part an octave into 2^(M-1) rings, for all octaves or each from the finest.
         kernel: of the Markov chains.
         regularization: λ, added to the normalised Gram matrix.
+        polish: by maximum likelihood after score matching, to cure what misspecified energies miss; None for none.
         tuning: of the chains.
         boundary: "periodic", the only one for which the transform is orthogonal and energies are stationary.
     Raises:
@@ -58,6 +57,7 @@ class CSLC(Model):
         subdivisions: int | tuple[int, ...] = 1,
         kernel: Kernel = MALA(),
         regularization: float = 1e-6,
+        polish: Polish | None = None,
         tuning: Tuning = Tuning(),
         boundary: str = "periodic",
         *,
@@ -69,9 +69,20 @@ class CSLC(Model):
         _check(self.shape, boundary, regularization)
         self.tree = Tree(self.shape[1:], wavelet, octaves, subdivisions)
         self.conditionals = nn.ModuleList(Conditional(level, energy) for level in self.tree.levels)
-        self.transform, self.kernel, self.regularization, self.tuning = transform, kernel, regularization, tuning
+        self.transform, self.kernel, self.regularization = transform, kernel, regularization
+        self.polish, self.tuning = polish, tuning
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("still", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def first(self) -> int:
+        """The first level that is drawn: 1 where the mean of the fields never varies, which is then given."""
+        return int(self.still)
+
+    def chained(self) -> list[Conditional]:
+        """The levels that have a law, coarse to fine."""
+        return list(self.conditionals)[self.first :]
 
     def fields(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The field [B, H_k, W_k] of every level, coarse to fine, of items x in data units, and [B] the log-determinant
@@ -89,17 +100,19 @@ class CSLC(Model):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
-        """Fit every level in three passes over the data, then guard tails and tune chains on some of the fields.
+        """Fit every level in passes over the data, polish the fits, then guard tails and tune chains on some fields.
 
         Raises:
             ConfigError: if fields are constant or not finite, if features cannot be told apart, if an energy cannot be
                 normalised, or if its chains collapse.
         """
         some = self.fit(batches)
-        judge(self.conditionals, self.units(some), self.tree.wavelet)
-        self._tune(some, generator)
+        logs = polish_levels(self, batches, some, self.polish, generator) if self.polish else {}
+        some = some[: self.tuning.starts]
+        judge(self.chained(), self.units(some)[self.first :], self.tree.wavelet)
+        logs |= tune_levels(self, some, generator)
         self.fitted.fill_(1)
-        return self._logs()
+        return logs
 
     @torch.no_grad()
     def fit(self, batches: Iterable[Batch]) -> Tensor:
@@ -111,75 +124,18 @@ class CSLC(Model):
             ConfigError: if fields are constant or not finite, or if features cannot be told apart.
         """
         self.transform.fit(batches)
-        some = self._measure(batches)
-        grams = [Gram(c) for c in self.conditionals]
-        self._pass(batches, grams)
-        for gram in grams:
-            gram.solve(self.regularization)
-        sandwiches = [Sandwich(gram) for gram in grams]
-        self._pass(batches, sandwiches)
-        for sandwich in sandwiches:
-            sandwich.finish()
+        some = measure(self, batches, max(self.tuning.starts, self.polish.fields if self.polish else 0))
+        match_scores(self, batches, self.regularization)
         return some
 
     def portray(self, folder: Path) -> list[Path]:
         """`concavity.png`: how convex each level's energy is at training fields; `potentials.png`: those found."""
-        return write(folder, self.conditionals)
-
-    def _pass(self, batches: Iterable[Batch], sums: list) -> None:
-        for batch in batches:
-            for total, u in zip(sums, self.units(batch.x.to(self.device)), strict=True):
-                total.update(u)
-
-    def _measure(self, batches: Iterable[Batch]) -> Tensor:
-        """Set mean, units and ranges; returns some of the items."""
-        n, total, some = 0, 0.0, []
-        for batch in batches:
-            _check_finite(batch.x)
-            y = self.transform(batch.x.to(self.device).double())[0]
-            n, total = n + len(y), total + y.mean((1, 2, 3)).sum()
-            if sum(map(len, some)) < self.tuning.starts:
-                some.append(batch.x.to(self.device))
-        self.mean.copy_(total / n)
-        squares, pixels = [0.0] * len(self.conditionals), [[] for _ in self.conditionals]
-        for batch in batches:
-            for k, y in enumerate(self.fields(batch.x.to(self.device).double())[0]):
-                squares[k] += y.square().mean((1, 2)).sum()
-                pixels[k].append(some_pixels(y, PIXELS * len(y) // n))
-        for c, square, values in zip(self.conditionals, squares, pixels, strict=True):
-            c.unit.copy_((square / n) ** 0.5)
-            if not c.unit > 1e-12 * (1 + self.mean.abs()):
-                raise ConfigError(
-                    f"{c.level.label}: the training fields do not vary at this scale, so that there is no law to fit. "
-                    "Look at the data: constant fields are no samples."
-                )
-            for term in c.terms:
-                term.fit(torch.cat(values) / c.unit)
-        some = torch.cat(some)[: self.tuning.starts]
-        return some
-
-    def _tune(self, some: Tensor, generator: Generator) -> None:
-        for k, (c, y) in enumerate(zip(self.conditionals, self.fields(some.float())[0], strict=True)):
-            c.set_scale(y.double() / c.unit)
-            c.guard(MARGIN)
-            tune(c, self.kernel, y, self.tree.given(k, y), self.tuning, generator)
-
-    def _logs(self) -> dict[str, Tensor]:
-        chains = [c for c in self.conditionals if c.level.dim > 1]
-        return {
-            "condition_number": max(c.condition for c in self.conditionals),
-            "acceptance": min(c.acceptance for c in chains),
-            "autocorrelation": max(c.autocorrelation for c in chains),
-            "r_hat": max(c.r_hat for c in chains),
-            "transitions": sum(c.num_steps for c in chains),
-            "hessian_min": min(c.minima[0] for c in chains),
-            "hessian_negative": max(c.negative for c in chains),
-        }
+        return write(folder, self.chained())
 
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
         """[B] Σ_j ℓ_j per pixel: the score matching losses of all levels, each up to a constant of the data."""
         self.check_items(batch.x, "loss")
-        losses = [c.loss(u) for c, u in zip(self.conditionals, self.units(batch.x), strict=True)]
+        losses = [c.loss(u) for c, u in zip(self.chained(), self.units(batch.x)[self.first :], strict=True)]
         return Loss(sum(losses) / math.prod(self.shape), {})
 
     @torch.no_grad()
@@ -243,6 +199,8 @@ class CSLC(Model):
             raise ValueError(f"{where}: the model is not fitted yet. Call prepare with training data, or load weights.")
         if batch_size < 1 or (num_steps is not None and num_steps < 1):
             raise ValueError(f"{where}: batch_size and num_steps >= 1 are needed, found {batch_size}, {num_steps}.")
+        if first == 0 and self.still:
+            below, first = torch.zeros(len(seeds), *self.tree.levels[0].size, device=self.device), 1
         drawn = []
         for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
             y = None if below is None else below[rows]
@@ -273,12 +231,3 @@ def _check(shape: Shape, boundary: str, regularization: float) -> None:
         )
     if regularization < 0:
         raise ConfigError(f"cslc: regularization >= 0 is needed, found {regularization:g}.")
-
-
-def _check_finite(x: Tensor) -> None:
-    bad = ~x.flatten(1).isfinite().all(1)
-    if bad.any():
-        raise ConfigError(
-            f"cslc: {int(bad.sum())} of {len(bad)} training fields of a batch hold NaN or infinity. Remove them, or "
-            "fill masked pixels before training."
-        )

@@ -27,9 +27,12 @@ class Potential(Term):
         basis: the functions ρ_k, of s = 2(t - a)/(b - a) - 1.
         even: v(-t) = v(t) and a = -b, for fields whose law has that symmetry.
         warp: take ρ_k of asinh(t - median) instead of t, for skewed fields with heavy tails.
+    Attributes:
+        guards: whether `tail` may be set to keep chains from running away.
     Source: Guth et al. 2023 (Conditionally strongly log-concave generative models).
     """
 
+    guards = True  # its tails act on every pixel
     interval: Tensor
     centre: Tensor
     tail: Tensor
@@ -54,7 +57,8 @@ class Potential(Term):
         self.register_buffer("tail", torch.zeros((), dtype=torch.float64))
         self.register_buffer("weights", level.weights(), persistent=False)
 
-    def fit(self, values: Tensor) -> None:
+    def fit(self, u: Tensor) -> None:
+        values = u.flatten()
         if self.warp:
             self.centre.copy_(values.median())
         share = max(SHARE, LEAST / len(values))

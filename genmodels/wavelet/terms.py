@@ -37,8 +37,8 @@ class Term(nn.Module, ABC):
     def __len__(self) -> int:
         return len(self.names)
 
-    def fit(self, values: Tensor) -> None:
-        """Set buffers from pixels [N] of training fields u, before anything else is asked."""
+    def fit(self, u: Tensor) -> None:
+        """Set buffers from some training fields u [N, H, W], before anything else is asked."""
 
     @abstractmethod
     def features(self, u: Tensor) -> Tensor:
@@ -75,14 +75,6 @@ class Term(nn.Module, ABC):
     def least_curvature(self, theta: Tensor) -> float:
         """A number below all eigenvalues, at every field, of the Hessian less that of `at_infinity`."""
         return -math.inf
-
-
-def some_pixels(y: Tensor, count: int) -> Tensor:
-    """About `count` pixels of fields [B, H, W] for `Term.fit`, by a stride that meets all rows and columns in turn."""
-    stride = max(1, y.numel() // max(1, count))
-    while math.gcd(stride, y.shape[1] * y.shape[2]) > 1:
-        stride += 1
-    return y.flatten()[::stride]
 
 
 class QuadraticForm(Term):

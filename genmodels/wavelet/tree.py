@@ -58,10 +58,16 @@ class Level(nn.Module):
         c[..., self.index] = z
         return self.packets.inverse(c.unflatten(-1, self.size))
 
-    def weights(self) -> Tensor:
-        """[H, W] float64 w = diag(Ḡᵀ Ḡ): how much a pixel moves with the coefficients; Σ w = dim."""
-        squares = self.packets.rows.square(), self.packets.columns.square()
-        return squares[0].T @ self._mask() @ squares[1]
+    def weights(self, s: tuple[int, int] = (0, 0), t: tuple[int, int] = (0, 0)) -> Tensor:
+        """[H, W] float64 (Ḡᵀ Ḡ)[i + s, i + t] at every pixel i: how much two move together with the coefficients.
+
+        With s = t = 0, how much a pixel moves: Σ w = dim.
+        """
+        vertical, horizontal = (
+            m.roll(-s[axis], 1) * m.roll(-t[axis], 1)
+            for axis, m in enumerate((self.packets.rows, self.packets.columns))
+        )
+        return vertical.T @ self._mask() @ horizontal
 
     def shift_trace(self, a: int, b: int) -> float:
         """tr(Ḡ T Ḡᵀ) of the shift (T y)[i, k] = y[i + a, k + b]: Σ_{(p, r) in the ring} c_a[p] c_b[r]."""
