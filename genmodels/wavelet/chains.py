@@ -19,7 +19,6 @@ BUFFER = 2**14  # normals drawn at once for an item
 COLLAPSED = 0.05  # an acceptance below which a chain hardly moves
 SETTLED = 0.5  # times the target, an acceptance that is not that of the adapted step at rest
 FLOOR, CEILING = 1e-4, 1e4  # steps, in units of the scale, between which the scale has to do with the energy
-LIMIT = 50.0  # of |log h|: far outside of these, and its exponential is finite
 ESCAPED = 1e2  # times as far out as anything that the chain began with or can reach in a step
 ADVICE = (
     "The energy may be too stiff for its scale, or not normalisable: fit it with a larger ridge or fewer knots, check "
@@ -151,7 +150,7 @@ class HMC(Kernel):
             energy, gradient = _evaluate(potential, z)
             p = p - (1.0 if k + 1 < self.evaluations else 0.5) * length * gradient
         ratio = state.energy - energy + 0.5 * sum_items((momentum - p) * (momentum + p))
-        finite = finite & ratio.isfinite() & _finite(gradient)
+        finite = finite & ratio.isfinite()  # p, and with it the ratio, is finite only if the gradient is
         return Proposal(z, energy, gradient, torch.where(finite, ratio, -math.inf), finite)
 
 
@@ -341,7 +340,6 @@ def adapt(
         else:
             side = excess
             log_step += math.copysign(math.log(2), excess)
-        log_step = min(max(log_step, -LIMIT), LIMIT)
         late += [log_step] if 2 * t > steps else []
     log_mean = sum(late) / len(late) if late else log_step
     step_size = torch.tensor(math.exp(log_mean), dtype=torch.float64, device=state.z.device)

@@ -11,6 +11,7 @@ from .terms import Term
 from .tree import Level
 
 DENSE = 800  # coefficients up to which spectra are of dense matrices
+ROUNDING = 1e-9  # of a curvature, in units of 1/σ²
 MEMORY = 2**26  # bytes of features' gradients at a time
 QUANTILES = 21  # of the smallest eigenvalues of Hessians that are kept
 
@@ -64,6 +65,7 @@ class Conditional(nn.Module):
             self.register_buffer(name, torch.full((), math.nan, dtype=torch.float64))
         for name in ("unit", "condition", "acceptance", "autocorrelation", "r_hat"):
             self.register_buffer(name, torch.ones((), dtype=torch.float64))
+        self.register_buffer("held", torch.zeros(count, dtype=torch.bool), persistent=False)
         self.register_buffer("step_size", torch.zeros((), dtype=torch.float64))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
@@ -136,28 +138,31 @@ class Conditional(nn.Module):
         self.scale.copy_(torch.where(mean > 0, mean.clamp(min=1e-12).rsqrt(), 1.0)[self.level.tile])
 
     def guard(self, margin: float) -> float:
-        """Set the curvature of the potentials' tails so that exp(-Ē) has a finite integral; returns the smallest
-        curvature at infinity, which is `margin` where it is not larger without a guard.
+        """Raise the tails of a potential until exp(-Ē) has a finite integral; returns the smallest curvature at infinity.
 
-        Far out Ē grows like ½ ζᵀ (Ḡ K Ḡᵀ + c) ζ with K of the quadratic terms and c of the guards.
+        Far out Ē grows at least like ½ ζᵀ (Ḡ K Ḡᵀ + κ) ζ with K of the other terms and κ of the flatter tail. What is
+        at its bound then, `held` marks until the next call.
 
+        Args:
+            margin: least curvature, in units of 1/σ².
         Raises:
             ConfigError: if there is no potential to guard and some direction has no positive curvature.
         """
-        guarded = [term for term in self.terms if getattr(term, "guards", False)]
-        for term in guarded:
-            term.tail.zero_()
         lowest = smallest_eigenvalue(self.at_infinity, self.level.dim, self.theta.device)
-        missing = max(0.0, margin - lowest)
-        for term in guarded[:1]:  # all of them act on every pixel
-            term.tail.fill_(missing)
-        if not guarded and not lowest > 0:
-            raise ConfigError(
-                f"{self.level.label}: the fitted energy cannot be normalised: its curvature is {lowest:.3g} in some "
-                "direction, so that chains would run away. Add a potential (its tails are guarded), a larger "
-                "regularization, or a smaller reach."
-            )
-        return lowest + missing if guarded else lowest
+        self.held.zero_()
+        guarded = next((k for k, term in enumerate(self.terms) if getattr(term, "guards", False)), None)
+        if guarded is None:
+            if not lowest > 0:
+                raise ConfigError(
+                    f"{self.level.label}: the fitted energy cannot be normalised: its curvature is {lowest:.3g} in some "
+                    "direction, so that chains would run away. Add a potential (its tails are guarded), a larger "
+                    "regularization, or a smaller reach."
+                )
+            return lowest
+        if lowest < margin + ROUNDING:
+            part, held = (v.split(self.sizes)[guarded] for v in (self.theta, self.held))
+            held.copy_(self.terms[guarded].raise_tails(part, max(0.0, margin - lowest)))
+        return max(lowest, margin)
 
 
 def smallest_eigenvalue(product: Callable[[Tensor], Tensor], dim: int, device: torch.device) -> float:

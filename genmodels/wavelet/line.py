@@ -52,9 +52,7 @@ class LineLaw:
         self.grid, self.density = grid, (self.least - energy).exp()
         mass = _cells(self.grid, self.density)
         self.log_normalizer = float(mass.sum().log() - self.least)
-        rows = torch.arange(0, len(grid), 2)
-        rows = rows if len(grid) % 2 else torch.cat((rows, torch.tensor([len(grid) - 1])))
-        coarse = _cells(grid[rows], self.density[rows]).sum().log() - self.least
+        coarse = _cells(grid[::2], self.density[::2]).sum().log() - self.least
         self.error = abs(float(coarse) - self.log_normalizer)
         if not self.error < TOLERANCE:
             raise ConfigError(

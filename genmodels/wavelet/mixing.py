@@ -47,7 +47,7 @@ def autocorrelation(x: Tensor, *, one_law: bool = True) -> Tensor:
             not mixed are correlated for ever. Otherwise they are from each chain's own mean, which biases τ by -τ/T.
     """
     x = _trace(x, 2)
-    length = x.shape[0]
+    length, size = x.shape[0], x.abs().amax((0, 1))
     x = x - (x.mean((0, 1)) if one_law else x.mean(0))
     padded = 2 ** math.ceil(math.log2(2 * length))
     power = torch.fft.rfft(x, n=padded, dim=0).abs().square().mean(1)
@@ -55,7 +55,7 @@ def autocorrelation(x: Tensor, *, one_law: bool = True) -> Tensor:
     pairs = torch.arange(length, 0, -1, dtype=torch.float64, device=x.device)
     covariance = sums / pairs.reshape(-1, *[1] * (sums.ndim - 1))
     # a constant's mean may be off by a rounding, which is no variance
-    varies = covariance[0] > (1e-14 * x.abs().amax((0, 1)).clamp(min=1e-300)) ** 2
+    varies = covariance[0] > (1e-14 * size) ** 2
     return torch.where(varies, covariance / covariance[0], math.nan)
 
 

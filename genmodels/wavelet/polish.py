@@ -208,7 +208,8 @@ def polish_chains(
     before = size = _mismatch(seen, active, moments)
     for _ in range(polish.iterations):
         kept = conditional.theta.clone(), chains.z, chains.step_size
-        _move(conditional, conditional.theta - rate * _newton(seen, active, polish.ridge), margin)
+        free = active & _free(conditional, seen.gaps.mean(0))
+        _move(conditional, conditional.theta - rate * _newton(seen, free, polish.ridge), margin)
         found = chains.visit()
         new = _mismatch(found, active, moments)
         if found.acceptance < kernel.target / 2 or not new < max(NOISE, WORSE * size):
@@ -233,6 +234,11 @@ def polish_chains(
 def _move(conditional: Conditional, theta: Tensor, margin: float) -> None:
     conditional.theta.copy_(theta)
     conditional.guard(margin)
+
+
+def _free(conditional: Conditional, gap: Tensor) -> Tensor:
+    """[M] which parameters a step may move: not tails that the guard holds and the data would lower."""
+    return ~(conditional.held & (gap > 0))
 
 
 def _newton(seen: Visit, active: Tensor, ridge: float) -> Tensor:
@@ -267,7 +273,7 @@ def polish_line(conditional: Conditional, moments: Moments, *, margin: float) ->
     """The exact maximum of the likelihood of a single coefficient that is given nothing; sets θ and errors.
 
     Newton steps on θᵀ E_data[Φ] + log Z(θ), which is convex, with both moments under the model by quadrature; a step is
-    halved until the objective falls.
+    halved until the objective falls. A tail that the guard holds stays where it is while the data would lower it.
 
     Raises:
         ConfigError: if it has not converged after 100 steps: some parameter has no finite maximum.
@@ -277,9 +283,12 @@ def polish_line(conditional: Conditional, moments: Moments, *, margin: float) ->
     for _ in range(MOST):
         found, covariance, value = _line_moments(conditional, mean)
         gap = mean - found
-        size = float((gap.abs() / (moments.covariance.diagonal().clamp(min=1e-300) / moments.n).sqrt()).max())
+        free = _free(conditional, gap)
+        errors = (moments.covariance.diagonal().clamp(min=1e-300) / moments.n).sqrt()
+        size = float((gap.abs() / errors)[free].max())
         before, objective = size if before is None else before, value
-        step = torch.linalg.pinv(covariance, rtol=1e-12, hermitian=True) @ gap
+        step = torch.zeros_like(gap)
+        step[free] = torch.linalg.pinv(covariance[free][:, free], rtol=1e-12, hermitian=True) @ gap[free]
         if step @ gap < CONVERGED:
             bread = torch.linalg.pinv(covariance, rtol=1e-12, hermitian=True)
             conditional.errors.copy_((bread @ moments.covariance @ bread / moments.n).diagonal().clamp(min=0).sqrt())

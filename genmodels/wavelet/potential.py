@@ -11,7 +11,7 @@ from .bases import Basis, BSpline
 from .terms import Term
 from .tree import Level
 
-SHARE, LEAST = 1e-3, 30  # of the training pixels, and how many of them at least, that lie beyond each end
+SHARE, LEAST, MOST = 1e-3, 30, 0.1  # of the training pixels beyond each end: which share, but how many at least
 NODES = 4001  # where the least curvature is looked for
 
 
@@ -20,22 +20,21 @@ class Potential(Term):
     """Σ_k θ_k Σ_i ρ_k(u_i): a potential v of each pixel of the level's grid, in a fixed basis.
 
     On an interval [a, b] that holds all but a thousandth of the training pixels at either end, v = Σ θ_k ρ_k. Beyond, v
-    goes on as a parabola with the slope at the end: v(b) + v'(b)(t - b) + (κ + c)(t - b)²/2. Its curvature κ is a
-    parameter (one for both ends of an even potential); c is 0, or what a guard adds so that no chain runs away.
+    goes on as a parabola with the slope at the end: v(b) + v'(b)(t - b) + κ(t - b)²/2. Its curvature κ is a parameter
+    too (one for both ends of an even potential), which a guard may raise so that no chain runs away.
 
     Args:
         basis: the functions ρ_k, of s = 2(t - a)/(b - a) - 1.
         even: v(-t) = v(t) and a = -b, for fields whose law has that symmetry.
         warp: take ρ_k of asinh(t - median) instead of t, for skewed fields with heavy tails.
     Attributes:
-        guards: whether `tail` may be set to keep chains from running away.
+        guards: whether its tails may be raised to keep chains from running away.
     Source: Guth et al. 2023 (Conditionally strongly log-concave generative models).
     """
 
     guards = True  # its tails act on every pixel
     interval: Tensor
     centre: Tensor
-    tail: Tensor
 
     def __init__(self, basis: Basis = BSpline(), even: bool = False, warp: bool = False, *, level: Level) -> None:
         super().__init__(level)
@@ -54,14 +53,13 @@ class Potential(Term):
         self.register_buffer("expansion", expansion, persistent=False)
         self.register_buffer("interval", torch.tensor([-1.0, 1.0], dtype=torch.float64))
         self.register_buffer("centre", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("tail", torch.zeros((), dtype=torch.float64))
         self.register_buffer("weights", level.weights(), persistent=False)
 
     def fit(self, u: Tensor) -> None:
         values = u.flatten()
         if self.warp:
             self.centre.copy_(values.median())
-        share = max(SHARE, LEAST / len(values))
+        share = min(MOST, max(SHARE, LEAST / len(values)))
         if self.even:
             end = values.abs().quantile(1 - 2 * share)
             self.interval.copy_(torch.stack((-end, end)))
@@ -74,9 +72,16 @@ class Potential(Term):
         return torch.stack(parts, -1)
 
     def _curvatures(self, theta: Tensor) -> tuple[float, float]:
-        """κ + c of the lower and the upper tail."""
-        low, high = (theta[self.inside :] + self.tail).expand(2).tolist()
+        """κ of the lower and the upper tail."""
+        low, high = theta[self.inside :].expand(2).tolist()
         return low, high
+
+    def raise_tails(self, theta: Tensor, missing: float) -> Tensor:
+        """Raise the flatter tail in place by `missing`, the other at least to the same; [M] which are as flat then."""
+        tails = theta[self.inside :]
+        least = float(tails.min()) + missing
+        tails.clamp_(min=least)
+        return torch.cat((torch.zeros(self.inside, dtype=torch.bool, device=theta.device), tails < least + 1e-9))
 
     def _places(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """s of u, clamped to [-1, 1]; how far u is beyond the interval; ds/du and d²s/du²."""
@@ -114,13 +119,13 @@ class Potential(Term):
         return torch.cat((curved.double() @ self.expansion.T, tails.double()), 1)
 
     def shape(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """v, v' and v'' at u [*], with the guard."""
+        """v, v' and v'' at u [*]."""
         s, beyond, rate, bend = self._places(u)
         inside = theta[: self.inside].to(self.expansion) @ self.expansion
         value, slope, curvature = self.basis.combine(inside, s)
         slope, curvature = slope * rate, curvature * rate.square() + slope * bend
         low, high = self._curvatures(theta)
-        tail = torch.where(beyond < 0, low, high).to(u)
+        tail = torch.full_like(u, high).masked_fill_(beyond < 0, low)
         return (
             value + slope * beyond + 0.5 * tail * beyond.square(),
             slope + tail * beyond,

@@ -19,8 +19,7 @@ class Term(nn.Module, ABC):
     """A part Σ_k θ_k Φ_k(u) of the energy of a level, with exact derivatives.
 
     Fields are u = y/σ [B, H, W], in units of the level's standard deviation. Derivatives are given by pixels; the level
-    projects them on the coefficients that it draws. What is not linear in θ (a tail guard) enters `energy` and its
-    derivatives alone, and vanishes on the data that the term was fitted on.
+    projects them on the coefficients that it draws.
 
     Args:
         level: supplied by the model.

@@ -59,7 +59,7 @@ def test_antithetic_chains_are_worth_more_than_independent_ones():
 
 def test_the_decay_time_of_an_exponential_is_between_lags():
     """-1/log φ: of a trace whose ρ is φ^t to within its noise, and of ones that reach below zero at once."""
-    for phi in (0.8, 0.95):
+    for phi in (0.3, 0.8, 0.95):
         traces = decay_time(autoregressive(phi, 2000, 8, 100, key=f"decay {phi}"))
         error = float(traces.std()) / 10
         assert float(traces.mean()) == pytest.approx(-1 / math.log(phi), abs=4 * error + 0.01 / -math.log(phi))
@@ -116,7 +116,7 @@ def test_split_r_hat_sees_places_spreads_and_drifts():
     assert (
         float(split_r_hat(x + one)) > 1.05 < float(split_r_hat(x * (1 + one))) and float(split_r_hat(x + drift)) > 1.05
     )
-    # one chain of four at 1, and ranks of no distance: between halves there is √(1 + (6/32)/(1 + …)) of the deviation
+    # eight halves, two of them moved by 1: means and variances of the pooled law's normal scores, by quadrature
     far = autoregressive(0.0, 20_000, 4, key="shifted") + one
     z = stats.norm
     grid = np.linspace(-8, 9, 20_001)
@@ -130,8 +130,11 @@ def test_split_r_hat_sees_places_spreads_and_drifts():
     assert exact > 1.05 and float(split_r_hat(far)) == pytest.approx(exact, abs=0.004)
 
 
-def test_constants_have_no_r_hat():
-    assert split_r_hat(torch.full((20, 3), 0.1)).isnan() and autocorrelation(torch.full((20, 3), 0.1)).isnan().all()
+def test_constants_have_neither_times_nor_r_hat():
+    """Also where the mean of equal numbers is not quite that number."""
+    x = torch.full((20, 3), 0.7, dtype=torch.float64)
+    assert (x - x.mean() != 0).all()
+    assert split_r_hat(x).isnan() and autocorrelation(x).isnan().all() and autocorrelation_time(x).tau.isnan()
 
 
 @pytest.mark.parametrize("measure", [autocorrelation, autocorrelation_time, decay_time, effective_size, split_r_hat])

@@ -115,7 +115,7 @@ def test_a_transition_costs_its_leapfrog_steps(made, each):
     state = begin(potential, double(3, 2))
     state = advance(made, potential, state, 30, step_size=0.6, scale=1.0, noise=noise(3))
     assert potential.calls == 1 + 30 * each == 1 + 30 * made.evaluations
-    assert state.transitions == 30 and 0 < int(state.accepted.sum()) < 90
+    assert state.transitions == 30 and 0 < int(state.accepted.sum()) < 90 and state.failed.tolist() == [0, 0, 0]
     energy, gradient = wells(state.z)
     torch.testing.assert_close(state.energy, energy)
     torch.testing.assert_close(state.gradient, gradient)
@@ -281,6 +281,14 @@ def test_a_potential_is_never_asked_where_a_state_is_not_finite():
     assert state.accepted.tolist() == [0] * 8 and (state.z == 3).all() and (state.probability == 0).all()
 
 
+def test_a_trajectory_that_overflows_on_the_way_is_refused():
+    """Without a force its momentum stays finite; it must not come back as the start, accepted."""
+    free = lambda z: (torch.zeros(len(z), dtype=torch.float64), torch.zeros_like(z))  # noqa: E731
+    state = begin(free, torch.ones(8, 40))
+    state = advance(HMC(3), free, state, 2, step_size=3e38, scale=1.0, noise=noise(8))
+    assert state.failed.tolist() == [2] * 8 and state.accepted.tolist() == [0] * 8
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_chains_do_not_start_where_nothing_is_finite(value):
     z = double(3, 2)
@@ -345,7 +353,16 @@ def test_energies_without_a_law_of_this_scale_are_named(case):
 
 
 def test_chains_that_hardly_move_have_collapsed():
-    """A law within walls that every proposal leaves, whatever the step: 5 in 100 would have to stay."""
+    """A law within walls that every proposal leaves, whatever the step."""
     walled = lambda z: (torch.where(z.abs().sum(1) > 0, math.inf, 0.0), torch.zeros_like(z))  # noqa: E731
     with pytest.raises(ConfigError, match=r"band: .*collapsed .*acceptance 0 for 0.574, 600 of 600 proposals"):
-        adapt(MALA(), walled, begin(walled, torch.zeros(30, 2)), scale=1.0, noise=noise(30), measured=20, where="band")
+        adapt(
+            MALA(),
+            walled,
+            begin(walled, torch.zeros(30, 2)),
+            scale=1.0,
+            noise=noise(30),
+            steps=6,
+            measured=20,
+            where="band",
+        )

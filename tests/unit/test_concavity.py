@@ -141,13 +141,13 @@ def test_spectrum_is_that_of_the_second_derivative_of_the_conditional_energy():
 
 def test_worst_is_below_every_spectrum_and_met_by_the_constant_field_of_least_curvature():
     model = double_well()
-    model.terms[1].tail.fill_(20.0)
+    model.theta[-1] = 20.0  # the curvature of the tails
     bound = worst(model)
     wild = spectrum(model.hessian, 3 * free_field(20), model.level.dim)
     assert bound < wild.smallest
     met = spectrum(model.hessian, torch.zeros(1, 8, 8, dtype=torch.float64), model.level.dim)
     assert met.smallest == pytest.approx(bound, abs=1e-6) and bound < -2
-    model.terms[1].tail.fill_(-30.0)  # a tail that curves less than all within
+    model.theta[-1] = -30.0  # a tail that curves less than all within
     far = spectrum(model.hessian, torch.full((1, 8, 8), 9.0, dtype=torch.float64), model.level.dim)
     assert worst(model) == pytest.approx(far.smallest, abs=1e-9)
 

@@ -33,7 +33,7 @@ def built(level: Level, stencil: str, **options) -> tuple[FilteredPotential, Ten
     """A term whose range some filtered pixels exceed, parameters, and fields."""
     term = FilteredPotential(stencil, BSpline(8), level=level, **options)
     u = fields(level)
-    term.fit(0.8 * u, -9.0, 9.0)
+    term.fit(0.8 * u)
     theta = torch.randn(len(term), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return term, theta, u
 
@@ -96,7 +96,7 @@ def test_squares_are_left_to_the_quadratic_term_so_that_a_fit_can_tell_all_featu
     conditional = Conditional(LEVELS["8x8"], terms)
     u = fields(conditional.level, 60)
     for term in conditional.terms:
-        term.fit(u, float(u.min()), float(u.max()))
+        term.fit(u)
     gram = Gram(conditional)
     gram.update(u)
     gram.solve(0.0)
@@ -109,7 +109,7 @@ def test_terms_without_features_add_nothing():
     for level, options in ((pixel, {}), (LEVELS["8x8"], {"largest": 4}), (LEVELS["2x2"], {"stencil": "block"})):
         term = FilteredPotential(**options, level=level)
         u = fields(level)
-        term.fit(u, -3.0, 3.0)
+        term.fit(u)
         none = torch.zeros(0, dtype=torch.float64)
         assert len(term) == 0 and term.names == []
         assert term.features(u).shape == term.laplacians(u).shape == (2, 0)
@@ -127,4 +127,6 @@ def test_the_guard_of_tails_is_that_of_the_pixels():
     order = (partial(FilteredPotential, "pair_difference"), partial(Potential, basis=BSpline(8)))
     conditional = Conditional(LEVELS["8x8"], order)
     assert conditional.guard(0.5) == pytest.approx(0.5)
-    assert conditional.terms[0].tail == 0 and conditional.terms[1].tail == pytest.approx(0.5)
+    differences, pixels = conditional.theta.split(conditional.sizes)
+    assert not differences.any() and pixels[-2:].tolist() == pytest.approx([0.5, 0.5]) and not pixels[:-2].any()
+    assert conditional.held.sum() == 2 and conditional.held[-2:].all()

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from scipy.integrate import quad
 
+from genmodels.distributions import inverse_cdf
 from genmodels.registry import ConfigError
 from genmodels.rng import SeedNoise, generator
 from genmodels.wavelet.line import LineLaw
@@ -87,6 +88,24 @@ def test_draws_are_of_the_law_and_of_their_seeds():
     few = law.sample(SeedNoise([7, 3]), (2,))
     assert few.shape == (2, 2) and few.dtype == torch.float32
     assert torch.equal(few[1], law.sample(SeedNoise([3]), (2,))[0])
+
+
+def test_draws_are_halfway_between_the_values_that_uniform_draws_take():
+    """Of a symmetric law the least and the greatest are each other's mirror, and not at the ends of the grid."""
+
+    class Ends(SeedNoise):
+        def uniform(self, *shape, dtype=torch.float32):
+            return torch.tensor([0.0, 1 - 2.0**-24], dtype=dtype)
+
+    grid = even(8.0, 1601)
+    low, high = LineLaw(grid, grid**2 / 2).sample(Ends(2), dtype=torch.float64).tolist()
+    assert low == pytest.approx(-high, abs=1e-6) and low == pytest.approx(stats.norm.ppf(2.0**-25), abs=2e-3)
+
+
+def test_a_table_of_two_cells_is_inverted():
+    edges, ends = (torch.tensor(v, dtype=torch.float64) for v in ([0.0, 1.0, 3.0], [0.25, 1.0]))
+    u = torch.tensor([[0.0, 0.125, 0.25], [0.625, 0.8125, 1.0]], dtype=torch.float64)
+    assert inverse_cdf(edges, ends, u).tolist() == [[0.0, 0.5, 1.0], [2.0, 2.5, 3.0]]
 
 
 def test_walls_are_allowed():
