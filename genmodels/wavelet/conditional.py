@@ -138,7 +138,7 @@ class Conditional(nn.Module):
         self.scale.copy_(torch.where(mean > 0, mean.clamp(min=1e-12).rsqrt(), 1.0)[self.level.tile])
 
     def guard(self, margin: float) -> float:
-        """Raise the tails of a potential until exp(-Ē) has a finite integral; returns the smallest curvature at infinity.
+        """Raise the tails of a potential until exp(-Ē) has a finite integral; returns the least curvature at infinity.
 
         Far out Ē grows at least like ½ ζᵀ (Ḡ K Ḡᵀ + κ) ζ with K of the other terms and κ of the flatter tail. What is
         at its bound then, `held` marks until the next call.
@@ -154,8 +154,8 @@ class Conditional(nn.Module):
         if guarded is None:
             if not lowest > 0:
                 raise ConfigError(
-                    f"{self.level.label}: the fitted energy cannot be normalised: its curvature is {lowest:.3g} in some "
-                    "direction, so that chains would run away. Add a potential (its tails are guarded), a larger "
+                    f"{self.level.label}: the fitted energy cannot be normalised: its curvature is {lowest:.3g} in "
+                    "some direction, so that chains would run away. Add a potential (its tails are guarded), a larger "
                     "regularization, or a smaller reach."
                 )
             return lowest
