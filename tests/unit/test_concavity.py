@@ -126,6 +126,17 @@ def test_lanczos_finds_the_ends_of_dense_spectra(phi4, monkeypatch):
     assert torch.cat(same).sub(3).abs().max() < 1e-12
 
 
+def test_lanczos_ends_when_both_ends_are_found_and_not_before():
+    values, calls = torch.cat([torch.tensor([-5.0, 9.0]), torch.linspace(0, 1, 998)]).double(), []
+    start = torch.randn(1, 1000, generator=generator("start"), dtype=torch.float64)
+    low, high = concavity.lanczos(lambda z: calls.append(0) or z * values, start)
+    assert low.item() == pytest.approx(-5, abs=1e-3) and high.item() == pytest.approx(9, abs=1e-3)
+    assert len(calls) == 10
+    close = torch.linspace(-1, 1, 1000, dtype=torch.float64)
+    low, high = concavity.lanczos(lambda z: z * close, start)
+    assert low.item() == pytest.approx(-1, abs=1e-3) and high.item() == pytest.approx(1, abs=1e-3)
+
+
 def test_spectrum_is_that_of_the_second_derivative_of_the_conditional_energy():
     model, u = double_well(), 1.5 * free_field(3)
     model.unit.fill_(0.7)
