@@ -112,6 +112,29 @@ class Standardize(Transform):
         return y * self.std.to(y.dtype) + self.mean.to(y.dtype)
 
 
+@register(Transform, "standardize_channels")
+class StandardizeChannels(Standardize):
+    """y = (x - mean)/std with one mean and standard deviation per channel of items [C, *], fitted to the training data.
+
+    What is stationary stays so: fields have one law at all sites, and each site's own estimates would differ.
+    """
+
+    def __init__(self, *, shape: tuple[int, ...]) -> None:
+        super().__init__(shape=(shape[0], *(1 for _ in shape[1:])))
+        self.sites = math.prod(shape[1:])
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        super().fit(batch.replace(x=self._sites(batch.x)) for batch in batches)
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        y, log_det = super().forward(x, noise)
+        return y, log_det * self.sites
+
+    def _sites(self, x: Tensor) -> Tensor:
+        """[B · sites, C, 1, …]: every site as an item."""
+        return x.movedim(1, -1).reshape(-1, *self.mean.shape)
+
+
 @register(Transform, "dequantize")
 class Dequantize(Transform):
     """y = x + bin_width·u, u ~ U[0, 1), for data on the levels 0, bin_width, 2 bin_width, …

@@ -299,12 +299,52 @@ def write_uea(folder: Path, problem: str = "Toy", train: int = 40, test: int = 2
     return folder
 
 
+def fits_card(key: str, value: object, comment: str = "") -> bytes:
+    """A line of the header of a FITS file."""
+    if isinstance(value, bool):
+        text = f"{'T' if value else 'F':>20}"
+    else:
+        text = f"'{value:<8}'" if isinstance(value, str) else f"{value!r:>20}"
+    return f"{key:<8}= {text}{' / ' + comment if comment else ''}".ljust(80).encode("ascii")
+
+
+def fits_unit(array: np.ndarray | None, bits: int = -32, first: bool = True, **cards: object) -> bytes:
+    """A header and its data as stored numbers, each filled up to blocks of 2880 bytes; without an array, no data.
+
+    Args:
+        bits: BITPIX, which says how numbers are stored.
+        first: the primary unit; else an extension of the kind IMAGE.
+        cards: further values of the header.
+    """
+    kind = {8: "u1", 16: ">i2", 32: ">i4", 64: ">i8", -32: ">f4", -64: ">f8"}[bits]
+    shape = () if array is None else array.shape
+    lines = [fits_card("SIMPLE", True, "a standard file") if first else fits_card("XTENSION", "IMAGE", "a/b")]
+    lines += [fits_card("BITPIX", bits), fits_card("NAXIS", len(shape))]
+    lines += [fits_card(f"NAXIS{k}", n) for k, n in enumerate(reversed(shape), 1)]
+    lines += [] if first else [fits_card("PCOUNT", 0), fits_card("GCOUNT", 1)]
+    lines += [b"COMMENT = none".ljust(80), *(fits_card(key, value) for key, value in cards.items()), b"END".ljust(80)]
+    content = b"" if array is None else array.astype(kind).tobytes()
+    header = b"".join(lines)
+    return header + b" " * (-len(header) % 2880) + content + bytes(-len(content) % 2880)
+
+
+def write_fits(folder: Path, count: int = 12, height: int = 8, width: int = 12) -> Path:
+    """Maps of noise, the names and sub-folder of which are those of a simulation of lensing."""
+    place = folder / "Maps10"
+    place.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        values = np.random.default_rng(k).normal(0, 0.02, (height, width))
+        (place / f"WLconv_z1.00_{k:04}r.fits").write_bytes(fits_unit(values))
+    return folder
+
+
 @functools.cache
 def examples() -> dict[str, dict]:
     """Arguments of data sets that are read from files, or are large, by name; the files go when the process ends."""
     place = tempfile.TemporaryDirectory(prefix="genmodels-tests-")
     atexit.register(place.cleanup)
     folder = Path(place.name)
+    (folder / "phi4").mkdir()
     return {
         "image_folder": {"path": str(write_pictures(folder / "pictures")), "val": 8, "test": 8},
         "cifar10": {
@@ -327,6 +367,10 @@ def examples() -> dict[str, dict]:
         "uci": {"table": "miniboone", "path": str(write_uci(folder / "uci", "miniboone"))},
         "physionet": {"path": str(write_physionet(folder / "physionet"))},
         "uea": {"path": str(write_uea(folder / "uea")), "problem": "Toy"},
+        "phi4": {"size": 4, "count": 40, "reference": 20, "cache": str(folder / "phi4")},
+        "gaussian_field": {"size": (4, 6), "count": 100, "reference": 60},
+        "lognormal_field": {"size": 8, "count": 100, "reference": 60},
+        "fields": {"path": str(write_fits(folder / "maps")), "crop": 4, "val": 2, "test": 2},
         "spiral_sde": {"count": 400},
         "lorenz": {"count": 100},
         "van_der_pol": {"count": 40},

@@ -34,6 +34,8 @@ class Dataset(ABC):
         levels: number of levels of discrete data, so that uniform noise has log2(levels) bits/dim.
         sample_rate: samples a second of items [T] that are sound, amplitudes in [-1, 1]; None for anything else.
         frame_rate: frames a second of items [C, T, H, W] that are videos; None for anything else.
+        periodic: whether items [C, H, W] are fields, which wrap around at their borders (True) or not (False); None for
+            anything else.
         transform: configuration node of the proposed map from data space to model space, e.g.
             `{"name": "standardize"}`; the model owns the transform built from it and, if needed, fits it.
         unit_of_time: what `Batch.times` counts, where there are times.
@@ -50,6 +52,7 @@ class Dataset(ABC):
     levels: int | None = None
     sample_rate: int | None = None
     frame_rate: float | None = None
+    periodic: bool | None = None
     unit_of_time: ClassVar[str | None] = None
     local: ClassVar[tuple[str, ...]] = ()
     transform: dict[str, Any] | str = "identity"
@@ -72,6 +75,7 @@ class Dataset(ABC):
             "bin_width": self.bin_width,
             "levels": self.levels,
             "sample_rate": self.sample_rate,
+            "periodic": self.periodic,
             "transform": resolve(Transform, self.transform, "data.transform"),
         }
 
@@ -155,7 +159,7 @@ def context(facts: dict[str, Any]) -> dict[str, Any]:
     """What constructors of models may ask for by keyword, from the facts of a data set."""
     shapes = {key: None if facts[key] is None else tuple(facts[key]) for key in _SHAPES}
     transform = build(Transform, facts["transform"], shape=shapes["shape"])
-    return {"sample_rate": None, **facts, **shapes, "transform": transform}
+    return {"sample_rate": None, "periodic": None, **facts, **shapes, "transform": transform}
 
 
 _SHAPES = ("shape", "condition_shape", "target_shape")

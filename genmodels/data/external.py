@@ -34,7 +34,7 @@ class External(Dataset):
         shapes = {name: None if facts[name] is None else tuple(facts[name]) for name in names}
         known = type("Known", (cls,), shapes)()
         known.num_classes, known.bin_width = facts["num_classes"], facts["bin_width"]
-        known.sample_rate = facts.get("sample_rate")
+        known.sample_rate, known.periodic = facts.get("sample_rate"), facts.get("periodic")
         return known
 
     def size(self, split: Split) -> int:
@@ -84,6 +84,7 @@ def from_tensors(
     levels: int | None = None,
     bin_width: float = 1.0,
     sample_rate: int | None = None,
+    periodic: bool | None = None,
     transform: dict[str, Any] | str | None = None,
 ) -> InMemory:
     """A data set of tensors or arrays, to be passed as `train(config, dataset=…)`; nothing is shared with them.
@@ -103,6 +104,7 @@ def from_tensors(
         levels: number of levels 0, bin_width, … of discrete data; None for continuous data.
         bin_width: spacing of the levels.
         sample_rate: samples a second, if x [N, T] holds sound with amplitudes in [-1, 1].
+        periodic: whether x [N, C, H, W] holds fields that wrap around at their borders; None if it holds no fields.
         transform: node of the transform instead of the proposed one.
     Raises:
         ConfigError: naming the argument and the first item that does not fit.
@@ -119,6 +121,10 @@ def from_tensors(
             f"found {list(items.x.shape)}."
         )
     own = {split: given for split, given in (("val", val), ("test", test)) if isinstance(given, Batch)}
+    if periodic is not None and items.x.ndim != 4:
+        raise ConfigError(
+            f"from_tensors: periodic={periodic} is for fields: x of shape [N, C, H, W]; found {list(items.x.shape)}."
+        )
     parts = {split: _checked(given, f"{split}.", levels, bin_width) for split, given in own.items()}
     for split, part in parts.items():
         _check_alike(split, part, items)
@@ -127,7 +133,7 @@ def from_tensors(
     rows = partition(len(items), **cut, order=order, seed=seed, where="from_tensors")
     splits = {split: parts[split] if split in parts else items[rows[split]] for split in rows}
     facts = {"shape": tuple(items.x.shape[1:]), "levels": levels, "bin_width": None if levels is None else bin_width}
-    facts |= {"sample_rate": sample_rate}
+    facts |= {"sample_rate": sample_rate, "periodic": periodic}
     facts |= _facts([items, *parts.values()], num_classes)
     return Given(splits, {**facts, "transform": transform or proposal_for(levels, bin_width)})
 

@@ -61,8 +61,8 @@ def cached(
     """
     facts = {"version": VERSION, "source": source, "shape": list(shape)}
     path = folder / f"{digest(facts)}.npy"
-    size = f" ({np.prod(shape, dtype=np.int64) / 1e6:,.1f} MB)"
-    with _kept_in(folder, size, "to decode images whenever they are used"):
+    what = f"the decoded images ({np.prod(shape, dtype=np.int64) / 1e6:,.1f} MB)"
+    with _kept_in(folder, what, "to decode images whenever they are used"):
         if not _sound(path, facts):
             _write(path, facts, images())
     return Mapped(path)
@@ -86,7 +86,7 @@ def cached_rows(
     """
     facts = {"version": VERSION, "source": source, "width": width}
     path = folder / f"{digest(facts)}.npy"
-    with _kept_in(folder, "", "to keep them in memory"):
+    with _kept_in(folder, "the items", "to keep them in memory"):
         if not _sound(path, facts):
             path.with_suffix(".json").unlink(missing_ok=True)
             notes: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def cached_rows(
 
 
 @contextmanager
-def _kept_in(folder: Path, size: str, without: str) -> Iterator[None]:
+def _kept_in(folder: Path, what: str, without: str) -> Iterator[None]:
     """The folder, made and locked; what goes wrong with it as an error that names it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def _kept_in(folder: Path, size: str, without: str) -> Iterator[None]:
             yield
     except OSError as error:
         raise ConfigError(
-            f"data.cache: {folder} cannot hold the decoded images{size}: {error.strerror or error}. Choose another "
+            f"data.cache: {folder} cannot hold {what}: {error.strerror or error}. Choose another "
             f"folder, free some space, or leave data.cache out {without}."
         ) from error
 

@@ -92,7 +92,9 @@ def test_every_path_is_named_as_local(name):
     given = {key for key, value in EXAMPLES.get(name, {}).items() if isinstance(value, str) and Path(value).exists()}
     assert given <= set(cls.local) <= {a.name for a in arguments(cls)}
     text = {a.name for a in arguments(cls) if a.hint in (str, str | None)}
-    assert text - set(cls.local) <= {"array", "delimiter", "problem"}, "a text that is no path decides what is read"
+    assert text - set(cls.local) <= {"array", "delimiter", "pattern", "problem"}, (
+        "a text that is no path decides what is read"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if member(Dataset, name, "data").local])
