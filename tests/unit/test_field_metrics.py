@@ -143,7 +143,8 @@ def test_a_perfect_sampler_scores_the_noise(name):
         drawn, known = (x + 0.2 * x.square() for x in (drawn, known))
         ratios += [e.value / e.references["noise"] for e in score(name, HeldFields(known[:2], known), drawn).values()]
     # one ratio varies by 0.3 to 0.8, and those of one pair of sets go together
-    assert 0.7 < sum(ratios) / len(ratios) < 1.35
+    most = 1.7 if name == "magnetization" else 1.35  # errors of fourth moments are too small with 60 numbers
+    assert 0.7 < sum(ratios) / len(ratios) < most
 
 
 def test_standard_errors_are_the_spread_of_sets_of_samples(data):

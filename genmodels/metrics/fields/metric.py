@@ -15,7 +15,7 @@ from ..metric import Metric, Subject
 from ..neighbours import float64_device
 from .summary import Norm, Summary, checked, distance, summarize, unit_noise
 
-PIXELS = 2**20  # handled at once
+PIXELS = 2**16  # handled at once: more only leave the cache
 
 
 @dataclass(frozen=True)

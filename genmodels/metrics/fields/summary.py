@@ -29,7 +29,8 @@ class Summary(NamedTuple):
     @property
     def stderr(self) -> Tensor:
         """[V] standard errors of the values, for independent items; NaN for one item."""
-        return self.influence.std(0) / math.sqrt(len(self.influence))
+        n = len(self.influence)
+        return self.influence.std(0) / math.sqrt(n) if n > 1 else torch.full_like(self.value, torch.nan)
 
 
 def summarize(items: Tensor, of: Callable[[Tensor], Tensor] | None = None, curved: int | None = None) -> Summary:
