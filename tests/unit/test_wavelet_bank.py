@@ -192,7 +192,9 @@ def test_rings_part_the_bands_of_an_octave(size, octaves, subdivisions):
         assert len(index.unique()) == len(index)
         if levels[0].conditional:  # all but the low quarter
             assert len(index) == height * width * 3 // 4 and ((rows >= height // 2) | (columns >= width // 2)).all()
-            assert [level.ring for level in levels] == list(range(2 ** (levels[0].packets.depth - 1), 2 ** levels[0].packets.depth))
+            assert [level.ring for level in levels] == list(
+                range(2 ** (levels[0].packets.depth - 1), 2 ** levels[0].packets.depth)
+            )
         else:
             assert len(index) == height * width
 
