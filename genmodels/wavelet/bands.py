@@ -142,7 +142,8 @@ def _features(
     channels: list[Tile], varying: int, window: list[Shift], tile: Tile, neighbours: bool, own: bool
 ) -> Iterator[tuple[str, list[Entry]]]:
     """Names, and the entries of the matrix K of each feature ½ zᵀ K z."""
-    for c, d in ((first, second) for first in range(varying) for second in range(first, len(channels))):
+    pairs = [(c, d) for c in range(varying) for d in range(c, len(channels))]
+    for c, d in pairs:
         (p, r), (q, t) = channels[c], channels[d]
         if neighbours and max(abs(p - q), abs(r - t)) > 1:
             continue

@@ -64,7 +64,7 @@ class Potential(Term):
             end = values.abs().quantile(1 - 2 * share)
             self.interval.copy_(torch.stack((-end, end)))
         else:
-            self.interval.copy_(values.quantile(torch.tensor([share, 1 - share]).to(values)))
+            self.interval.copy_(values.quantile(values.new_tensor([share, 1 - share])))
 
     def _tails(self, beyond: Tensor) -> Tensor:
         """[*, 1 or 2] how far u is beyond the lower and the upper end, or beyond any of an even potential."""

@@ -9,6 +9,7 @@ from ..registry import ConfigError
 from .conditional import Conditional
 
 SINGULAR = 1e-13  # eigenvalue of a normalised Gram matrix that float64 cannot tell from 0
+STILL = 1e-24  # mean |∇Φ|² that is rounding alone: fields are in units of their deviation, features of order 1
 SHOWN = 6  # names of features in a message
 
 
@@ -45,7 +46,7 @@ class Gram:
         """
         names, label = self.conditional.names, self.conditional.level.label
         diagonal = self.h.diagonal() / self.n
-        still = [name for name, size in zip(names, diagonal.tolist(), strict=True) if not size > 0]
+        still = [name for name, size in zip(names, diagonal.tolist(), strict=True) if not size > STILL]
         if still:
             raise ConfigError(
                 f"score matching of {label}: the fields give no information on {_shown(still)}: their gradients vanish "

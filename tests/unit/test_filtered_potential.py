@@ -20,7 +20,7 @@ LEVELS = {
     "8x8": Tree((8, 8), "db4", 1).levels[-1],
     "4x8 haar": Tree((4, 8), "haar", 1).levels[-1],
     "2x2": Tree((2, 2), "db2").levels[-1],
-    "half octave": Tree((8, 8), "db2", 1, 2).levels[-1],
+    "half octave": Tree((8, 8), "db2", 1, (2,)).levels[-1],
     "whole field": Tree((4, 4), "db2", 0).levels[0],
 }
 
