@@ -8,21 +8,23 @@ from torch import Generator, Tensor, nn
 
 from ..model import Model
 from ..registry import ConfigError, register
-from ..rng import SeedNoise, as_seeds
+from ..rng import Noise, SeedNoise, as_seeds
 from ..transforms import Transform
 from ..types import Batch, Condition, Loss, Seeds, Shape
 from .chains import MALA, Kernel
 from .conditional import Conditional
 from .score_matching import Gram, Sandwich
+from .scoring import Scored
 from .terms import Term
 from .tree import Tree
 from .tuning import Tuning, draw, tune
+from .whole_field import WholeField
 
 MARGIN = 0.5  # least curvature far from the data, in units of 1/σ²
 
 
 @register(Model, "cslc")
-class CSLC(Model):
+class CSLC(Scored, WholeField, Model):
     """p(x) = p(x_J) Π_j p(x̄_j | x_j): energies of wavelet packets given coarser scales, fitted by score matching.
 
     x_j are the coarse fields of an orthogonal periodic wavelet transform and x̄_j the packets between x_j and x_{j-1}.
@@ -41,6 +43,8 @@ class CSLC(Model):
         regularization: λ, added to the normalised Gram matrix.
         tuning: of the chains.
         boundary: "periodic", the only one for which the transform is orthogonal and energies are stationary.
+        free_energy: terms of -log Z_j(x_j) of every level, as functions of what it is given, which make the conditional
+            energies one energy of the whole field (see `WholeField`); None fits none.
     Raises:
         ConfigError: if items are no fields [1, H, W], if the grid cannot be split so, or if another boundary is asked.
     Source: Guth et al. 2023 (Conditionally strongly log-concave generative models).
@@ -56,6 +60,7 @@ class CSLC(Model):
         regularization: float = 1e-6,
         tuning: Tuning = Tuning(),
         boundary: str = "periodic",
+        free_energy: tuple[Callable[..., Term], ...] | None = None,
         *,
         shape: Shape,
         transform: Transform,
@@ -65,14 +70,16 @@ class CSLC(Model):
         _check(self.shape, boundary, regularization)
         self.tree = Tree(self.shape[1:], wavelet, octaves, subdivisions)
         self.conditionals = nn.ModuleList(Conditional(level, energy) for level in self.tree.levels)
+        self.known = nn.ModuleList(self.tree.known(k) for k in range(1, len(self.conditionals)) if free_energy)
+        self.free_energies = nn.ModuleList(Conditional(level, free_energy or ()) for level in self.known)
         self.transform, self.kernel, self.regularization, self.tuning = transform, kernel, regularization, tuning
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.int64))
 
-    def fields(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def fields(self, x: Tensor, noise: Noise | None = None) -> tuple[list[Tensor], Tensor]:
         """The field [B, H_k, W_k] of every level, coarse to fine, of items x in data units, and [B] the log-determinant
-        of the transform to model space."""
-        y, log_det = self.transform(x)
+        of the transform to model space (with `noise`, if that is random)."""
+        y, log_det = self.transform(x, noise)
         return self.tree.decompose(y.squeeze(1) - self.mean.to(y)), log_det
 
     def items(self, y: Tensor) -> Tensor:
@@ -85,7 +92,8 @@ class CSLC(Model):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
-        """Fit every level in three passes over the data, then guard tails and tune chains on some of the fields.
+        """Fit every level in four passes over the data, guard tails and tune chains on some of the fields, then fit the
+        free energies in two passes if there are any.
 
         Raises:
             ConfigError: if fields are constant or not finite, if features cannot be told apart, if an energy cannot be
@@ -102,6 +110,7 @@ class CSLC(Model):
         for sandwich in sandwiches:
             sandwich.finish()
         self._tune(some, generator)
+        self._fit_free_energies(batches)
         self.fitted.fill_(1)
         return self._logs()
 
@@ -136,7 +145,9 @@ class CSLC(Model):
                     "Look at the data: constant fields are no samples."
                 )
             unit = float(c.unit)
-            for term in c.terms:
+            for f in self.free_energies[k : k + 1]:  # of the next finer level, a function of the same field
+                f.unit.copy_(c.unit)
+            for term in (*c.terms, *(term for f in self.free_energies[k : k + 1] for term in f.terms)):
                 term.fit(fields[k] / unit, low[k] / unit, high[k] / unit)
         return some
 
