@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from ..model import Model
 from ..registry import ConfigError, register
-from ..rng import SeedNoise, as_seeds
+from ..rng import Noise, SeedNoise, as_seeds
 from ..transforms import Transform
 from ..types import Batch, Condition, Loss, Seeds, Shape
 from .chains import MALA, Kernel
@@ -18,13 +18,15 @@ from .concavity_plot import write
 from .conditional import Conditional
 from .fitting import match_scores, measure, polish_levels, tune_levels
 from .polish import Polish
+from .scoring import Scored
 from .terms import Term
 from .tree import Tree
 from .tuning import Tuning, draw
+from .whole_field import WholeField
 
 
 @register(Model, "cslc")
-class CSLC(Model):
+class CSLC(Scored, WholeField, Model):
     """p(x) = p(x_J) Π_j p(x̄_j | x_j): energies of wavelet packets given coarser scales, fitted by score matching.
 
     x_j are the coarse fields of an orthogonal periodic wavelet transform and x̄_j the packets between x_j and x_{j-1}.
@@ -44,6 +46,8 @@ class CSLC(Model):
         polish: by maximum likelihood after score matching, to cure what misspecified energies miss; None for none.
         tuning: of the chains.
         boundary: "periodic", the only one for which the transform is orthogonal and energies are stationary.
+        free_energy: terms of -log Z_j(x_j) of every level, as functions of what it is given, which make the conditional
+            energies one energy of the whole field (see `WholeField`); None fits none.
     Raises:
         ConfigError: if items are no fields [1, H, W], if the grid cannot be split so, or if another boundary is asked.
     Source: Guth et al. 2023 (Conditionally strongly log-concave generative models).
@@ -60,6 +64,7 @@ class CSLC(Model):
         polish: Polish | None = None,
         tuning: Tuning = Tuning(),
         boundary: str = "periodic",
+        free_energy: tuple[Callable[..., Term], ...] | None = None,
         *,
         shape: Shape,
         transform: Transform,
@@ -71,6 +76,8 @@ class CSLC(Model):
         self.conditionals = nn.ModuleList(Conditional(level, energy) for level in self.tree.levels)
         self.transform, self.kernel, self.regularization = transform, kernel, regularization
         self.polish, self.tuning = polish, tuning
+        self.known = nn.ModuleList(self.tree.known(k) for k in range(1, len(self.conditionals)) if free_energy)
+        self.free_energies = nn.ModuleList(Conditional(level, free_energy or ()) for level in self.known)
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.int64))
         self.register_buffer("still", torch.zeros((), dtype=torch.int64))
@@ -84,10 +91,10 @@ class CSLC(Model):
         """The levels that have a law, coarse to fine."""
         return list(self.conditionals)[self.first :]
 
-    def fields(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    def fields(self, x: Tensor, noise: Noise | None = None) -> tuple[list[Tensor], Tensor]:
         """The field [B, H_k, W_k] of every level, coarse to fine, of items x in data units, and [B] the log-determinant
-        of the transform to model space."""
-        y, log_det = self.transform(x)
+        of the transform to model space (with `noise`, if that is random)."""
+        y, log_det = self.transform(x, noise)
         return self.tree.decompose(y.squeeze(1) - self.mean.to(y)), log_det
 
     def items(self, y: Tensor) -> Tensor:
@@ -100,7 +107,8 @@ class CSLC(Model):
 
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
-        """Fit every level in passes over the data, polish the fits, then guard tails and tune chains on some fields.
+        """Fit every level in passes over the data, polish the fits, guard tails and tune chains on some fields, and fit
+        the free energies in two more passes if there are any.
 
         Raises:
             ConfigError: if fields are constant or not finite, if features cannot be told apart, if an energy cannot be
@@ -111,6 +119,7 @@ class CSLC(Model):
         some = some[: self.tuning.starts]
         judge(self.chained(), self.units(some)[self.first :], self.tree.wavelet)
         logs |= tune_levels(self, some, generator)
+        self._fit_free_energies(batches)
         self.fitted.fill_(1)
         return logs
 

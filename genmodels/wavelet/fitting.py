@@ -44,14 +44,19 @@ def measure(model: CSLC, batches: Iterable[Batch], count: int) -> Tensor:
     for c, square in zip(model.conditionals, squares, strict=True):
         c.unit.copy_((square / n) ** 0.5)
     _mark_still(model)
-    for c, fields in list(zip(model.conditionals, kept, strict=True))[model.first :]:
+    for k, c in enumerate(model.conditionals):
+        if k < model.first:
+            continue
         if not c.unit > 1e-12 * (1 + model.mean.abs()):
             raise ConfigError(
                 f"{c.level.label}: the training fields do not vary at this scale, so that there is no law to fit. "
                 "Look at the data: constant fields are no samples."
             )
-        for term in c.terms:
-            term.fit(torch.cat(fields) / c.unit)
+        u = torch.cat(kept[k]) / c.unit
+        for f in model.free_energies[k : k + 1]:  # of the next finer level, a function of the same field
+            f.unit.copy_(c.unit)
+        for term in (*c.terms, *(term for f in model.free_energies[k : k + 1] for term in f.terms)):
+            term.fit(u)
     return torch.cat(some)[:count]
 
 

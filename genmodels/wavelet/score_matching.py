@@ -1,6 +1,7 @@
 """Closed-form score matching of energies that are linear in their parameters, from streamed sums."""
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,13 +30,18 @@ class Gram:
         self.h = torch.zeros(count, count, dtype=torch.float64, device=conditional.theta.device)
         self.g = torch.zeros_like(self.h[0])
 
-    def update(self, u: Tensor) -> None:
-        """Take in fields u [B, H, W] float64."""
+    def pieces(self, u: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """∇Φ [b, M, dim] and what g is the mean of, [b, M], of some of the fields u [B, H, W] float64 at a time."""
         for part in u.split(self.conditional.rows()):
-            rows = self.conditional.gradients(part).transpose(0, 1).flatten(1)
+            yield self.conditional.gradients(part), self.conditional.laplacians(part)
+
+    def update(self, *fields: Tensor) -> None:
+        """Take in what `pieces` takes."""
+        for gradients, right in self.pieces(*fields):
+            rows = gradients.transpose(0, 1).flatten(1)
             self.h += rows @ rows.T
-            self.g += self.conditional.laplacians(part).sum(0)
-            self.n += len(part)
+            self.g += right.sum(0)
+            self.n += len(right)
 
     def solve(self, regularization: float) -> None:
         """Set θ = D^{-½} (D^{-½} H D^{-½} + λ)⁻¹ D^{-½} g, D = diag H, and the condition number of the matrix solved.
@@ -71,18 +77,29 @@ class Gram:
         self.bread = root[:, None] * (vectors / values @ vectors.T) * root
 
 
+class Projection(Gram):
+    """Sums of a regression of vectors t on gradients of features: H as above and g = ∇Φ · t, so that E|∇Φᵀ θ - t|² is
+    least."""
+
+    def pieces(self, u: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """As above, of fields u and their vectors t [B, dim]."""
+        rows = self.conditional.rows()
+        for part, wanted in zip(u.split(rows), target.split(rows), strict=True):
+            gradients = self.conditional.gradients(part)
+            yield gradients, torch.einsum("bmd,bd->bm", gradients, wanted)
+
+
 class Sandwich:
-    """Standard errors of θ: Cov ≈ H⁻¹ E[r rᵀ] H⁻¹/n with r = ∇Φ ∇Φᵀ θ - ΔΦ of each field, float64."""
+    """Standard errors of θ: Cov ≈ H⁻¹ E[r rᵀ] H⁻¹/n with r = ∇Φ ∇Φᵀ θ - g of each field, float64."""
 
     def __init__(self, gram: Gram) -> None:
         self.gram, self.meat = gram, torch.zeros_like(gram.h)
 
-    def update(self, u: Tensor) -> None:
-        """Take in fields u [B, H, W] float64, the same as the Gram matrix had."""
-        c = self.gram.conditional
-        for part in u.split(c.rows()):
-            rows = c.gradients(part)
-            residual = torch.einsum("bmd,bd->bm", rows, torch.einsum("bmd,m->bd", rows, c.theta)) - c.laplacians(part)
+    def update(self, *fields: Tensor) -> None:
+        """Take in the same as the Gram matrix had."""
+        theta = self.gram.conditional.theta
+        for rows, right in self.gram.pieces(*fields):
+            residual = torch.einsum("bmd,bd->bm", rows, torch.einsum("bmd,m->bd", rows, theta)) - right
             self.meat += residual.T @ residual
 
     def finish(self) -> None:

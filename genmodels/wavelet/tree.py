@@ -34,7 +34,7 @@ class Level(nn.Module):
         super().__init__()
         self.packets, self.ring, self.size = packets, ring, packets.size
         self.conditional = packets.depth > 0
-        index = (packets.band == ring).flatten().nonzero().squeeze(1)
+        index = self._mask().flatten().nonzero().squeeze(1)
         height, width = (n >> packets.depth for n in self.size)
         row, column = index // self.size[1] // height, index % self.size[1] // width
         tile = torch.unique(row * 2**packets.depth + column, return_inverse=True)[1]
@@ -78,6 +78,28 @@ class Level(nn.Module):
 
     def _mask(self) -> Tensor:
         return (self.packets.band == self.ring).double()
+
+
+class Known(Level):
+    """What a level is given, as a level that draws all of it: functions of it have their derivatives by these.
+
+    Args:
+        packets: of the grid.
+        ring: q; the coefficients are those of the bands below it.
+    """
+
+    def __init__(self, packets: Packets, ring: int = 1) -> None:
+        super().__init__(packets, ring)
+        self.conditional = False
+
+    @property
+    def label(self) -> str:
+        return f"the free energy on {self.size[0]}x{self.size[1]}" + (
+            f" bands < {self.ring}/{2**self.packets.depth}" if self.packets.depth else ""
+        )
+
+    def _mask(self) -> Tensor:
+        return (self.packets.band < self.ring).double()
 
 
 class Tree(nn.Module):
@@ -161,12 +183,25 @@ class Tree(nn.Module):
         """The field of every level, coarse to fine, of fields x [*, H, W]: the last one is x itself."""
         fields = []
         for k in range(len(self.levels) - 1, 0, -1):
-            level = self.levels[k]
             fields.append(x)
-            x = x - level.synthesize(level.detail(x))
-            if self.begins[k]:
-                x = self.coarsen(x)
+            x = self.lower(k, x)
         return [x, *reversed(fields)]
+
+    def lower(self, k: int, y: Tensor) -> Tensor:
+        """The field of level k - 1, of the field y of level k."""
+        known = self.given(k, y)
+        return self.coarsen(known) if self.begins[k] else known
+
+    def lift(self, k: int, y: Tensor) -> Tensor:
+        """The adjoint of `lower`: takes gradients by the field of level k - 1 to those by the field of level k."""
+        return self.refine(y) if self.begins[k] else self.given(k, y)
+
+    def known(self, k: int) -> Known:
+        """What level k >= 1 is given, on the grid of the field of level k - 1."""
+        level = self.levels[k]
+        if self.begins[k]:
+            return Known(Packets(self.levels[k - 1].size, self.wavelet, 0))
+        return Known(level.packets, level.ring)
 
     def base(self, k: int, below: Tensor | None, count: int, like: Tensor) -> Tensor:
         """[B, H, W] what is known of the field of level k, given the field of level k - 1 (None at the coarsest)."""
