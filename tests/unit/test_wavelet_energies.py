@@ -175,6 +175,21 @@ def test_bands_are_the_sums_of_their_definition():
     assert ("0,0", "0,0") not in pairs and len(pairs) == 9
 
 
+def test_without_their_sum_powers_of_bands_enter_as_differences():
+    """And all other features stay: a potential, which holds ½ Σ u², can stand beside them."""
+    level, u = Tree((8, 8), "db4", 1).levels[-1], draw(3, 8, 8)
+    full, less = Bands(1, own=True, level=level), Bands(1, level=level)
+    values, power = (dict(zip(term.names, term.features(u).T, strict=True)) for term in (full, less))
+    marked = {name.split(" less ")[0]: name for name in less.names if " less " in name}
+    assert set(marked) == {f"band {band} with {band} at 0,0" for band in ("1,0", "1,1")}
+    for name, difference in marked.items():
+        expected = values[name] - values["band 0,1 with 0,1 at 0,0"]
+        torch.testing.assert_close(power[difference], expected, rtol=1e-12, atol=1e-12)
+    rest = set(power) - set(marked.values())
+    assert rest == set(values) - set(marked) - {"band 0,1 with 0,1 at 0,0"}
+    assert all(torch.equal(power[name], values[name]) for name in rest)
+
+
 @pytest.mark.parametrize(("size", "reach", "count"), [(64, 4, 639 - 30), (128, 6, 1299 - 30)])
 def test_bands_count_as_published(size, reach, count):
     """Parameters of one octave without the 30 of the potential: 6 pairs of S shifts, 3 tiles with (S + 1)/2."""
