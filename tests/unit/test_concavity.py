@@ -81,8 +81,9 @@ def double_well(level=None) -> Conditional:
     potential = made.terms[1]
     potential.interval.copy_(torch.tensor([-2.0, 2.0], dtype=torch.float64))
     t = torch.linspace(-2, 2, 101, dtype=torch.float64)
-    slopes = potential.gradients(t.view(1, 1, -1))[0, :, 0].T
+    slopes = potential.gradients(t.view(1, 1, -1))[0, : potential.inside, 0].T
     found = torch.linalg.lstsq(slopes, (4 * t**3 - 5 * t).unsqueeze(1)).solution.squeeze(1)
+    found = torch.cat([found, found.new_zeros(len(potential) - potential.inside)])
     made.theta.copy_(torch.cat([torch.tensor([-0.68, 0.0], dtype=torch.float64), found])[: len(made.theta)])
     return made
 
