@@ -82,6 +82,7 @@ def test_a_large_stack_is_read_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("genmodels.data.field_files.SOME", 3)
     np.save(tmp_path / "a.npy", maps())
     x = everything(FieldFiles(str(tmp_path / "a.npy"), val=1, test=1))
+    assert sorted(sources(x)) == list(range(10))
     assert torch.equal(x[:, 0], torch.from_numpy(maps())[sources(x)])
 
 

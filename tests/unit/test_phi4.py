@@ -172,6 +172,13 @@ def test_groups_of_chains_do_not_change_what_is_asked_for(monkeypatch):
     assert len(torch.cat(groups).flatten(1).unique(dim=0)) == 43
 
 
+def test_sweeps_before_and_between_the_items_of_a_chain(monkeypatch):
+    monkeypatch.setattr(phi4_lattice, "start", lambda count, size, source: torch.zeros(count, size, size))
+    monkeypatch.setattr(phi4_lattice, "sweep", lambda phi, beta, source: phi + 1)
+    (fields,) = chains(2, 0.5, 5, 3, 7, 2, "counted")
+    assert fields[:, 0, 0].tolist() == [7, 7, 9, 9, 11]
+
+
 def test_the_binder_cumulant_of_known_laws():
     signs = torch.ones(1000, 1, 2, 2)
     signs[::2] = -1
