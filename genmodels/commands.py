@@ -93,7 +93,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
     print(f"warning: {message}{place}", file=sys.stderr)
 
 
-def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Configuration files and overrides; a folder stands for its config.yaml.
 
     Raises:
@@ -166,7 +166,7 @@ def train(argv: Sequence[str]) -> int | None:
         print(registry.describe_name(given.describe))
         return None
     axes = [word for word in given.sweep or () if "=" in word and not Path(word).is_file()]
-    files, overrides = _split([*given.config, *(word for word in given.sweep or () if word not in axes)])
+    files, overrides = split_words([*given.config, *(word for word in given.sweep or () if word not in axes)])
     if not files:
         raise registry.ConfigError(
             "no configuration file was given. Try: python train.py configs/digits/flow_matching.yaml"
@@ -219,8 +219,9 @@ def _sweep(given: argparse.Namespace, files: list[str], overrides: list[str], ax
 
 @guarded
 def sample(argv: Sequence[str]) -> None:
-    """Draw samples of a run; sample i depends on seed i alone. Or edit or invert pictures by it."""
+    """Draw samples of a run; sample i depends on seed i alone. Or edit, invert or upsample items by it."""
     from .editing.command import add_options
+    from .wavelet import upsample_command
 
     parser = argparse.ArgumentParser("sample.py", description=sample.__doc__, formatter_class=_Formatter)
     parser.add_argument("run", nargs="?", help="folder of a run (none with --pipeline)")
@@ -246,9 +247,11 @@ def sample(argv: Sequence[str]) -> None:
         help="seeds per call of the model (default: a quarter, 8 to 256); of edits, items (256; 1 of a pipeline)",
     )
     add_options(parser)
+    upsample_command.add_options(parser)
     given = parser.parse_intermixed_args(list(argv))
 
     from .editing.run_command import check_place, check_unused, edit_run
+    from .registry import ConfigError
     from .training import processes
 
     editing = given.edit is not None or given.invert is not None
@@ -256,6 +259,12 @@ def sample(argv: Sequence[str]) -> None:
         check_unused(given)
     check_place(given)
     act = edit_run if editing else _sample
+    if given.upsample is None:
+        upsample_command.check_unused(given)
+    elif editing or given.pipeline is not None:
+        raise ConfigError("--upsample: is neither for editing nor for pipelines; choose one.")
+    else:
+        act = upsample_command.upsample_run
     if given.pipeline is not None:
         from .editing.pipeline_command import edit_pipeline as act
     device = processes.place(given.device)
@@ -342,6 +351,7 @@ ELSEWHERE = {
     "evaluate": ".evaluation.evaluate",
     "leaderboard": ".evaluation.leaderboard",
     "compare": ".evaluation.compare",
+    "concavity": ".wavelet.concavity_command",
     "reference": ".metrics.reference_command",
     "export": ".export.write",
     "import": ".export.read",
@@ -353,6 +363,7 @@ VERBS = """usage: genmodels VERB …
   evaluate     score runs under a protocol
   leaderboard  make the tables and the page of results
   compare      compare the results of runs in words, with intervals
+  concavity    measure how convex a wavelet model's energies are, and suggest the width of its packets
   reference    write the statistics of reference data to a file
   plots        draw the training curves of runs
   export       write a diffusion model as a pipeline folder of diffusers
@@ -363,7 +374,10 @@ Each answers --help.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`genmodels train|sample|evaluate|leaderboard|compare|reference|plots|export|import …`, also by `python -m`."""
+    """`genmodels train|sample|evaluate|leaderboard|compare|concavity|reference|plots|export|import …`.
+
+    Also by `python -m genmodels`.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     verbs = {
         "train": train,

@@ -268,3 +268,18 @@ class GaussianMixture(Distribution):
 def _wide(value: Scalar, like: Tensor) -> Scalar:
     """A number or [] or [B] tensor in float64 that broadcasts against [B, *]."""
     return expand_like(value.double(), like) if isinstance(value, Tensor) else value
+
+
+def inverse_cdf(edges: Tensor, ends: Tensor, u: Tensor) -> Tensor:
+    """Where a law of N cells, uniform within each, has the distribution function u.
+
+    Args:
+        edges: [N + 1] rising.
+        ends: [N] distribution function at the upper edges; the last is 1.
+        u: [*] in [0, 1], float64.
+    """
+    edges, ends = edges.to(u.device), ends.to(u.device)
+    cell = torch.searchsorted(ends, u, right=True).clamp(max=len(ends) - 1)
+    begin = torch.where(cell > 0, ends[(cell - 1).clamp(min=0)], 0.0)
+    inside = ((u - begin) / (ends[cell] - begin).clamp(min=1e-300)).clamp(0, 1)
+    return torch.lerp(edges[cell], edges[cell + 1], inside)

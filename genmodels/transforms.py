@@ -200,6 +200,37 @@ class Logit(Transform):
         return unit.clamp(0, 1) * (self.high - self.low) + self.low
 
 
+@register(Transform, "log_shift")
+class LogShift(Transform):
+    """y = log(1 + x/shift), for data above -shift with a heavy upper tail (densities, convergence maps).
+
+    log|dy/dx| = -log(shift + x) per component.
+
+    Args:
+        shift: > 0, in units of the data.
+    Raises:
+        ValueError: unless shift > 0; of data, if any is at or below -shift.
+    Source: Hilbert et al. 2011 (Cosmic shear covariance: the log-normal approximation).
+    """
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        if not 0 < shift < math.inf:
+            raise ValueError(f"log_shift: shift > 0 is needed, found {shift}.")
+        self.shift = shift
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        if (x <= -self.shift).any():
+            raise ValueError(
+                f"log_shift: the data go down to {float(x.min()):.4g}, but only those above -{self.shift:g} have a "
+                "logarithm. Take a larger shift."
+            )
+        return torch.log1p(x / self.shift), sum_items(-(x + self.shift).log())
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return self.shift * torch.expm1(y.clamp(max=80.0))  # float32 ends at e^88.7
+
+
 @register(Transform, "compose")
 class Compose(Transform):
     """Transforms applied one after another, each built for the shape that the one before it leaves.

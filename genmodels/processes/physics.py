@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..distributions import inverse_cdf
 from ..registry import ConfigError, register
 from ..rng import Noise
 from ..types import Shape, expand_like
@@ -50,12 +51,7 @@ class Quartic(Prior):
         ) / self.temperature
 
     def sample(self, noise: Noise, shape: Shape, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        u = noise.uniform(*shape, dtype=torch.float64)
-        edges, ends = self.edges.to(u.device), self.ends.to(u.device)
-        cell = torch.searchsorted(ends, u, right=True).clamp(max=CELLS - 1)
-        begin = torch.where(cell > 0, ends[(cell - 1).clamp(min=0)], 0.0)
-        inside = ((u - begin) / (ends[cell] - begin).clamp(min=1e-300)).clamp(0, 1)
-        return torch.lerp(edges[cell], edges[cell + 1], inside).to(dtype)
+        return inverse_cdf(self.edges, self.ends, noise.uniform(*shape, dtype=torch.float64)).to(dtype)
 
     def log_density(self, y: Tensor) -> Tensor:
         return self._action(y) - self.log_normalizer

@@ -35,6 +35,9 @@ TANH = {"name": "mlp", "hidden": [16], "activation": "tanh"}
 MADE, TWO = {"name": "made", "hidden": 24, "blocks": 1}, {"components": 2}
 CLASSIFY = {"name": "contract_series", "task": "classify"}
 
+EVEN = {"name": "potential", "even": True, "basis": {"name": "b_spline", "count": 6}}
+BRIEF = {"starts": 8, "adapt": 10, "record": 20, "least": 4, "most": 4}
+
 
 def langevin(prior: str, scale: float) -> dict:
     """A process that relaxes within 5 units of its time."""
@@ -140,6 +143,13 @@ EXAMPLES = {
     ],
     "neural_sde_forecast": [("contract_paths", {"controller": {"name": "fixed", "steps": 2}, "drift": TANH})],
     "latent_sde": [("contract_series", {"drift": TANH, "control": TANH, "sigma": 0.3, "learn_sigma": True})],
+    "cslc": [
+        ("contract_fields", {"energy": ["quadratic", EVEN], "octaves": 1, "tuning": BRIEF}),
+        (
+            "contract_fields",
+            {"energy": [EVEN, {"name": "bands", "reach": 0}], "octaves": 1, "subdivisions": 2, "tuning": BRIEF},
+        ),
+    ],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
         ("contract_images", {"blur": 0.7, "share": 0.6}),
@@ -185,6 +195,17 @@ def data_sets():
             for split, n in {"train": 40, "val": 4, "test": 4}.items():
                 noise = BatchNoise(n, generator=generator("contract", split))
                 self.hold(split, Batch((noise.uniform(3, 8, 12) * 4).floor(), condition=noise.normal(5)))
+
+    @registry.register(Dataset, "contract_fields")
+    class Fields(InMemory):
+        """White noise and its average over 2 x 2 pixels, on 4 x 8 pixels."""
+
+        shape = (1, 4, 8)
+
+        def __init__(self) -> None:
+            for split, n in {"train": 300, "val": 4, "test": 4}.items():
+                x = BatchNoise(n, generator=generator("contract", split)).normal(1, 4, 8)
+                self.hold(split, Batch(x + (x + x.roll(1, 2) + x.roll(1, 3) + x.roll((1, 1), (2, 3))) / 4))
 
     @registry.register(Dataset, "contract_bits")
     class Bits(InMemory):

@@ -21,6 +21,7 @@ EXAMPLES = {
     "affine": {"loc": 8.5, "scale": 3.0},
     "dequantize": {"levels": LEVELS},
     "logit": {"low": -1.0, "high": 18.0, "alpha": 0.01},
+    "log_shift": {"shift": 2.0},
     "compose": {
         "parts": [{"name": "dequantize", "levels": LEVELS}, {"name": "logit", "low": 0, "high": 17}, "standardize"]
     },

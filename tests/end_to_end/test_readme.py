@@ -81,7 +81,7 @@ def test_training_commands_resolve(monkeypatch):
         if given.describe:
             assert registry.describe_name(given.describe)
             continue
-        files, overrides = commands._split(given.config)
+        files, overrides = commands.split_words(given.config)
         assert all(plan.name for plan in grid(files, overrides, given.sweep or ()))
 
 

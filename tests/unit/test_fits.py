@@ -11,11 +11,11 @@ VALUES = np.arange(12.0).reshape(3, 4)
 
 
 def table(**cards: object) -> bytes:
-    """An extension with a binary table of 5 rows of 600 bytes, and 20 bytes of heap."""
-    head = {"BITPIX": 8, "NAXIS": 2, "NAXIS1": 600, "NAXIS2": 5, "PCOUNT": 20, "GCOUNT": 1, "TFIELDS": 1} | cards
+    """An extension with a binary table of 5 rows of 600 bytes, and 3000 bytes of heap."""
+    head = {"BITPIX": 8, "NAXIS": 2, "NAXIS1": 600, "NAXIS2": 5, "PCOUNT": 3000, "GCOUNT": 1, "TFIELDS": 1} | cards
     lines = [fits_card("XTENSION", "BINTABLE"), *(fits_card(key, value) for key, value in head.items())]
     header = b"".join(lines) + b"END".ljust(80)
-    return header + b" " * (-len(header) % 2880) + b"\x07" * 3020 + bytes(2 * 2880 - 3020)
+    return header + b" " * (-len(header) % 2880) + b"\x07" * 6000 + bytes(3 * 2880 - 6000)
 
 
 def read(tmp_path, content: bytes):

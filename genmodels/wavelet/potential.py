@@ -1,0 +1,157 @@
+"""The potential of single pixels: Σ_i v(u_i), with a guard for its tails."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..registry import register
+from ..types import sum_items
+from .bases import Basis, BSpline
+from .terms import Term
+from .tree import Level
+
+SHARE, LEAST, MOST = 1e-3, 30, 0.1  # of the training pixels beyond each end: which share, but how many at least
+NODES = 4001  # where the least curvature is looked for
+
+
+@register(Term, "potential")
+class Potential(Term):
+    """Σ_k θ_k Σ_i ρ_k(u_i): a potential v of each pixel of the level's grid, in a fixed basis.
+
+    On an interval [a, b] that holds all but a thousandth of the training pixels at either end, v = Σ θ_k ρ_k. Beyond, v
+    goes on as a parabola with the slope at the end: v(b) + v'(b)(t - b) + κ(t - b)²/2. Its curvature κ is a parameter
+    too (one for both ends of an even potential), which a guard may raise so that no chain runs away.
+
+    Args:
+        basis: the functions ρ_k, of s = 2(t - a)/(b - a) - 1.
+        even: v(-t) = v(t) and a = -b, for fields whose law has that symmetry.
+        warp: take ρ_k of asinh(t - median) instead of t, for skewed fields with heavy tails.
+    Attributes:
+        guards: whether its tails may be raised to keep chains from running away.
+    Source: Guth et al. 2023 (Conditionally strongly log-concave generative models).
+    """
+
+    guards = True  # its tails act on every pixel
+    interval: Tensor
+    centre: Tensor
+
+    def __init__(self, basis: Basis = BSpline(), even: bool = False, warp: bool = False, *, level: Level) -> None:
+        super().__init__(level)
+        self.basis, self.even, self.warp = basis, even, warp
+        eye, half = torch.eye(basis.count, dtype=torch.float64), basis.count // 2
+        if even:
+            expansion = (eye - eye.flip(0))[:half]
+        elif basis.spans_linear and level.conditional:
+            # Σ u_i has no detail, so that v = t is invisible: one function less spans the rest (nearly, of a warped t)
+            expansion = torch.cat([eye[:half], eye[half + 1 :]])
+        else:
+            expansion = eye
+        self.inside = len(expansion)  # features; the others are of the tails
+        self.names = [f"potential {k + 1}/{self.inside}" for k in range(self.inside)]
+        self.names += ["tails"] if even else ["lower tail", "upper tail"]
+        self.register_buffer("expansion", expansion, persistent=False)
+        self.register_buffer("interval", torch.tensor([-1.0, 1.0], dtype=torch.float64))
+        self.register_buffer("centre", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("weights", level.weights(), persistent=False)
+
+    def fit(self, u: Tensor) -> None:
+        values = u.flatten()
+        if self.warp:
+            self.centre.copy_(values.median())
+        share = min(MOST, max(SHARE, LEAST / len(values)))
+        if self.even:
+            end = values.abs().quantile(1 - 2 * share)
+            self.interval.copy_(torch.stack((-end, end)))
+        else:
+            self.interval.copy_(values.quantile(values.new_tensor([share, 1 - share])))
+
+    def _tails(self, beyond: Tensor) -> Tensor:
+        """[*, 1 or 2] how far u is beyond the lower and the upper end, or beyond any of an even potential."""
+        parts = (beyond,) if self.even else (beyond.clamp(max=0), beyond.clamp(min=0))
+        return torch.stack(parts, -1)
+
+    def _curvatures(self, theta: Tensor) -> tuple[float, float]:
+        """κ of the lower and the upper tail."""
+        low, high = theta[self.inside :].expand(2).tolist()
+        return low, high
+
+    def raise_tails(self, theta: Tensor, missing: float) -> Tensor:
+        """Raise the flatter tail in place by `missing`, the other at least to the same; [M] which are as flat then."""
+        tails = theta[self.inside :]
+        least = float(tails.min()) + missing
+        tails.clamp_(min=least)
+        return torch.cat((torch.zeros(self.inside, dtype=torch.bool, device=theta.device), tails < least + 1e-9))
+
+    def _places(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """s of u, clamped to [-1, 1]; how far u is beyond the interval; ds/du and d²s/du²."""
+        low, high = self.interval.tolist()
+        inside = u.clamp(low, high)
+        if not self.warp:
+            rate = 2 / (high - low)
+            s = (inside - low) * rate - 1
+            return s.clamp(-1, 1), u - inside, torch.full_like(u, rate), torch.zeros_like(u)
+        centre = self.centre.item()
+        start, end = math.asinh(low - centre), math.asinh(high - centre)
+        rate, moved = 2 / (end - start), inside - centre
+        s = (torch.asinh(moved) - start) * rate - 1
+        root = torch.rsqrt(1 + moved.square())
+        return s.clamp(-1, 1), u - inside, rate * root, -rate * moved * root**3
+
+    def features(self, u: Tensor) -> Tensor:
+        s, beyond, rate, _ = self._places(u)
+        value = self.basis.derivatives(s, 0) + self.basis.derivatives(s, 1) * (rate * beyond).unsqueeze(-1)
+        inside = value.sum((1, 2), dtype=torch.float64) @ self.expansion.T
+        return torch.cat((inside, 0.5 * self._tails(beyond).square().sum((1, 2), dtype=torch.float64)), 1)
+
+    def gradients(self, u: Tensor) -> Tensor:
+        s, beyond, rate, _ = self._places(u)
+        slopes = (self.basis.derivatives(s, 1) @ self.expansion.to(u).T) * rate.unsqueeze(-1)
+        return torch.cat((slopes, self._tails(beyond)), -1).movedim(-1, 1).contiguous()
+
+    def laplacians(self, u: Tensor) -> Tensor:
+        s, beyond, rate, bend = self._places(u)
+        weight = self.weights.to(u) * (beyond == 0)
+        curved = torch.einsum("bhw,bhwk->bk", weight * rate.square(), self.basis.derivatives(s, 2))
+        if self.warp:
+            curved = curved + torch.einsum("bhw,bhwk->bk", weight * bend, self.basis.derivatives(s, 1))
+        tails = (self.weights.to(u).unsqueeze(-1) * (self._tails(beyond) != 0)).sum((1, 2))
+        return torch.cat((curved.double() @ self.expansion.T, tails.double()), 1)
+
+    def shape(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """v, v' and v'' at u [*]."""
+        s, beyond, rate, bend = self._places(u)
+        inside = theta[: self.inside].to(self.expansion) @ self.expansion
+        value, slope, curvature = self.basis.combine(inside, s)
+        slope, curvature = slope * rate, curvature * rate.square() + slope * bend
+        low, high = self._curvatures(theta)
+        tail = torch.full_like(u, high).masked_fill_(beyond < 0, low)
+        return (
+            value + slope * beyond + 0.5 * tail * beyond.square(),
+            slope + tail * beyond,
+            torch.where(beyond == 0, curvature, tail),
+        )
+
+    def energy(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope, _ = self.shape(theta, u)
+        return sum_items(value), slope
+
+    def hessian(self, theta: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return self.shape(theta, u)[2] * v
+
+    def laplacian(self, theta: Tensor, u: Tensor) -> Tensor:
+        return sum_items(self.weights.to(u) * self.shape(theta, u)[2])
+
+    def diagonal(self, theta: Tensor, u: Tensor) -> Tensor:
+        mean = self.shape(theta, u)[2].mean(0, dtype=torch.float64)
+        rows, columns = self.level.packets.rows.square(), self.level.packets.columns.square()
+        return (rows @ mean @ columns.T).flatten()[self.level.index]
+
+    def at_infinity(self, theta: Tensor, v: Tensor) -> Tensor:
+        return min(self._curvatures(theta)) * v
+
+    def least_curvature(self, theta: Tensor) -> float:
+        """min v'' less the curvature of the flatter tail, or 0 where that curves least."""
+        low, high = self.interval.tolist()
+        places = torch.linspace(low, high, NODES, dtype=torch.float64, device=self.interval.device)
+        return min(0.0, float(self.shape(theta, places)[2].min()) - min(self._curvatures(theta)))
