@@ -194,7 +194,14 @@ class CSLC(Scored, WholeField, Model):
         return self._drawn(y, last + 1, seeds, num_steps, batch_size, "upsample")
 
     def coarsen(self, x: Tensor, octaves: int = 1) -> Tensor:
-        """[B, 1, H/2^j, W/2^j] low-pass fields of items x, in data units."""
+        """[B, 1, H/2^j, W/2^j] low-pass fields of items x, in data units.
+
+        Raises:
+            ValueError: if the grid cannot be halved so often.
+        """
+        most = len({level.size for level in self.tree.levels}) - 1
+        if not 1 <= octaves <= most:
+            raise ValueError(f"coarsen: this model has {most} octaves, asked for {octaves}.")
         y = self.transform(x)[0].squeeze(1) - self.mean.to(x)
         for _ in range(octaves):
             y = self.tree.coarsen(y) / 2
