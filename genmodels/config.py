@@ -4,10 +4,11 @@ Files are merged in order (each after the files of its `base:`), then command-li
 against the registry and every default is filled in, so that the result says everything about a run.
 """
 
+import copy
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -270,7 +271,7 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         hint = near(path.name, (p.name for p in path.parent.glob("*.y*ml")))
         raise ConfigError(f"{path}: there is no such file{named}.{hint}")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        tree = copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except Exception as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -280,6 +281,12 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     for parent in convert(tuple[str, ...], [base] if isinstance(base, str) else base, f"{path}: base"):
         merged = overlay(merged, read(path.parent / parent, (*seen, path)))
     return overlay(merged, tree)
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """YAML as plain data; bases and the configuration of a run are read many times, and parsing takes milliseconds."""
+    return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
 
 
 def dotlist(overrides: Iterable[str]) -> dict:

@@ -152,9 +152,10 @@ def arguments(f: Callable) -> tuple[Argument, ...]:
     return tuple(found)
 
 
-def supplied(f: Callable) -> list[str]:
+@functools.cache
+def supplied(f: Callable) -> tuple[str, ...]:
     """The keyword-only arguments without default: the run supplies them."""
-    return [p.name for p, _ in parameters(f) if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    return tuple(p.name for p, _ in parameters(f) if p.kind is p.KEYWORD_ONLY and p.default is p.empty)
 
 
 def _as_node(hint: Any, default: Any) -> Any:

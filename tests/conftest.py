@@ -16,7 +16,8 @@ torch.set_num_threads(1)
 gc.disable()
 
 
-settings.register_profile("repository", deadline=None)  # machines are shared: a slow example is no fault
+# machines are shared: a slow example is no fault; examples are new in every run
+settings.register_profile("repository", deadline=None, max_examples=30)
 settings.load_profile("repository")
 
 

@@ -27,7 +27,7 @@ from tests.oracles import grid as plane
 
 A = torch.tensor([[0.3, -0.7, 0.1], [0.5, -0.2, 0.4], [-0.1, 0.2, 0.25]], dtype=torch.float64)
 START = torch.tensor([[1.0, 2.0, -1.0]], dtype=torch.float64)
-TIGHT = PI(1e-11, 1e-11)
+TIGHT = PI(1e-9, 1e-9)
 FIELD = {"name": "concat_mlp", "hidden": [12, 12], "time": "squash"}
 PLAIN = {"num_classes": None, "condition_shape": None}
 T = torch.tensor(0.3, dtype=torch.float64)
@@ -379,7 +379,7 @@ def test_penalties_see_the_points_alone_and_reuse_the_jacobian_of_the_divergence
     """A linear field: |∂v/∂x|² = T²|A|² everywhere, v = T A x, and d²x/dt² = T² A² x."""
     x, how = (
         randn(4, 3),
-        {"controller": {"name": "pi", "rtol": 1e-9, "atol": 1e-9, "norm": "batch"}, "divergence": "exact"},
+        {"controller": {"name": "pi", "rtol": 1e-7, "atol": 1e-7, "norm": "batch"}, "divergence": "exact"},
     )
 
     def charged(divergence: str, **regularizer: object) -> Tensor:

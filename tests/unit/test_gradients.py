@@ -307,15 +307,14 @@ def test_gradients_of_closed_forms(name, problem, grid):
         torch.testing.assert_close(times.grad[:, 3].sum(), rows.grad[:, 3].sum(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("save", ["last", "all"])
-@pytest.mark.parametrize("grid", ["shared", "backwards", "own"])
+@pytest.mark.parametrize(("grid", "save"), [("shared", "all"), ("backwards", "last"), ("own", "last"), ("own", "all")])
 @pytest.mark.parametrize("control", CONTROLS)
 def test_continuous_gradients_agree_with_backprop(control, grid, save):
-    """Of a network: both are exact up to the errors of the solves, which at 1e-9 (or 36 steps) are below 1e-6."""
+    """Of a network: both are exact up to the errors of the solves, which at 1e-8 (or 36 steps) are below 1e-6."""
     if (control, grid) == ("batch", "own"):
         pytest.skip("one clock has no rows of their own")
     times = {"shared": SHARED, "backwards": SHARED.flip(0), "own": OWN}[grid]
-    control = {"fixed": Fixed(12), "row": PI(1e-9, 1e-9), "batch": PI(1e-9, 1e-9, norm="batch")}[control]
+    control = {"fixed": Fixed(12), "row": PI(1e-8, 1e-8), "batch": PI(1e-8, 1e-8, norm="batch")}[control]
     wanted = results(Backprop(), control, times, save)
     if isinstance(control, Fixed) and grid == "own":
         wanted[2] = None  # which of two equal times moved is a convention

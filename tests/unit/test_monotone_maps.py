@@ -121,7 +121,7 @@ def test_a_mixture_is_the_logit_of_its_distribution_function():
 @pytest.mark.parametrize("spread", [1.0, 6.0, 20.0])
 def test_the_inverse_of_a_mixture_is_exact_to_rounding(spread, dtype):
     """|f(f⁻¹(y)) - y| within 8 ulp of what is rounded: y, the point times the slope, z_k, and log π_k."""
-    map, n = LogisticMixture(), 20_000
+    map, n = LogisticMixture(), 5_000
     raw = draw(map.parameters, n, spread=spread, dtype=dtype)
     y = torch.cat((draw(n - 4, seed=1, spread=10.0, dtype=dtype), torch.tensor([-1e6, -1e3, 1e3, 1e6], dtype=dtype)))
     x, log_slope = map(y, raw, inverse=True)

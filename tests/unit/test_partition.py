@@ -11,7 +11,7 @@ from genmodels.rng import BatchNoise, generator
 from genmodels.transforms import Transform
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     n=st.integers(1, 400), val=st.floats(0, 0.45), test=st.floats(0, 0.45), order=st.sampled_from(["file", "shuffled"])
 )

@@ -168,7 +168,7 @@ def test_loss_is_the_mean_squared_error_of_what_counts(name):
 # ---- oracles ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(0, 99))
 def test_observations_are_those_of_a_plain_loop(seen, seed):
     seen = [[*row[:4], row[4] or not any(row)] for row in seen]

@@ -326,7 +326,7 @@ def test_what_the_run_supplies_may_be_of_any_type(fake):
     class Free(fake.FakeNet):
         def __init__(self, *, tensors: list[bytes]) -> None: ...
 
-    assert registry.supplied(Free) == ["tensors"] and registry.arguments(Free) == ()
+    assert registry.supplied(Free) == ("tensors",) and registry.arguments(Free) == ()
 
 
 def test_names_and_kinds_are_unique(fake):

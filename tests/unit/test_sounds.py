@@ -79,8 +79,8 @@ def test_pictures_of_any_number_of_sounds_are_light(tmp_path, n, samples):
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("L"))
     assert len(np.unique(pixels)) > 20 and pixels.shape[1] == int(72 * (3.1 * min(n, 4) + 1.5))
-    silence = write_picture(tmp_path / "z", torch.full_like(x, torch.nan), dataset, {})
-    assert silence.exists()
+    if n == 3:
+        assert write_picture(tmp_path / "z", torch.full_like(x, torch.nan), dataset, {}).exists()
 
 
 def test_colour_bars_keep_their_colours(tmp_path):

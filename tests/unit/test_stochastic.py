@@ -159,7 +159,7 @@ def test_strong_orders_where_the_diffusion_is_curved(name):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_moments_of_an_ornstein_uhlenbeck_process(name):
     """dx = -1.5 x dt + 0.7 dW from 1 to T = 2: mean 0.0497870684 and variance 0.1629284705."""
-    process, paths = OrnsteinUhlenbeck(1.5, 0.0, 0.7), 10_000
+    process, paths = OrnsteinUhlenbeck(1.5, 0.0, 0.7), 4_000
     assert process.moments(2.0, time(1.0))[0].item() == pytest.approx(0.0497870684, abs=1e-10)
     assert process.moments(2.0, time(1.0))[1] == pytest.approx(0.1629284705, abs=1e-10)
     sde = RowSDE(process.drift, lambda t, x: torch.full_like(x, 0.7), noise_type="additive")

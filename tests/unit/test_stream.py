@@ -36,7 +36,7 @@ class Numbers(Dataset):
         return Batch(rows.float())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, sizes(), st.integers(1, 4))
 def test_every_epoch_covers_the_data_exactly_once(seed, shape, epochs):
     size, batch = shape
@@ -57,7 +57,7 @@ def test_the_order_of_a_seed_is_fixed():
     assert indices(0, 1, 8, 10).tolist() == [5, 1, 0, 5, 1, 7, 8, 6]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, sizes(), st.integers(0, 30), st.integers(0, 30))
 def test_resuming_gives_the_identical_remainder(seed, shape, start, more):
     size, batch = shape
@@ -67,7 +67,7 @@ def test_resuming_gives_the_identical_remainder(seed, shape, start, more):
     assert [rows for _, rows in rest] == whole[start:]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(SEEDS, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 40), st.integers(0, 5))
 def test_what_is_seen_does_not_depend_on_the_number_of_processes(seed, world, parts, each, extra, step):
     batch = world * parts * each
