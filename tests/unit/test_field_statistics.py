@@ -112,6 +112,7 @@ def test_power_of_plane_waves_and_of_everything():
 
 def test_rings_are_half_open_and_count_in_cycles_per_longer_side():
     assert rings(8, 8)[1, 0] == rings(8, 8)[1, 1] == 1 and rings(8, 8)[2, 2] == 3
+    assert rings(32, 32)[8, 3] == 9 and rings(32, 32)[4, 2] == 4  # 8.54 and 4.47
     assert wave_numbers(4, 16)[1, 0] == 4 and wave_numbers(4, 16)[0, 1] == 1
     x = white(2, 16, "ring")
     by_hand = power(x)[:, rings(16, 16) == 5].mean(1)
