@@ -15,7 +15,7 @@ from genmodels.wavelet.bases import BSpline
 from genmodels.wavelet.chains import MALA, begin
 from genmodels.wavelet.conditional import Conditional
 from genmodels.wavelet.cslc import CSLC
-from genmodels.wavelet.free_energy import Bridge, log_normalizer
+from genmodels.wavelet.free_energy import Bridge, _log_mean, log_normalizer
 from genmodels.wavelet.potential import Potential
 from genmodels.wavelet.terms import Quadratic, Term
 from genmodels.wavelet.tree import Tree
@@ -142,7 +142,7 @@ def fit(x, terms, free_energy=None, transform=None, **options):
 # ---- log Z of a conditional ----
 
 
-@pytest.mark.parametrize("method, particles", [("integration", 2), ("annealing", 6)])
+@pytest.mark.parametrize("method, particles", [("integration", 2), ("annealing", 4)])
 def test_log_z_of_a_gaussian_is_half_a_log_determinant(method, particles):
     c = gaussian_conditional()
     base = 0.5 * Tree((8, 8)).given(3, gaussian_fields(40, 8, 1).squeeze(1))
@@ -154,8 +154,8 @@ def test_log_z_of_a_gaussian_is_half_a_log_determinant(method, particles):
 @pytest.mark.parametrize("method", ["integration", "annealing"])
 def test_log_z_of_phi4_on_four_sites(method):
     level = Tree((2, 2), "haar", octaves=0).levels[0]
-    c, base = phi4_conditional(level), torch.zeros(48, 2, 2)
-    found = log_normalizer(c, MALA(), base, SeedNoise(48), method=method, nodes=6, particles=6)
+    c, base = phi4_conditional(level), torch.zeros(32, 2, 2)
+    found = log_normalizer(c, MALA(), base, SeedNoise(32), method=method, nodes=5, particles=4)
     within(found.value, torch.tensor(LOG_Z_2X2, dtype=torch.float64), found.stderr)
 
 
@@ -168,9 +168,25 @@ def test_log_z_of_three_details_given_the_mean():
     exact = torch.stack([c.potential(b.double().expand(len(z), 2, 2))(z)[0].neg().logsumexp(0) for b in base])
     exact += 3 * math.log(float(t[1] - t[0]))
     assert (exact.max() - exact.min()) > 1  # the mean matters
-    found = log_normalizer(c, MALA(), base.repeat_interleave(24, 0), SeedNoise(72), nodes=6, burn=8, record=25)
-    for rows, value in zip(torch.arange(72).split(24), exact, strict=True):
+    found = log_normalizer(c, MALA(), base.repeat_interleave(16, 0), SeedNoise(48), nodes=5, burn=8, record=20)
+    for rows, value in zip(torch.arange(48).split(16), exact, strict=True):
         within(found.value[rows], value, found.stderr[rows])
+
+
+@pytest.mark.parametrize("method", ["integration", "annealing"])
+def test_a_constant_of_the_energy_comes_off_log_z(method):
+    c, base = gaussian_conditional(), torch.zeros(2, 8, 8, dtype=torch.float64)
+    options = {"method": method, "nodes": 3, "burn": 1, "record": 2}
+    found, energy = log_normalizer(c, MALA(), base, SeedNoise(2), **options), c.energy
+    c.energy = lambda u: (energy(u)[0] + 7, energy(u)[1])
+    more = log_normalizer(c, MALA(), base, SeedNoise(2), **options)
+    torch.testing.assert_close(found.value - more.value, torch.full((2,), 7.0, dtype=torch.float64))
+
+
+def test_weights_are_averaged_not_their_logarithms():
+    found = _log_mean(torch.tensor([[1.0, 3.0]], dtype=torch.float64).log())
+    assert float(found.value) == pytest.approx(math.log(2))
+    assert float(found.stderr) == pytest.approx(0.5)  # √2/√2 of a mean of 2
 
 
 def test_a_change_of_lambda_needs_no_evaluation():
@@ -371,6 +387,24 @@ def test_couplings_and_potential_of_phi4_are_read_back():
     bonds = (x * (x.roll(1, 2) + x.roll(1, 3))).sum((1, 2, 3))
     true = (square * (square - 1)).sum((1, 2, 3)) - BETA * bonds
     assert (model.energy(x[:400]) - true[:400]).std() < 0.1 * true.std()
+
+
+def test_readings_are_in_units_of_the_data():
+    """y = 2 (x - 1) - 0.3 at the finest level, and twice that of `coarsen`'s values on the next grid."""
+    terms = (OWN, partial(Potential, basis=BSpline(6)))
+    model = CSLC(terms, shape=(1, 8, 8), transform=Affine(loc=1.0, scale=0.5))
+    model.mean.fill_(0.3)
+    t = torch.linspace(0.8, 1.4, 5, dtype=torch.float64)
+    for level, factor in ((-1, 1), (-2, 2)):
+        c = model.conditionals[level]
+        c.unit.fill_(1.7)
+        c.theta.copy_(torch.arange(len(c.theta)))
+        c.errors.copy_(c.theta / 10)
+        u = factor * (2 * (t - 1) - 0.3) / 1.7
+        torch.testing.assert_close(model.potential_at(t, level), c.terms[1].shape(c.parts()[1][1], u)[0])
+        value, error = model.couplings(level)["shift 1,0"]
+        assert value == pytest.approx((factor * 2 / 1.7) ** 2)
+        assert error == pytest.approx(value / 10)
 
 
 def test_readings_refuse_what_is_not_there(gaussian_model):
