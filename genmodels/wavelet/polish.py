@@ -190,8 +190,9 @@ def polish_chains(
     Both means are over the same B conditionings: C/B is the variance of their difference, where means over other
     fields would add that of E[Φ | x_j], which is larger by far in a field with long correlations. A level that is given
     nothing has no conditionings to share, and is matched to the moments of all data. Features that fewer than 30
-    conditionings tell of (the last intervals of a spline) keep what score matching found. An update after which chains
-    accept less than half of their target, or the mismatch doubles beyond noise, is taken back and γ halved.
+    conditionings tell of (the last intervals of a spline) keep what score matching found. An update after which the
+    energy cannot be normalised, chains accept less than half of their target, or the mismatch doubles beyond noise is
+    taken back, and the next is half as long.
 
     Args:
         y, base: [B, H, W] fields of the level and their known parts, in data units.
@@ -203,32 +204,49 @@ def polish_chains(
     u = y / conditional.unit.to(y)
     own = torch.cat([conditional.features(part) for part in u.split(conditional.rows(u.dtype))])
     chains = Chains(conditional, kernel, y, base, own if moments is None else moments.mean, polish, generator)
-    seen, rate, refused, iterates = chains.visit(), polish.rate, 0, []
+    seen = chains.visit()
     active = seen.informed > INFORMED
-    before = size = _mismatch(seen, active, moments)
-    for _ in range(polish.iterations):
-        kept = conditional.theta.clone(), chains.z, chains.step_size
-        free = active & _free(conditional, seen.gaps.mean(0))
-        _move(conditional, conditional.theta - rate * _newton(seen, free, polish.ridge), margin)
-        found = chains.visit()
-        new = _mismatch(found, active, moments)
-        if found.acceptance < kernel.target / 2 or not new < max(NOISE, WORSE * size):
-            _move(conditional, kept[0], margin)
-            chains.z, chains.step_size, rate, refused = *kept[1:], rate / 2, refused + 1
-        else:
-            seen, size = found, new
-        iterates.append(conditional.theta.clone())
-    if refused > polish.iterations // 2:
-        warnings.warn(
-            f"polish of {conditional.level.label}: {refused} of {polish.iterations} updates were taken back. Take more "
-            "fields or transitions, or a larger ridge.",
-            FitWarning,
-            stacklevel=2,
-        )
+    before = _mismatch(seen, active, moments)
+    iterates = _ascend(chains, seen, active, margin, moments)
     _move(conditional, torch.stack(iterates[len(iterates) // 2 :]).mean(0), margin)
     seen = chains.visit()
     _set_errors(conditional, seen, active, moments)
     return Mismatch(before, _mismatch(seen, active, moments))
+
+
+def _ascend(chains: Chains, seen: Visit, active: Tensor, margin: float, moments: Moments | None) -> list[Tensor]:
+    """θ after every iteration; updates that break the chains are taken back."""
+    conditional, polish, iterates, refused = chains.conditional, chains.polish, [], 0
+    rate, size = polish.rate, _mismatch(seen, active, moments)
+    for _ in range(polish.iterations):
+        kept = conditional.theta.clone(), chains.z, chains.step_size
+        free = active & _free(conditional, seen.gaps.mean(0))
+        found = _try(chains, conditional.theta - rate * _newton(seen, free, polish.ridge), margin)
+        new = math.inf if found is None else _mismatch(found, active, moments)
+        if not new < max(NOISE, WORSE * size):
+            _move(conditional, kept[0], margin)
+            chains.z, chains.step_size, rate, refused = *kept[1:], rate / 2, refused + 1
+        else:
+            seen, size, rate = found, new, min(2 * rate, polish.rate)
+        iterates.append(conditional.theta.clone())
+    if refused > polish.iterations // 2:
+        warnings.warn(
+            f"polish of {chains.label}: {refused} of {polish.iterations} updates were taken back. Take more fields or "
+            "transitions, or a larger ridge.",
+            FitWarning,
+            stacklevel=3,
+        )
+    return iterates
+
+
+def _try(chains: Chains, theta: Tensor, margin: float) -> Visit | None:
+    """What chains see at θ; None if the energy cannot be normalised there, or if they hardly move."""
+    try:
+        _move(chains.conditional, theta, margin)
+        found = chains.visit()
+    except ValueError:  # of the guard, or of chains whose energy is not finite
+        return None
+    return found if found.acceptance > chains.kernel.target / 2 else None
 
 
 def _move(conditional: Conditional, theta: Tensor, margin: float) -> None:

@@ -138,8 +138,9 @@ class Quadratic(Stationary):
     """½ Σ_o a_o Σ_{s in o} Σ_i u_i u_{i+s}: pixels that interact with those within reach, by orbits of shifts.
 
     Shifts s with |s|_∞ <= reach are tied by the symmetries of the lattice; with the orbit of the four neighbours alone
-    this is the coupling a Σ_<ij> u_i u_j. The reach is at most a quarter of the grid (and at least 1): beyond, the sum
-    of all shifts is (Σ u)², which details do not change, and no data could tell its coefficient.
+    this is the coupling a Σ_<ij> u_i u_j. The reach is at most half of the grid, so that coarse levels have all shifts
+    but the farthest (the sum of all is (Σ u)², which details do not change), and a quarter of it (at least 1) where an
+    octave is parted into rings, whose narrow bands tell fewer shifts apart.
 
     Args:
         reach: in pixels of the level's grid.
@@ -163,7 +164,8 @@ class Quadratic(Stationary):
         if reach < 0 or (reach == 0 and not own):
             raise ConfigError(f"quadratic: reach >= 1, or own: true with reach 0, is needed, found reach {reach}.")
         height, width = level.size
-        orbits = _orbits(level.size, [min(reach, max(1, n // 4)) if n > 1 else 0 for n in level.size], symmetry)
+        most = [n // 2 if level.packets.depth <= 1 else max(1, n // 4) for n in level.size]
+        orbits = _orbits(level.size, [min(reach, n) for n in most], symmetry)
         if level.conditional and 1 + sum(map(len, orbits.values())) == height * width:
             orbits.popitem()  # all shifts together are (Σ u)², without a detail
         if own:

@@ -103,7 +103,9 @@ def test_items_are_drawn_in_units_of_the_data():
     scaled = fitted(x, transform=Affine(loc=1.0, scale=0.5))
     plain = fitted(1 + 2 * x, transform=Affine(loc=1.0, scale=2.0))
     drawn = plain.sample(500)
-    assert drawn.mean().item() == pytest.approx(1, abs=0.25) and float(drawn.std()) / 2 == pytest.approx(float(x.std()), rel=0.05)
+    assert drawn.mean().item() == pytest.approx(1, abs=0.25) and float(drawn.std()) / 2 == pytest.approx(
+        float(x.std()), rel=0.05
+    )
     assert float(scaled.sample(500).std()) == pytest.approx(float(x.std()), rel=0.05)
     logged = fitted((0.3 * x).exp() - 1, transform=LogShift(1.0))
     assert (logged.sample(300) > -1).all()
