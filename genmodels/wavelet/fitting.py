@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PIXELS = 200_000  # of a level, from which ranges of potentials are found
 MARGIN = 0.5  # least curvature far from the data, in units of 1/σ²
+FEWEST = 4  # training fields: R̂ compares chains at a quarter of those that it is given
 STILL = 1e-4  # of the deviation of the next level, below which the mean of a field does not vary
 
 
@@ -35,6 +36,8 @@ def measure(model: CSLC, batches: Iterable[Batch], count: int) -> Tensor:
         n, total = n + len(y), total + y.mean((1, 2, 3)).sum()
         if sum(map(len, some)) < count:
             some.append(batch.x.to(model.device))
+    if n < FEWEST:
+        raise ConfigError(f"cslc: at least {FEWEST} training fields are needed to tune chains, found {n}.")
     model.mean.copy_(total / n)
     squares, kept = [0.0] * len(model.conditionals), [[] for _ in model.conditionals]
     for batch in batches:

@@ -10,12 +10,12 @@ from ..registry import ConfigError
 from ..rng import BatchNoise, Noise
 from .chains import Kernel, State, adapt, advance, begin, record, restart
 from .conditional import Conditional
-from .line import LineLaw
+from .line import BEYOND, LineLaw
 from .mixing import autocorrelation_time, split_r_hat
 from .score_matching import FitWarning
 
 NODES = 4001  # of the quadrature of a single coefficient
-WIDE = 4.0  # its grid over the range of the data
+WIDE, WIDENED = 2.0, 6  # its grid over the interval of the potential, and how often it may be doubled
 CHAINS = 4  # at each conditioning where R̂ is measured
 MIXED = 1.1  # R̂ that is told beyond
 LONG = 50  # autocorrelation times of a trace whose R̂ says something
@@ -81,9 +81,13 @@ def line_law(conditional: Conditional, base: Tensor) -> LineLaw:
     if conditional.level.conditional:
         raise ConfigError(f"{conditional.level.label}: a single coefficient that depends on others needs chains.")
     reach = max((float(t.interval.abs().max()) for t in conditional.terms if hasattr(t, "interval")), default=3.0)
-    grid = torch.linspace(-WIDE * reach, WIDE * reach, NODES, dtype=torch.float64, device=conditional.theta.device)
-    energy, _ = conditional.potential(base.new_zeros(NODES, 1, 1, dtype=torch.float64))(grid[:, None])
-    return LineLaw(grid.cpu(), energy.cpu(), where=conditional.level.label)
+    energy = conditional.potential(base.new_zeros(NODES, 1, 1, dtype=torch.float64))
+    for _ in range(WIDENED):
+        grid = torch.linspace(-WIDE * reach, WIDE * reach, NODES, dtype=torch.float64, device=conditional.theta.device)
+        values, reach = energy(grid[:, None])[0], 2 * reach
+        if values[[0, -1]].min() - values.min() > BEYOND:
+            break
+    return LineLaw(grid.cpu(), values.cpu(), where=conditional.level.label)
 
 
 def tune(
