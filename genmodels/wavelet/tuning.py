@@ -29,14 +29,14 @@ class Tuning:
         starts: training fields whose coarse parts condition the chains.
         adapt: transitions in which the step size is found.
         record: transitions over which autocorrelation is measured; R̂, over 50 autocorrelation times if that is more.
-        decorrelate: integrated autocorrelation times that a sample's chain lasts, each two decay times of an exponential.
+        decorrelate: integrated autocorrelation times that a sample's chain lasts.
         least, most: bounds on its transitions.
     """
 
     starts: int = 64
     adapt: int = 200
     record: int = 300
-    decorrelate: float = 5.0
+    decorrelate: float = 10.0
     least: int = 40
     most: int = 2000
 
