@@ -200,6 +200,13 @@ def test_only_one_channel_fields_that_vary(name):
             score(name, HeldFields(flat, flat), flat)
 
 
+def test_bands_without_coefficients_are_named():
+    """Fields that do not change along rows, axis 0, but for rounding."""
+    x = skewed(20, "stripes")[:, :1].float().expand(20, 16, 16)
+    with pytest.raises(NotApplicable, match="the high-low band of octave 1 of the reference is 0"):
+        score("wavelet_bands", HeldFields(x, x), x)
+
+
 @pytest.mark.parametrize(
     ("node", "message"),
     [

@@ -232,8 +232,8 @@ def counted(inside):
 
 def test_functionals_are_counted_right():
     x = white(4, 7, "shapes")[:, :5]
-    thresholds = torch.tensor([-1.0, 0.0, x[1, 2, 3].item(), 1.3])
-    thresholds = thresholds.sort().values.double()
+    thresholds = torch.tensor([-1.0, 0.0, x[1, 2, 3].item(), 1.3], dtype=torch.float64)
+    thresholds = thresholds.sort().values  # one of them is a pixel's value: it is in the set
     found = minkowski(x, thresholds)
     for (n, field), (t, threshold) in itertools.product(enumerate(x), enumerate(thresholds)):
         area, crossings, euler = counted(field >= threshold)
@@ -302,22 +302,22 @@ def test_bands_are_octaves_down_to_four():
 
 
 def test_scattering_is_that_of_direct_convolutions():
-    x = white(2, 16, "scattering")
-    modes = torch.fft.fft2(x)
-    filters = [morlet(16, 16, j) for j in range(3)]
-    first = [[torch.fft.ifft2(modes * f).abs() for f in bank] for bank in filters]
+    """Scales from 2 on live on coarser grids, and are close."""
+    x = white(2, 32, "scattering")
+    filters = [morlet(32, 32, j) for j in range(4)]
+    first = [[torch.fft.ifft2(torch.fft.fft2(x) * f).abs() for f in bank] for bank in filters]
     found = scattering(x)
     expected = torch.stack([u.mean((1, 2)) for bank in first for u in bank], 1)
     torch.testing.assert_close(found.first[:, :8], expected[:, :8], **CLOSE)
-    torch.testing.assert_close(found.first[:, 8:], expected[:, 8:], rtol=0.02, atol=0)  # on a grid twice as coarse
+    torch.testing.assert_close(found.first[:, 8:], expected[:, 8:], rtol=0.02, atol=0)
     second = [
         torch.fft.ifft2(torch.fft.fft2(u) * f).abs().mean((1, 2))
-        for j, k in ((0, 1), (0, 2), (1, 2))
+        for j, k in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
         for u in first[j]
         for f in filters[k]
     ]
-    torch.testing.assert_close(found.second, torch.stack(second, 1), rtol=0.03, atol=0)
-    assert scales(16, 16) == 3 and found.first.shape == (2, 12) and found.second.shape == (2, 48)
+    torch.testing.assert_close(found.second, torch.stack(second, 1), rtol=0.05, atol=0)
+    assert scales(32, 32) == 4 and found.first.shape == (2, 16) and found.second.shape == (2, 96)
 
 
 def test_wavelets_have_mean_0_and_their_frequency_and_direction():
