@@ -46,7 +46,7 @@ class Phi4(SimulatedFields):
     and by cluster updates of the signs (`phi4_lattice`), when an item is first asked for. The splits come from
     different chains. The autocorrelation times of m² and |m| are measured first; a chain gives its first item after 15
     times the longer one, then up to 39 more that are 3 times the longer one apart. Without a cache that is done in
-    every process that uses items: for 5000 + 1000 + 5000 fields in about 50 s at 32², 4 min at 64².
+    every process that uses items, which takes minutes at 64².
 
     Args:
         size: L, sites along a side, even.
@@ -55,7 +55,7 @@ class Phi4(SimulatedFields):
         reference: test items.
         seed: of all draws.
         normalizer: find log Z when the density is first asked for, by thermodynamic integration in β: `log_prob` then
-            has values, to a constant whose standard error `checks` tells (1 min at 32²).
+            has values, to a constant whose standard error `checks` tells.
         cache: folder in which fields and normaliser are kept; null to simulate whenever they are used.
         transform: instead of standardisation.
     Raises:

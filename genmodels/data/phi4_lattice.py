@@ -266,7 +266,7 @@ def log_normalizer(beta: float, bonds: Tensor) -> tuple[float, float]:
     """(log Z)/N = (log Z(0))/N + ∫_0^β ⟨bond⟩ dβ', and its standard error, from the means of `bonds_on_the_way`.
 
     The weighted sum over nodes is formed for each chain, so that what a chain carries from node to node is in the
-    error; that of the quadrature is not (with 8 nodes, it is below 1e-4 up to the critical coupling).
+    error; that of the quadrature is not.
     """
     weights = torch.from_numpy(np.polynomial.legendre.leggauss(len(bonds))[1]) * (beta / 2)
     each = weights @ bonds
