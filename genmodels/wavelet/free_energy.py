@@ -109,8 +109,9 @@ def log_normalizer(
     their difference is the standard error: it holds all autocorrelation, and the hysteresis too.
 
     "annealing" is importance sampling from law to law, log Z_0 + log mean_p exp(-Σ_t (λ_t - λ_{t-1}) (Ē - U_0)). Its Z
-    is unbiased however badly chains mix, so that log Z comes out too small on average, by about half the square of its
-    standard error (the spread of weights), where that is small; where it is not, neither can be trusted.
+    is unbiased however badly chains mix, so that log Z comes out too small on average: by half the square of its
+    standard error (the spread of weights) where that is small, and by more, with an error that is itself too small,
+    where few particles carry the weight. Take more particles until log Z no longer rises.
 
     Both cost nodes · (burn + record) transitions a particle. A single coefficient is a quadrature without error.
 

@@ -428,7 +428,13 @@ def test_log_z_of_phi4_on_64_sites(method):
     """1.2248 ± 0.0003 a site by integration over β, at the transition."""
     level = Tree((8, 8), octaves=0).levels[0]
     c = phi4_conditional(level, 0.6, 0.35, 1000)
-    options = {"nodes": 16, "burn": 100, "record": 200, "particles": 4 if method == "integration" else 16}
+    options = {"nodes": 16, "burn": 100, "record": 200, "particles": 4}
     found = log_normalizer(c, MALA(), torch.zeros(48, 8, 8), SeedNoise(48), method=method, **options)
+    if method == "annealing":  # its Z is unbiased, log Z of few particles is not: all items are of one law
+        pooled = _log_mean(found.value[None])
+        assert abs(float(pooled.value) / 64 - 1.2248) < 4 * float(pooled.stderr) / 64 < 0.025
+        assert found.value.mean() < pooled.value - 0.2
+        return
     error = 4 * max(0.0003, float(found.value.std()) / math.sqrt(48) / 64)
-    assert abs(found.value.mean() / 64 - 1.2248) < error < 0.008
+    assert abs(found.value.mean() / 64 - 1.2248) < error < 0.015
+    assert 0.5 < found.stderr.square().mean().sqrt() / found.value.std() < 1.5
