@@ -38,7 +38,8 @@ def measure(model: CSLC, batches: Iterable[Batch], count: int) -> Tensor:
             some.append(batch.x.to(model.device))
     if n < FEWEST:
         raise ConfigError(f"cslc: at least {FEWEST} training fields are needed to tune chains, found {n}.")
-    model.mean.copy_(total / n)
+    even = any(getattr(term, "even", False) for c in model.conditionals for term in c.terms)
+    model.mean.copy_(0 * total if even else total / n)  # the mean of a sample would tilt an even potential
     squares, kept = [0.0] * len(model.conditionals), [[] for _ in model.conditionals]
     for batch in batches:
         for k, y in enumerate(model.fields(batch.x.to(model.device).double())[0]):

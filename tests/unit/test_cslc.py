@@ -13,8 +13,10 @@ from genmodels.registry import ConfigError
 from genmodels.rng import generator
 from genmodels.transforms import Affine, Identity, LogShift
 from genmodels.types import Batch, NotApplicable
+from genmodels.wavelet.bases import BSpline
 from genmodels.wavelet.chains import HMC
 from genmodels.wavelet.cslc import CSLC
+from genmodels.wavelet.potential import Potential
 from genmodels.wavelet.terms import Quadratic
 from genmodels.wavelet.tuning import Tuning
 
@@ -109,6 +111,15 @@ def test_items_are_drawn_in_units_of_the_data():
     assert float(scaled.sample(500).std()) == pytest.approx(float(x.std()), rel=0.05)
     logged = fitted((0.3 * x).exp() - 1, transform=LogShift(1.0))
     assert (logged.sample(300) > -1).all()
+
+
+def test_even_potentials_leave_the_mean_at_zero():
+    x = free_field(400, mean=0.2)
+    even = CSLC((*OWN, partial(Potential, basis=BSpline(6), even=True)), shape=(1, 8, 8), transform=Identity())
+    even.fit([Batch(x)])
+    plain = CSLC(OWN, shape=(1, 8, 8), transform=Identity())
+    plain.fit([Batch(x)])
+    assert even.mean == 0 and float(plain.mean) == pytest.approx(float(x.mean()), rel=1e-5)
 
 
 def test_mistakes(model):
