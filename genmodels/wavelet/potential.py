@@ -25,8 +25,8 @@ class Potential(Term):
 
     Args:
         basis: the functions ρ_k, of s = 2(t - a)/(b - a) - 1.
-        even: v(-t) = v(t) and a = -b, for fields whose law has that symmetry. Their mean is taken to be 0 in model space
-            (a transform that subtracts the sample's mean breaks the symmetry by as much).
+        even: v(-t) = v(t) and a = -b, for fields whose law has that symmetry. Their mean is taken to be 0 in model
+            space (a transform that subtracts the sample's mean breaks the symmetry by as much).
         warp: take ρ_k of asinh(t - median) instead of t, for skewed fields with heavy tails.
     Attributes:
         guards: whether its tails may be raised to keep chains from running away.
