@@ -202,11 +202,16 @@ def judge(conditionals: Sequence[Conditional], units: Sequence[Tensor], wavelet:
             told.append(f"{c.level.label}: {_account(found, len(some))}{_outlook(c, some, wavelet)}")
             depths.update([c.level.packets.depth] if c.level.conditional else [])
     if told:
-        cure = f"Narrower packets (subdivisions: {min(depths) + 1}) are the cure" if depths else "More octaves help"
+        cure = "More octaves help"
+        if depths:
+            cure = (
+                f"Narrower packets (subdivisions: {min(depths) + 1}) are the cure, at the price of less certain "
+                "parameters"
+            )
         warnings.warn(
             "conditional energies that are not convex at the training fields, so that a small score matching loss does "
-            f"not bound the error, and chains may have several modes to find. {'; '.join(told)}. {cure}, at the price "
-            "of less certain parameters; `genmodels concavity` fits and compares them.",
+            f"not bound the error, and chains may have several modes to find. {'; '.join(told)}. {cure}; "
+            "`genmodels concavity` fits and compares them.",
             FitWarning,
             stacklevel=2,
         )
