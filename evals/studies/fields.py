@@ -2,10 +2,10 @@
 
     python -m evals.studies.fields phi4_32 phi4_64 lognormal_64 [--jobs 2] [--publish]
 
-Trains and evaluates the runs of each study that are not there yet, then draws 1000 fields of each and compares radial
-spectra bin by bin, at first and second hand: beside each model stands the error that 1000 fields of the law itself
+Trains and evaluates the runs of each study that are not there yet, then draws 500 fields of each and compares radial
+spectra ring by ring: below the models stands the error that 500 fields of the law itself
 would have. With `--publish` it copies the results to evals/results and writes evals/results/fields_<study>.md and .png.
-On a CPU with two cores: 45 minutes for phi4_32, 30 for phi4_64, 40 for lognormal_64.
+It takes an hour a study on a CPU, most of it for sampling and for the baselines that are trained.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from genmodels.training.run import Run
 from .plans import ROOT, Plan, carry_out_all, parser
 
 RESULTS = ROOT / "evals" / "results"
-DRAWN = 1000
+DRAWN = 500
 NAMES: dict[str, dict[str, str]] = {  # configurations and what their rows are called
     "phi4_32": {
         "cslc": "wavelet energies",
