@@ -113,7 +113,7 @@ def fitted(size: int, cache: str | None) -> Fitted:
     """A model of the default terms, fitted to 5000 fields."""
     data = Phi4(size=size, beta=BETA, cache=cache)
     terms = (partial(Quadratic, reach=3), partial(Potential, basis=BSpline(16), even=True))
-    model = CSLC(terms, shape=(1, size, size), transform=Identity())
+    model = CSLC(terms, periodic=True, shape=(1, size, size), transform=Identity())
     model.prepare(list(data.batches("train", 500)), generator=generator("fitted", size))
     began = time.perf_counter()
     model.sample(128, batch_size=128)

@@ -147,7 +147,7 @@ def _values(file: BinaryIO, header: Header) -> np.ndarray:
     if bits not in KINDS:
         raise _Damaged(f"has BITPIX = {bits}; {', '.join(map(str, KINDS))} are defined. Write the file again.")
     kind = np.dtype(KINDS[bits])
-    content = file.read(math.prod(shape) * kind.itemsize)
+    content = file.read(min(math.prod(shape) * kind.itemsize, Path(file.name).stat().st_size))
     if len(content) < math.prod(shape) * kind.itemsize:
         raise _Damaged(
             f"is truncated: its image of {list(shape)} takes {math.prod(shape) * kind.itemsize:,} bytes, but "

@@ -205,7 +205,7 @@ def judge(conditionals: Sequence[Conditional], units: Sequence[Tensor], wavelet:
         cure = "More octaves help"
         if depths:
             cure = (
-                f"Narrower packets (subdivisions: {min(depths) + 1}) are the cure, at the price of less certain "
+                f"Narrower packets (subdivisions: {min(depths) + 1}) may cure it, at the price of less certain "
                 "parameters"
             )
         warnings.warn(

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
             drawn = model.sample(given.samples)
             groups[f"{given.samples} samples"] = _spectra(model, model.units(drawn))
         bound = kl_bound(
-            list(model.conditionals),
+            model.chained(),
             units,
             trained_on=dataset.size("train"),
             richer=_richer(model, train),
@@ -160,17 +160,17 @@ def _check(config: Config, name: str) -> None:
 
 
 def _pairs(model: CSLC, found: Sequence[Spectrum]) -> list[tuple[Conditional, Spectrum]]:
-    return list(zip(model.conditionals, found, strict=True))
+    return list(zip(model.chained(), found, strict=True))
 
 
 def _spectra(model: CSLC, units: Sequence[Tensor]) -> list[Spectrum]:
-    return [spectrum(c.hessian, u, c.level.dim) for c, u in zip(model.conditionals, units, strict=True)]
+    return [spectrum(c.hessian, u, c.level.dim) for c, u in zip(model.chained(), units, strict=True)]
 
 
 def _richer(model: CSLC, x: Tensor) -> list[Conditional | None]:
     """Every level with more features, None where the fields cannot tell them."""
     found: list[Conditional | None] = []
-    for c, y in zip(model.conditionals, model.fields(x.double())[0], strict=True):
+    for c, y in zip(model.chained(), model.fields(x.double())[0][model.first :], strict=True):
         richer = Conditional(c.level, RICHER).to(x.device)
         try:
             fit(richer, y, max(model.regularization, 1e-4))

@@ -1,6 +1,7 @@
 """Models of physical fields by conditional energies from scale to scale."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from .concavity_plot import write
 from .conditional import Conditional
 from .fitting import match_scores, measure, polish_levels, tune_levels
 from .polish import Polish
+from .score_matching import FitWarning
 from .scoring import Scored
 from .terms import Term
 from .tree import Tree
@@ -68,10 +70,13 @@ class CSLC(Scored, WholeField, Model):
         *,
         shape: Shape,
         transform: Transform,
+        periodic: bool | None,
     ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.periodic = tuple(shape), periodic
         _check(self.shape, boundary, regularization)
+        if not energy:
+            raise ConfigError("cslc: energy needs one term at least, such as {name: potential}.")
         self.tree = Tree(self.shape[1:], wavelet, octaves, subdivisions)
         self.conditionals = nn.ModuleList(Conditional(level, energy) for level in self.tree.levels)
         self.transform, self.kernel, self.regularization = transform, kernel, regularization
@@ -94,6 +99,10 @@ class CSLC(Scored, WholeField, Model):
     def fields(self, x: Tensor, noise: Noise | None = None) -> tuple[list[Tensor], Tensor]:
         """The field [B, H_k, W_k] of every level, coarse to fine, of items x in data units, and [B] the log-determinant
         of the transform to model space (with `noise`, if that is random)."""
+        if not x.isfinite().all():
+            raise ValueError(
+                "cslc: items hold NaN or infinity, of which no energy is known. Remove or fill them first."
+            )
         y, log_det = self.transform(x, noise)
         return self.tree.decompose(y.squeeze(1) - self.mean.to(y)), log_det
 
@@ -114,6 +123,14 @@ class CSLC(Scored, WholeField, Model):
             ConfigError: if fields are constant or not finite, if features cannot be told apart, if an energy cannot be
                 normalised, or if its chains collapse.
         """
+        if self.periodic is False:
+            warnings.warn(
+                "cslc: the data say that their fields are not periodic, and the transform wraps around: it sees a seam "
+                "at the borders, which widens the laws of the largest scales. Crop or apodise the maps (data.crop, "
+                "data.apodize), or read those scales with care.",
+                FitWarning,
+                stacklevel=2,
+            )
         some = self.fit(batches)
         logs = polish_levels(self, batches, some, self.polish, generator) if self.polish else {}
         some = some[: self.tuning.starts]
@@ -169,13 +186,14 @@ class CSLC(Scored, WholeField, Model):
         """[n, 1, H, W] items drawn given their coarse fields: p(x | x_j).
 
         A coarse field is what `coarsen` gives: low-pass coefficients in data units, divided by 2 an octave, so that
-        constants stay what they are.
+        constants stay what they are. If the transform to model space is no affine one, they are those of transformed
+        items, mapped back: of `log_shift` a kind of geometric mean, which is not that of pooled maps.
 
         Args:
             coarse: [n, 1, H/2^j, W/2^j] fields of some octave j.
             seeds: n seeds; 0 … n-1 if not given. Item i depends on field i and seed i alone.
         Raises:
-            ValueError: if no octave of the model has that grid, or the transform to model space is not affine.
+            ValueError: if no octave of the model has that grid, or fields are not finite.
         """
         sizes = [level.size for level in self.tree.levels]
         grid = tuple(coarse.shape[2:])
@@ -185,6 +203,8 @@ class CSLC(Scored, WholeField, Model):
                 f"upsample: fields [n, 1, H, W] on a grid of one of the model's octaves ({known}) are needed, found "
                 f"{list(coarse.shape)}. Coarsen or pool them first."
             )
+        if not coarse.isfinite().all():
+            raise ValueError("upsample: the coarse fields hold NaN or infinity. Remove or fill them first.")
         last = max(k for k, size in enumerate(sizes) if size == grid)
         factor = 2.0 ** round(math.log2(self.shape[1] / grid[0]))
         y = (self.transform(coarse.to(self.device))[0].squeeze(1) - self.mean.to(coarse)) * factor
@@ -245,5 +265,5 @@ def _check(shape: Shape, boundary: str, regularization: float) -> None:
             "that makes them a density. Use 'periodic'; of fields that are not, crop or apodise the data, and read the "
             "largest scales with care: they see a seam."
         )
-    if regularization < 0:
+    if not 0 <= regularization < math.inf:
         raise ConfigError(f"cslc: regularization >= 0 is needed, found {regularization:g}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -29,15 +30,21 @@ def measure(model: CSLC, batches: Iterable[Batch], count: int) -> Tensor:
     Raises:
         ConfigError: if fields are not finite, or do not vary.
     """
-    n, total, some = 0, 0.0, []
+    n, total, some, low, high = 0, 0.0, [], math.inf, -math.inf
     for batch in batches:
         _check_finite(batch.x)
         y = model.transform(batch.x.to(model.device).double())[0]
         n, total = n + len(y), total + y.mean((1, 2, 3)).sum()
+        low, high = min(low, float(y.min())), max(high, float(y.max()))
         if sum(map(len, some)) < count:
             some.append(batch.x.to(model.device))
     if n < FEWEST:
         raise ConfigError(f"cslc: at least {FEWEST} training fields are needed to tune chains, found {n}.")
+    if not high - low > 1e-12 * max(1, abs(low), abs(high)):
+        raise ConfigError(
+            f"cslc: the training fields do not vary: all pixels are {low:.4g} in model space, so that there is no law to "
+            "fit. Look at the data: constant fields are no samples."
+        )
     even = any(getattr(term, "even", False) for c in model.conditionals for term in c.terms)
     model.mean.copy_(0 * total if even else total / n)  # the mean of a sample would tilt an even potential
     squares, kept = [0.0] * len(model.conditionals), [[] for _ in model.conditionals]
@@ -139,7 +146,9 @@ def tune_levels(model: CSLC, some: Tensor, generator: Generator) -> dict[str, Te
         c.guard(MARGIN)
         tune(c, model.kernel, y, model.tree.given(k, y), model.tuning, generator)
     chains = [c for c in model.chained() if c.level.dim > 1]
-    return {
+    each = ("acceptance", "autocorrelation", "r_hat", "num_steps", "condition")
+    told = {f"{name}/{c.level.label}": getattr(c, name) for c in chains for name in each}
+    return told | {
         "condition_number": max(c.condition for c in model.chained()),
         "acceptance": min(c.acceptance for c in chains),
         "autocorrelation": max(c.autocorrelation for c in chains),

@@ -12,6 +12,7 @@ from .terms import Term
 from .tree import Level
 
 SHARE, LEAST, MOST = 1e-3, 30, 0.1  # of the training pixels beyond each end: which share, but how many at least
+MANY = 2**23  # of them, whose quantiles are found
 NODES = 4001  # where the least curvature is looked for
 
 
@@ -58,6 +59,7 @@ class Potential(Term):
 
     def fit(self, u: Tensor) -> None:
         values = u.flatten()
+        values = values[:: max(1, len(values) // MANY)]
         if self.warp:
             self.centre.copy_(values.median())
         share = min(MOST, max(SHARE, LEAST / len(values)))

@@ -63,6 +63,8 @@ class Scored:
                 f"found {len(seeds)} seeds for {len(x)} items, batch_size={batch_size} and method={method!r}."
             )
         options = {"method": method, "nodes": nodes, "burn": burn, "record": record, "particles": particles}
+        if not len(x):
+            return Likelihood(torch.empty(0, dtype=torch.float64, device=self.device), "stochastic")
         parts = [self._scored(x[rows], seeds[rows], options) for rows in torch.arange(len(x)).split(batch_size)]
         values, variances = (torch.cat(part) for part in zip(*parts, strict=True))
         return Likelihood(values, "stochastic", variances.sqrt() if particles > 1 else None)

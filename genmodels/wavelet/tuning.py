@@ -1,6 +1,7 @@
 """Chains of a conditional energy: where they start, their step size, and how many steps make a sample."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -139,8 +140,6 @@ def tune(
     conditional.autocorrelation.copy_(tau.max())
     conditional.r_hat.copy_(split_r_hat(grouped).nanmean())
     if conditional.r_hat > MIXED:
-        import warnings
-
         warnings.warn(
             f"{label}: chains from data and from afar still differ after {tuning.record + len(trace)} transitions (R̂ = "
             f"{float(conditional.r_hat):.2f}): the conditional law may have several modes. Use narrower packets "
@@ -149,6 +148,13 @@ def tune(
             stacklevel=2,
         )
     wanted = math.ceil(tuning.decorrelate * float(conditional.autocorrelation))
+    if wanted > tuning.most:
+        warnings.warn(
+            f"{label}: {tuning.decorrelate:g} autocorrelation times are {wanted} transitions, and samples take at most "
+            f"{tuning.most} (tuning.most): they may depend on where their chains begin.",
+            FitWarning,
+            stacklevel=2,
+        )
     conditional.num_steps.fill_(min(max(wanted, tuning.least), tuning.most))
 
 

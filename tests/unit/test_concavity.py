@@ -307,7 +307,7 @@ def test_of_a_gaussian_one_octave_suffices_at_every_scale():
 def test_trials_are_fits_of_the_model_measured_at_other_fields():
     y = free_field(250)
     y = y - y[50:].mean()
-    model = CSLC(WELL, octaves=2, subdivisions=(2, 1), shape=(1, 8, 8), transform=Identity())
+    model = CSLC(WELL, octaves=2, subdivisions=(2, 1), periodic=True, shape=(1, 8, 8), transform=Identity())
     model.fit([Batch(part) for part in y[50:].unsqueeze(1).split(100)])
     found = suggest(y, WELL, octaves=2, most=2)
     bands = [*found[1].trials[0].bands, *found[0].trials[1].bands]
@@ -341,7 +341,7 @@ def test_gather_takes_the_first_items():
 @pytest.mark.filterwarnings("ignore:.*chains from data")  # of few steps
 def test_preparation_keeps_logs_and_draws_the_spectra(tmp_path):
     make = lambda: CSLC(  # noqa: E731
-        WELL, octaves=1, tuning=Tuning(8, 10, 20), shape=(1, 8, 8), transform=Identity()
+        WELL, octaves=1, tuning=Tuning(8, 10, 20), periodic=True, shape=(1, 8, 8), transform=Identity()
     )
     model, x = make(), free_field(300).unsqueeze(1).float()
     assert model.portray(tmp_path / "early") == []

@@ -17,6 +17,7 @@ from genmodels.wavelet.bases import BSpline
 from genmodels.wavelet.chains import HMC
 from genmodels.wavelet.cslc import CSLC
 from genmodels.wavelet.potential import Potential
+from genmodels.wavelet.score_matching import FitWarning
 from genmodels.wavelet.terms import Quadratic
 from genmodels.wavelet.tuning import Tuning
 
@@ -34,7 +35,7 @@ def free_field(n, *, mean=0.0):
 
 
 def fitted(x, transform=None, **options):
-    model = CSLC(OWN, **{"tuning": SHORT, **options}, shape=(1, 8, 8), transform=transform or Identity())
+    model = CSLC(OWN, **{"tuning": SHORT, **options}, periodic=True, shape=(1, 8, 8), transform=transform or Identity())
     model.prepare([Batch(part) for part in x.split(500)], generator=generator("prepare"))
     return model
 
@@ -115,16 +116,44 @@ def test_items_are_drawn_in_units_of_the_data():
 
 def test_even_potentials_leave_the_mean_at_zero():
     x = free_field(400, mean=0.2)
-    even = CSLC((*OWN, partial(Potential, basis=BSpline(6), even=True)), shape=(1, 8, 8), transform=Identity())
+    even = CSLC(
+        (*OWN, partial(Potential, basis=BSpline(6), even=True)), periodic=True, shape=(1, 8, 8), transform=Identity()
+    )
     even.fit([Batch(x)])
-    plain = CSLC(OWN, shape=(1, 8, 8), transform=Identity())
+    plain = CSLC(OWN, periodic=True, shape=(1, 8, 8), transform=Identity())
     plain.fit([Batch(x)])
     assert even.mean == 0 and float(plain.mean) == pytest.approx(float(x.mean()), rel=1e-5)
 
 
+def test_fields_that_are_not_periodic_are_fitted_with_a_warning():
+    model = CSLC(OWN, tuning=SHORT, shape=(1, 8, 8), transform=Identity(), periodic=False)
+    with pytest.warns(FitWarning, match=r"not periodic.*a seam at the borders.*data.apodize"):
+        model.prepare([Batch(free_field(300))], generator=generator("seam"))
+
+
+def test_chains_that_are_cut_short_are_told_of():
+    with pytest.warns(
+        FitWarning, match=r"8x8: 10 autocorrelation times are \d+ transitions, and samples take at most 3"
+    ):
+        fitted(free_field(300), tuning=Tuning(starts=8, adapt=20, record=50, least=2, most=3))
+
+
+def test_items_that_are_not_finite_are_refused(model):
+    x = free_field(2)
+    x[1, 0, 3, 3] = math.nan
+    for ask in (model.likelihood, lambda v: model.loss(Batch(v))):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            ask(x)
+    with pytest.raises(ValueError, match="coarse fields hold NaN"):
+        model.upsample(x[:, :, :4, :4])
+    assert model.likelihood(x[:0]).value.shape == (0,)
+    with pytest.raises(ConfigError, match="energy needs one term"):
+        CSLC((), periodic=True, shape=(1, 8, 8), transform=Identity())
+
+
 def test_mistakes(model):
     with pytest.raises(ValueError, match=r"not fitted yet"):
-        CSLC(OWN, shape=(1, 8, 8), transform=Identity()).sample(2)
+        CSLC(OWN, periodic=True, shape=(1, 8, 8), transform=Identity()).sample(2)
     with pytest.raises(ValueError, match=r"grid of one of the model's octaves \(1 x 1, 2 x 2, 4 x 4, 8 x 8\)"):
         model.upsample(torch.zeros(2, 1, 3, 3))
     with pytest.raises(ValueError, match=r"one seed per field is needed, found 3 for 2"):

@@ -132,7 +132,7 @@ def covariance(size):
 
 def fit(x, terms, free_energy=None, transform=None, **options):
     model = CSLC(
-        terms, free_energy=free_energy, tuning=options.pop("tuning", QUICK), shape=tuple(x.shape[1:]),
+        terms, free_energy=free_energy, tuning=options.pop("tuning", QUICK), periodic=True, shape=tuple(x.shape[1:]),
         transform=Identity() if transform is None else transform, **options,
     )  # fmt: skip
     model.prepare([Batch(part) for part in x.split(500)], generator=torch.Generator().manual_seed(0))
@@ -276,7 +276,7 @@ def test_likelihood_refuses_what_it_cannot_score(gaussian_model):
     ):
         with pytest.raises(ValueError, match=told):
             model.likelihood(x[:1], **options)
-    fresh = CSLC((OWN,), shape=(1, 8, 8), transform=Identity())
+    fresh = CSLC((OWN,), periodic=True, shape=(1, 8, 8), transform=Identity())
     with pytest.raises(ValueError, match="not fitted"):
         fresh.likelihood(x[:1])
     with pytest.raises(ValueError, match="not fitted"):
@@ -320,7 +320,7 @@ def test_gradients_of_the_whole_energy(subdivisions):
     """Random parameters: central differences, through a transform that is not affine."""
     squash = Logit(-5.0, 5.0)
     terms = (OWN, partial(Potential, basis=BSpline(6)))
-    model = CSLC(terms, "db2", None, subdivisions, free_energy=terms, shape=(1, 8, 8), transform=squash)
+    model = CSLC(terms, "db2", None, subdivisions, free_energy=terms, periodic=True, shape=(1, 8, 8), transform=squash)
     source = torch.Generator().manual_seed(0)
     for c in (*model.conditionals, *model.free_energies):
         c.theta.copy_(torch.randn(len(c.theta), generator=source))
@@ -392,7 +392,7 @@ def test_couplings_and_potential_of_phi4_are_read_back():
 def test_readings_are_in_units_of_the_data():
     """y = 2 (x - 1) - 0.3 at the finest level, and twice that of `coarsen`'s values on the next grid."""
     terms = (OWN, partial(Potential, basis=BSpline(6)))
-    model = CSLC(terms, shape=(1, 8, 8), transform=Affine(loc=1.0, scale=0.5))
+    model = CSLC(terms, periodic=True, shape=(1, 8, 8), transform=Affine(loc=1.0, scale=0.5))
     model.mean.fill_(0.3)
     t = torch.linspace(0.8, 1.4, 5, dtype=torch.float64)
     for level, factor in ((-1, 1), (-2, 2)):
@@ -414,9 +414,9 @@ def test_readings_refuse_what_is_not_there(gaussian_model):
     with pytest.raises(ValueError, match="from -4 to 3"):
         model.couplings(4)
     with pytest.raises(ValueError, match="no quadratic term"):
-        CSLC((partial(Potential, basis=BSpline(6)),), shape=(1, 8, 8), transform=Identity()).couplings()
+        CSLC((partial(Potential, basis=BSpline(6)),), periodic=True, shape=(1, 8, 8), transform=Identity()).couplings()
     with pytest.raises(ValueError, match="affine"):
-        CSLC((OWN,), shape=(1, 8, 8), transform=Logit(-9.0, 9.0)).couplings()
+        CSLC((OWN,), periodic=True, shape=(1, 8, 8), transform=Logit(-9.0, 9.0)).couplings()
 
 
 # ---- long runs ----

@@ -215,7 +215,16 @@ def test_a_model_polishes_the_levels_it_is_told_and_reports_their_mismatch():
     models = {}
     for largest in (None, 2):
         polish = Polish(fields=400, burn=20, iterations=2, transitions=8, largest=2) if largest else None
-        model = CSLC(QUADRATIC, "haar", polish=polish, tuning=tuning, octaves=2, shape=(1, 4, 4), transform=Identity())
+        model = CSLC(
+            QUADRATIC,
+            "haar",
+            polish=polish,
+            tuning=tuning,
+            octaves=2,
+            periodic=True,
+            shape=(1, 4, 4),
+            transform=Identity(),
+        )
         logs = model.prepare(batches, generator=generator("model"))
         models[largest] = model, logs
     plain, polished = (models[k][0].conditionals for k in (None, 2))
