@@ -205,8 +205,8 @@ def judge(conditionals: Sequence[Conditional], units: Sequence[Tensor], wavelet:
         cure = "More octaves help"
         if depths:
             cure = (
-                f"Narrower packets (subdivisions: {min(depths) + 1}) may cure it, at the price of less certain "
-                "parameters"
+                f"Narrower packets (subdivisions: {min(depths) + 1}, where tiles keep 4 pixels a side) may cure it, "
+                "at the price of less certain parameters"
             )
         warnings.warn(
             "conditional energies that are not convex at the training fields, so that a small score matching loss does "

@@ -17,7 +17,7 @@ from .chains import MALA, Kernel
 from .concavity import judge
 from .concavity_plot import write
 from .conditional import Conditional
-from .fitting import match_scores, measure, polish_levels, tune_levels
+from .fitting import match_scores, measure, polish_levels, tune_levels, write_parameters
 from .polish import Polish
 from .score_matching import FitWarning
 from .scoring import Scored
@@ -25,6 +25,8 @@ from .terms import Term
 from .tree import Tree
 from .tuning import Tuning, draw
 from .whole_field import WholeField
+
+WHOLE = 16  # coefficients of the coarsest level that are drawn at once without a word
 
 
 @register(Model, "cslc")
@@ -80,7 +82,7 @@ class CSLC(Scored, WholeField, Model):
         self.tree = Tree(self.shape[1:], wavelet, octaves, subdivisions)
         self.conditionals = nn.ModuleList(Conditional(level, energy) for level in self.tree.levels)
         self.transform, self.kernel, self.regularization = transform, kernel, regularization
-        self.polish, self.tuning = polish, tuning
+        self.polish, self.tuning, self.whole = polish, tuning, octaves
         self.known = nn.ModuleList(self.tree.known(k) for k in range(1, len(self.conditionals)) if free_energy)
         self.free_energies = nn.ModuleList(Conditional(level, free_energy or ()) for level in self.known)
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
@@ -131,11 +133,22 @@ class CSLC(Scored, WholeField, Model):
                 FitWarning,
                 stacklevel=2,
             )
+        coarsest = self.tree.levels[0]
+        if self.whole is None and coarsest.dim > WHOLE:
+            warnings.warn(
+                f"cslc: fields of {self.shape[1]} x {self.shape[2]} can be halved {len(self.tree.begins) - 1} times at "
+                f"most, so that {coarsest.label} pixels are drawn at once, without the scales that make chains short. "
+                "Crop or pool the fields to sides with more factors of 2, or say octaves yourself.",
+                FitWarning,
+                stacklevel=2,
+            )
         some = self.fit(batches)
         logs = polish_levels(self, batches, some, self.polish, generator) if self.polish else {}
         some = some[: self.tuning.starts]
-        judge(self.chained(), self.units(some)[self.first :], self.tree.wavelet)
         logs |= tune_levels(self, some, generator)
+        judge(self.chained(), self.units(some)[self.first :], self.tree.wavelet)
+        logs["hessian_min"] = min(c.minima[0] for c in self.chained() if c.level.dim > 1)
+        logs["hessian_negative"] = max(c.negative for c in self.chained() if c.level.dim > 1)
         self._fit_free_energies(batches)
         self.fitted.fill_(1)
         return logs
@@ -155,8 +168,10 @@ class CSLC(Scored, WholeField, Model):
         return some
 
     def portray(self, folder: Path) -> list[Path]:
-        """`concavity.png`: how convex each level's energy is at training fields; `potentials.png`: those found."""
-        return write(folder, self.chained())
+        """`concavity.png`: how convex each level's energy is at training fields; `potentials.png`: those found;
+        `parameters.csv`: all of them, with their standard errors."""
+        paths = write(folder, self.chained())
+        return [*paths, write_parameters(folder, self.chained())] if paths else paths
 
     def loss(self, batch: Batch, *, generator: Generator | None = None) -> Loss:
         """[B] Σ_j ℓ_j per pixel: the score matching losses of all levels, each up to a constant of the data."""
@@ -206,6 +221,8 @@ class CSLC(Scored, WholeField, Model):
         if not coarse.isfinite().all():
             raise ValueError("upsample: the coarse fields hold NaN or infinity. Remove or fill them first.")
         last = max(k for k, size in enumerate(sizes) if size == grid)
+        if last + 1 == len(sizes):
+            raise ValueError(f"upsample: fields on the grid {grid[0]} x {grid[1]} have all their details already.")
         factor = 2.0 ** round(math.log2(self.shape[1] / grid[0]))
         y = (self.transform(coarse.to(self.device))[0].squeeze(1) - self.mean.to(coarse)) * factor
         seeds = as_seeds(len(coarse) if seeds is None else seeds)
@@ -237,8 +254,10 @@ class CSLC(Scored, WholeField, Model):
             raise ValueError(f"{where}: batch_size and num_steps >= 1 are needed, found {batch_size}, {num_steps}.")
         if first == 0 and self.still:
             below, first = torch.zeros(len(seeds), *self.tree.levels[0].size, device=self.device), 1
+        if not len(seeds):
+            return torch.empty(0, *self.shape, device=self.device)
         drawn = []
-        for rows in torch.arange(len(seeds)).split(batch_size):  # one empty part if there are no seeds
+        for rows in torch.arange(len(seeds)).split(batch_size):
             y = None if below is None else below[rows]
             for k in range(first, len(self.conditionals)):
                 y = self._level(k, y, seeds[rows], num_steps)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
+from ..files import write_text
 from ..registry import ConfigError
 from ..types import Batch
+from .conditional import Conditional
 from .polish import Moments, Polish, polish_chains, polish_line
 from .score_matching import Gram, Sandwich
 from .tuning import tune
@@ -42,8 +45,8 @@ def measure(model: CSLC, batches: Iterable[Batch], count: int) -> Tensor:
         raise ConfigError(f"cslc: at least {FEWEST} training fields are needed to tune chains, found {n}.")
     if not high - low > 1e-12 * max(1, abs(low), abs(high)):
         raise ConfigError(
-            f"cslc: the training fields do not vary: all pixels are {low:.4g} in model space, so that there is no law to "
-            "fit. Look at the data: constant fields are no samples."
+            f"cslc: the training fields do not vary: all pixels are {low:.4g} in model space, so that there is no law "
+            "to fit. Look at the data: constant fields are no samples."
         )
     even = any(getattr(term, "even", False) for c in model.conditionals for term in c.terms)
     model.mean.copy_(0 * total if even else total / n)  # the mean of a sample would tilt an even potential
@@ -154,9 +157,17 @@ def tune_levels(model: CSLC, some: Tensor, generator: Generator) -> dict[str, Te
         "autocorrelation": max(c.autocorrelation for c in chains),
         "r_hat": max(c.r_hat for c in chains),
         "transitions": sum(c.num_steps for c in chains),
-        "hessian_min": min(c.minima[0] for c in chains),
-        "hessian_negative": max(c.negative for c in chains),
     }
+
+
+def write_parameters(folder: Path, conditionals: Sequence[Conditional]) -> Path:
+    """A table of the parameters of every level in units of its σ, with their standard errors."""
+    lines = ["level,sigma,feature,theta,stderr"]
+    for c in conditionals:
+        for name, theta, error in zip(c.names, c.theta.tolist(), c.errors.tolist(), strict=True):
+            lines.append(f'{c.level.label},{float(c.unit):.6g},"{name}",{theta:.6g},{error:.3g}')
+    write_text(folder / "parameters.csv", "\n".join(lines) + "\n")
+    return folder / "parameters.csv"
 
 
 def _check_finite(x: Tensor) -> None:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..registry import register
+from ..registry import ConfigError, register
 from ..types import sum_items
 from .bases import Basis, BSpline
 from .terms import Term
@@ -68,6 +68,13 @@ class Potential(Term):
             self.interval.copy_(torch.stack((-end, end)))
         else:
             self.interval.copy_(values.quantile(values.new_tensor([share, 1 - share])))
+
+        if not self.interval[1] > self.interval[0]:
+            raise ConfigError(
+                f"potential of {self.level.label}: all but {2 * share:.1%} of the training pixels are "
+                f"{float(self.interval[0]):.4g} standard deviations, so that a potential has no interval. Sparse "
+                "fields, or ones with a few huge values, need another transform (a logarithm, say), or none of those."
+            )
 
     def _tails(self, beyond: Tensor) -> Tensor:
         """[*, 1 or 2] how far u is beyond the lower and the upper end, or beyond any of an even potential."""

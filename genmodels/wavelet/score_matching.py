@@ -26,6 +26,11 @@ class Gram:
 
     def __init__(self, conditional: Conditional) -> None:
         count = len(conditional.theta)
+        if not count:
+            raise ConfigError(
+                f"score matching of {conditional.level.label}: no term has a feature there. Add a potential, or let "
+                "quadratic have own: true."
+            )
         self.conditional, self.n = conditional, 0
         self.h = torch.zeros(count, count, dtype=torch.float64, device=conditional.theta.device)
         self.g = torch.zeros_like(self.h[0])

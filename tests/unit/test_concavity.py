@@ -353,8 +353,14 @@ def test_preparation_keeps_logs_and_draws_the_spectra(tmp_path):
     assert logs["hessian_min"] < min(c.minima[1] for c in model.conditionals)
     assert logs["hessian_negative"] == max(c.negative for c in model.conditionals)
     paths = model.portray(tmp_path / "prepare")
-    assert [path.name for path in paths] == ["concavity.png", "potentials.png"] and all(
-        path.read_bytes()[1:4] == b"PNG" for path in paths
+    assert [path.name for path in paths] == ["concavity.png", "potentials.png", "parameters.csv"]
+    assert all(path.read_bytes()[1:4] == b"PNG" for path in paths[:2])
+    rows = paths[2].read_text().splitlines()
+    assert rows[0] == "level,sigma,feature,theta,stderr"
+    last = rows[-1].split(",")
+    assert last[0] == level.level.label and float(last[3]) == pytest.approx(float(level.theta[-1]), rel=1e-5)
+    assert float(last[4]) == pytest.approx(float(level.errors[-1]), rel=1e-2) and len(rows) == 1 + sum(
+        len(c.theta) for c in model.conditionals
     )
     other = make()
     other.load_state_dict(model.state_dict())

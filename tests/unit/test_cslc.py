@@ -15,6 +15,7 @@ from genmodels.transforms import Affine, Identity, LogShift
 from genmodels.types import Batch, NotApplicable
 from genmodels.wavelet.bases import BSpline
 from genmodels.wavelet.chains import HMC
+from genmodels.wavelet.concavity import spectrum as spectrum_of
 from genmodels.wavelet.cslc import CSLC
 from genmodels.wavelet.potential import Potential
 from genmodels.wavelet.score_matching import FitWarning
@@ -49,7 +50,11 @@ def spectrum(x):
     return torch.fft.fft2(x[:, 0].double(), norm="ortho").abs().square().mean(0)
 
 
-@pytest.mark.parametrize("options", [{}, {"kernel": HMC(3)}, {"subdivisions": (2, 1, 1)}, {"octaves": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kernel": HMC(3)}, {"subdivisions": (2, 1, 1)}, {"octaves": 0}],
+    ids=lambda o: "".join(o) or "plain",
+)
 def test_samples_have_the_spectrum_of_the_data(options):
     """Powers of 64 modes, each known to √(2/n) where k = -k and √(1/n) elsewhere, of data and samples alike."""
     x = fitted(free_field(2000), **options).sample(500)
@@ -151,6 +156,42 @@ def test_items_that_are_not_finite_are_refused(model):
         CSLC((), periodic=True, shape=(1, 8, 8), transform=Identity())
 
 
+def test_nothing_is_drawn_for_no_seeds(model):
+    assert model.sample(0).shape == model.upsample(torch.zeros(0, 1, 4, 4)).shape == (0, 1, 8, 8)
+
+
+def test_fields_that_cannot_be_halved_are_fitted_whole_with_a_warning():
+    terms = (partial(Quadratic, reach=1, own=True),)
+    model = CSLC(terms, tuning=SHORT, periodic=True, shape=(1, 9, 9), transform=Identity())
+    with pytest.warns(FitWarning, match=r"9 x 9 can be halved 0 times at most, so that 9x9 pixels are drawn at once"):
+        model.prepare([Batch(torch.randn(300, 1, 9, 9, generator=generator("odd")))], generator=generator("p"))
+
+
+def test_sparse_fields_and_levels_without_features_are_refused():
+    sparse = (torch.rand(100, 1, 8, 8, generator=generator("sparse")) < 5e-4).float()
+    potential = (partial(Potential, basis=BSpline(6)),)
+    with pytest.raises(ConfigError, match=r"potential of 8x8: all but .* no interval. Sparse fields"):
+        CSLC(potential, octaves=0, periodic=True, shape=(1, 8, 8), transform=Identity()).fit([Batch(sparse)])
+    with pytest.raises(ConfigError, match=r"1x1: no term has a feature there"):
+        CSLC((Quadratic,), periodic=True, shape=(1, 8, 8), transform=Identity()).fit([Batch(free_field(50))])
+
+
+def test_convexity_is_told_of_the_energy_that_is_sampled():
+    """The guard of tails moves parameters after the fit."""
+    x = (0.6 * free_field(200)).exp()
+    terms = (partial(Quadratic, reach=1), partial(Potential, basis=BSpline(8)))
+    model = CSLC(terms, tuning=SHORT, periodic=True, shape=(1, 8, 8), transform=Identity())
+    with pytest.warns(FitWarning, match="not convex"):
+        logs = model.prepare([Batch(x)], generator=generator("told"))
+    told = {c.level.label: float(c.minima[0]) for c in model.conditionals}
+    assert any(c.held.any() for c in model.conditionals)
+    units = model.units(x[:32])
+    for c, u in zip(model.conditionals[1:], units[1:], strict=True):
+        found = spectrum_of(c.hessian, u, c.level.dim).smallest
+        assert told[c.level.label] == pytest.approx(found, rel=1e-6)
+    assert float(logs["hessian_min"]) == min(told[c.level.label] for c in model.conditionals[1:])
+
+
 def test_mistakes(model):
     with pytest.raises(ValueError, match=r"not fitted yet"):
         CSLC(OWN, periodic=True, shape=(1, 8, 8), transform=Identity()).sample(2)
@@ -158,6 +199,8 @@ def test_mistakes(model):
         model.upsample(torch.zeros(2, 1, 3, 3))
     with pytest.raises(ValueError, match=r"one seed per field is needed, found 3 for 2"):
         model.upsample(torch.zeros(2, 1, 4, 4), seeds=3)
+    with pytest.raises(ValueError, match=r"grid 8 x 8 have all their details already"):
+        model.upsample(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"num_steps >= 1"):
         model.sample(2, num_steps=0)
     with pytest.raises(ConfigError, match=r"starts >= 4"):

@@ -237,7 +237,9 @@ def potential(**given):
     return term, draw(len(term), seed=5)
 
 
-@pytest.mark.parametrize("given", [{}, {"even": True}, {"warp": True}, {"basis": Sigmoid(9)}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{}, {"even": True}, {"warp": True}, {"basis": Sigmoid(9)}], ids=["plain", "even", "warp", "sigmoid"]
+)
 def test_tails_are_parabolas_with_the_slope_at_the_end_and_their_own_curvature(given):
     """v is C¹ at the ends of the interval; curvatures beyond are the last parameters."""
     term, theta = potential(**given)
@@ -302,7 +304,11 @@ def test_without_its_invisible_direction_a_potential_spans_all_but_lines():
 # ---- bases ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("basis", [BSpline(4), BSpline(5), BSpline(16), Sigmoid(2, 0.5), Sigmoid(24)], ids=repr)
+@pytest.mark.parametrize(
+    "basis",
+    [BSpline(4), BSpline(5), BSpline(16), Sigmoid(2, 0.5), Sigmoid(24)],
+    ids=lambda b: f"{b.registered_name}{b.count}",
+)
 def test_bases_have_their_derivatives_and_are_antisymmetric(basis):
     s = torch.linspace(-0.999, 0.999, 53, dtype=torch.float64)
     for order in (0, 1):
