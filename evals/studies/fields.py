@@ -1,6 +1,6 @@
 """Models of physical fields beside each other: wavelet-conditional energies, a Gaussian, one energy, diffusion, a flow.
 
-    python -m evals.studies.fields phi4_32 phi4_64 lognormal_64 [--jobs 2] [--publish]
+    python -m evals.studies.fields phi4_8 phi4_32 phi4_64 lognormal_64 [--jobs 2] [--publish]
 
 Trains and evaluates the runs of each study that are not there yet, then draws 500 fields of each and compares radial
 spectra ring by ring: below the models stands the error that 500 fields of the law itself
@@ -24,6 +24,7 @@ from .plans import ROOT, Plan, carry_out_all, parser
 RESULTS = ROOT / "evals" / "results"
 DRAWN = 500
 NAMES: dict[str, dict[str, str]] = {  # configurations and what their rows are called
+    "phi4_8": {"cslc": "wavelet energies", "gaussian": "Gaussian"},
     "phi4_32": {
         "cslc": "wavelet energies",
         "cslc_plain": "score matching alone",

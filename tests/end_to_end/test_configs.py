@@ -139,7 +139,7 @@ ALIKE = {
 STEP = "model.layers[1].layers[{}].network"
 BRIEF = ["model.solver.max_steps=10", "model.gradient.max_iterations=5"]
 # fields of few pixels, and chains of few steps
-FEW = ["data.size=8", "data.count=200", "data.reference=20", "data.cache=null"]
+FEW = ["data.size=8", "data.count=200", "data.reference=20", "data.cache=null", "data.normalizer=false"]
 CHAINS = [
     *(f"model.tuning.{change}" for change in ("starts=8", "adapt=10", "record=20", "least=2", "most=4")),
     *("train.batch_size=100", "model.energy[0].reach=1", "model.energy[1].basis.count=6"),
@@ -151,9 +151,9 @@ MAPS = ["data.size=16", "data.side=0.875", "data.count=200", "data.reference=20"
 # networks of millions of parameters are cut down; what they are is tested by their count
 SMALL = {
     **{f"phi4_{size}/cslc": [*FEW, *CHAINS, *POLISHED] for size in (32, 64)},
-    "phi4_32/cslc_haar": [*FEW, *CHAINS, *POLISHED],
+    **{name: [*FEW, *CHAINS, *POLISHED] for name in ("phi4_32/cslc_haar", "phi4_8/cslc")},
     **{f"phi4_32/{name}": [*FEW, *CHAINS] for name in ("cslc_plain", "direct")},
-    **{f"phi4_{size}/gaussian": [*FEW, "train.batch_size=100"] for size in (32, 64)},
+    **{f"phi4_{size}/gaussian": [*FEW, "train.batch_size=100"] for size in (8, 32, 64)},
     "phi4_32/flow_matching": [*FEW, "sample.num_steps=2"],
     "phi4_32/glow": FEW,
     **{f"lognormal_64/{name}": [*MAPS, *CHAINS] for name in ("cslc", "cslc_quarter", "cslc_half", "cslc_octave")},

@@ -21,7 +21,12 @@ def protocol(metrics=("frechet", "bits_per_dim"), data=None, **sections):
 
 
 AT_HAND = [path for path in sorted(FOLDER.glob("*.yaml")) if "???" not in path.read_text()]  # no files of the user's
-SIMULATED = ("phi4_32", "phi4_64", "lognormal_64")  # whose contents, of which the hash is made, take up to minutes
+SIMULATED = (
+    "phi4_8",
+    "phi4_32",
+    "phi4_64",
+    "lognormal_64",
+)  # whose contents, of which the hash is made, take up to minutes
 
 
 @pytest.mark.parametrize(
