@@ -42,7 +42,7 @@ class CSLC(Scored, WholeField, Model):
 
     Args:
         energy: terms of the energy of every level.
-        wavelet: "haar", "db2" … "db10", "sym4" … "sym10" or "shannon".
+        wavelet: "haar", "db2" to "db6", "db8", "db10", "sym4" to "sym6", "sym8", "sym10" or "shannon".
         octaves: scales; None for as many as the grid can be halved.
         subdivisions: M of packets that part an octave into 2^(M-1) rings, for all octaves or each from the finest.
         kernel: of the Markov chains.
