@@ -151,6 +151,7 @@ EXAMPLES = {
             {"energy": [EVEN, {"name": "bands", "reach": 0}], "octaves": 1, "subdivisions": 2, "tuning": BRIEF},
         ),
     ],
+    "stationary_gaussian": [("contract_fields", {})],
     "replay": [
         ("contract_plane", {"noise": 0.1}),
         ("contract_images", {"blur": 0.7, "share": 0.6}),
