@@ -5,15 +5,14 @@
 Three chains by MALA, at β = 0.68 from fields in equilibrium, each with its step size adapted to 0.6 acceptance:
 the whole field under the exact energy (the magnetisation m is what moves slowest); the finest details given the coarser
 field, under the same exact energy; and every level of a model fitted to 5000 fields. Autocorrelation times are lags at
-which the correlation has fallen to 1/e. Beside them, seconds that an independent field takes: two autocorrelation times
-of the whole field's chain, or the model's whole way from coarse to fine. With `--publish` it writes
-evals/results/fields_mixing.md and fields_mixing.png. It takes about 20 minutes on a CPU; the whole field at 32² takes
-an hour more.
+which the correlation has fallen to 1/e. Beside them stands the work that an independent field takes, in pixels times
+evaluations of the gradient: two autocorrelation times of the whole field's chain, or the model's whole way from coarse
+to fine. With `--publish` it writes evals/results/fields_mixing.md and fields_mixing.png. It takes about 20 minutes on
+a CPU; the whole field at 32² takes an hour more.
 """
 
 import argparse
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,20 +46,24 @@ DETAILS = 600  # transitions of the chains of details
 
 
 class Chain(NamedTuple):
-    """Of a chain: autocorrelation time in steps, step size, acceptance, and seconds that a step of one field takes."""
+    """Of a chain: autocorrelation time in steps, step size and acceptance."""
 
     tau: float
     step_size: float
     acceptance: float
-    seconds: float
 
 
 class Fitted(NamedTuple):
-    """Of a fitted model: autocorrelation time and transitions by level, and seconds that a sample takes."""
+    """Of a fitted model, by level: autocorrelation time, transitions of a sample, and pixels of the grid."""
 
     tau: dict[str, float]
-    transitions: int
-    seconds: float
+    transitions: dict[str, int]
+    pixels: dict[str, int]
+
+    @property
+    def work(self) -> int:
+        """Pixels times evaluations of the gradient that a sample takes."""
+        return sum(count * self.pixels[level] for level, count in self.transitions.items())
 
 
 def equilibrium(size: int, count: int = CHAINS, cache: str | None = None) -> Tensor:
@@ -79,14 +82,13 @@ def whole(size: int) -> Chain:
     kernel, noise = MALA(TARGET), BatchNoise(len(x), generator=generator("whole", size))
     found = adapt(kernel, exact, begin(exact, x), scale=1.0, noise=noise, steps=400, measured=100)
     stride = max(1, round(LASTING * EXPECTED[size] / LOOKS))
-    state, seen, began = restart(found.state), [], time.perf_counter()
+    state, seen = restart(found.state), []
     for _ in range(LOOKS):
         state = advance(kernel, exact, state, stride, step_size=found.step_size, scale=1.0, noise=noise)
         seen.append(state.z.double().mean((1, 2)))
-    seconds = (time.perf_counter() - began) / (LOOKS * stride * len(x))
     trace = torch.stack(seen)
     trace = torch.cat((trace, -trace), 1)  # the law is even: its mean is 0 exactly
-    return Chain(float(decay_time(trace)) * stride, float(found.step_size), found.acceptance, seconds)
+    return Chain(float(decay_time(trace)) * stride, float(found.step_size), found.acceptance)
 
 
 def details(size: int, wavelet: str = "db4") -> Chain:
@@ -102,11 +104,10 @@ def details(size: int, wavelet: str = "db4") -> Chain:
     kernel, noise = MALA(TARGET), BatchNoise(len(x), generator=generator("details", size))
     found = adapt(kernel, potential, begin(potential, level.detail(x)), scale=1.0, noise=noise, steps=200)
     chains = walk(kernel, potential, restart(found.state), DETAILS, step_size=found.step_size, scale=1.0, noise=noise)
-    kept, began = torch.linspace(0, level.dim - 1, min(24, level.dim)).long(), time.perf_counter()
+    kept = torch.linspace(0, level.dim - 1, min(24, level.dim)).long()
     trace = torch.stack([state.z[:, kept] for state in chains])
-    seconds = (time.perf_counter() - began) / (DETAILS * len(x))
     # every coarse field has its own law of details: autocovariances are about each chain's own mean
-    return Chain(float(decay_time(trace, one_law=False).mean()), float(found.step_size), found.acceptance, seconds)
+    return Chain(float(decay_time(trace, one_law=False).mean()), float(found.step_size), found.acceptance)
 
 
 def fitted(size: int, cache: str | None) -> Fitted:
@@ -115,12 +116,11 @@ def fitted(size: int, cache: str | None) -> Fitted:
     terms = (partial(Quadratic, reach=3), partial(Potential, basis=BSpline(16), even=True))
     model = CSLC(terms, periodic=True, shape=(1, size, size), transform=Identity())
     model.prepare(list(data.batches("train", 500)), generator=generator("fitted", size))
-    began = time.perf_counter()
-    model.sample(128, batch_size=128)
-    seconds = (time.perf_counter() - began) / 128
     chained = [c for c in model.conditionals if c.level.dim > 1]
     return Fitted(
-        {c.level.label: float(c.autocorrelation) for c in chained}, sum(int(c.num_steps) for c in chained), seconds
+        {c.level.label: float(c.autocorrelation) for c in chained},
+        {c.level.label: int(c.num_steps) for c in chained},
+        {c.level.label: math.prod(c.level.size) for c in chained},
     )
 
 
@@ -141,7 +141,7 @@ def table(study: Study) -> str:
     """In Markdown."""
     lines = [
         "| L | whole field: τ of m, steps | details given the rest: τ, steps | fitted model: largest τ of a level | "
-        "its transitions, all levels | s per independent field: whole (2τ) | model | ratio |",
+        "its transitions, all levels | pixels x gradients per independent field: whole (2τ) | model | ratio |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for size in sorted({*study.whole, *study.details}):
@@ -151,10 +151,10 @@ def table(study: Study) -> str:
             continue
         direct, model = study.whole.get(size), study.fitted[size]
         cells = [f"{size}", f"{direct.tau:,.0f}" if direct else "", f"{chain.tau:.1f}"]
-        cells += [f"{max(model.tau.values()):.1f}", f"{model.transitions:,}"]
-        alone = 2 * direct.tau * direct.seconds if direct else math.nan
-        cells += [f"{alone:.3g}" if direct else "", f"{model.seconds:.3g}"]
-        cells.append(f"{alone / model.seconds:,.0f}" if direct else "")
+        cells += [f"{max(model.tau.values()):.1f}", f"{sum(model.transitions.values()):,}"]
+        alone = 2 * direct.tau * size**2 if direct else math.nan
+        cells += [f"{alone:.2g}" if direct else "", f"{model.work:.2g}"]
+        cells.append(f"{alone / model.work:,.0f}" if direct else "")
         lines.append(f"| {' | '.join(cells)} |")
     laws = [
         f"τ of the whole field grows as L^{growth({s: c.tau for s, c in study.whole.items()}):.2f}, that of the "
@@ -162,7 +162,7 @@ def table(study: Study) -> str:
         f"L^{growth({s: max(m.tau.values()) for s, m in study.fitted.items()}):.2f}.",
         f"MALA, acceptance {TARGET}, {CHAINS} chains; of whole fields and details τ is the lag of correlation 1/e, of "
         "the model's levels the integrated autocorrelation time of the slowest of energy, power, sum and one "
-        "coefficient. Seconds are of one thread and batches of these sizes, both sides in one process.",
+        "coefficient.",
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(laws) + "\n"
 
