@@ -120,7 +120,6 @@ ALIKE = {
     "digits/ffjord": "mnist/ffjord",
     "patches/nsf_ar": "patches/nsf",
     "patches/nanoflow": "patches/nsf",
-    "audio/nanoflow": "audio/nanoflow_ljspeech",
     "cifar10/glow": "cifar10/nanoflow_glow",
     "cifar10/nsf": "images/nsf_64",
     "cifar10/neural_ode": "mnist/neural_ode",
@@ -341,6 +340,8 @@ def test_what_is_like_another_has_one_that_travels():
     for name, other in ALIKE.items():
         own, its = (read(ROOT / "configs" / f"{n}.yaml")["model"]["name"] for n in (name, other))
         assert own == its, name
+        bases = yaml.safe_load((ROOT / "configs" / f"{other}.yaml").read_text()).get("base", [])
+        assert all("/" in base for base in bases), f"{other} is built only"
 
 
 @pytest.mark.parametrize(
