@@ -70,9 +70,18 @@ def test_inverse_undoes_forward(name, shape):
     assert back.shape == x.shape
     assert log_det.shape == back_log_det.shape == (64,)
     assert log_det.dtype == back_log_det.dtype == torch.float64
-    # steep maps lose digits, how many is a matter of the processor's exponentials: 2.5e-10 was seen
-    torch.testing.assert_close(back, x, rtol=0, atol=1e-9)
+    error = (back - x).abs().flatten(1).amax(1)
+    for k in (error > 1e-10).nonzero().flatten().tolist():
+        # z itself is rounded: no inverse can be nearer than that, magnified by the slope of the inverse map there
+        assert error[k] < rounding(f, x[k], z[k])
     torch.testing.assert_close(back_log_det, -log_det, rtol=0, atol=1e-9)
+
+
+def rounding(f, x, z):
+    """u |J⁻¹|_∞ |z|_∞ with J the Jacobian at x, u = 2⁻⁵²."""
+    n = x.numel()
+    jacobian = torch.autograd.functional.jacobian(lambda v: f(v[None])[0][0].flatten(), x).reshape(n, n)
+    return 2**-52 * torch.linalg.inv(jacobian).abs().sum(1).max() * z.abs().max()
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
