@@ -251,7 +251,6 @@ def sample(argv: Sequence[str]) -> None:
     given = parser.parse_intermixed_args(list(argv))
 
     from .editing.run_command import check_place, check_unused, edit_run
-    from .registry import ConfigError
     from .training import processes
 
     editing = given.edit is not None or given.invert is not None
@@ -259,11 +258,7 @@ def sample(argv: Sequence[str]) -> None:
         check_unused(given)
     check_place(given)
     act = edit_run if editing else _sample
-    if given.upsample is None:
-        upsample_command.check_unused(given)
-    elif editing or given.pipeline is not None:
-        raise ConfigError("--upsample: is neither for editing nor for pipelines; choose one.")
-    else:
+    if upsample_command.asked(given):
         act = upsample_command.upsample_run
     if given.pipeline is not None:
         from .editing.pipeline_command import edit_pipeline as act

@@ -5,7 +5,7 @@
 Trains and evaluates the runs of each study that are not there yet, then draws 500 fields of each and compares radial
 spectra ring by ring: below the models stands the error that 500 fields of the law itself
 would have. With `--publish` it copies the results to evals/results and writes evals/results/fields_<study>.md and .png.
-It takes an hour a study on a CPU, most of it for sampling and for the baselines that are trained.
+Most of the time goes to sampling, and to the baselines that are trained.
 """
 
 from collections.abc import Iterator, Mapping

@@ -7,8 +7,8 @@ the whole field under the exact energy (the magnetisation m is what moves slowes
 field, under the same exact energy; and every level of a model fitted to 5000 fields. Autocorrelation times are lags at
 which the correlation has fallen to 1/e. Beside them stands the work that an independent field takes, in pixels times
 evaluations of the gradient: two autocorrelation times of the whole field's chain, or the model's whole way from coarse
-to fine. With `--publish` it writes evals/results/fields_mixing.md and fields_mixing.png. It takes about 20 minutes on
-a CPU; the whole field at 32² takes an hour more.
+to fine. With `--publish` it writes evals/results/fields_mixing.md and fields_mixing.png. Whole fields
+take longest by far: the chain at 32² is left to `--direct`.
 """
 
 import argparse

@@ -100,7 +100,7 @@ def _cubic_slope(r: Tensor) -> list[Tensor]:
 class Sigmoid(Basis):
     """R_k(s) = sigmoid(-(s - c_k)/(extent · spacing)) with centres c_k equally spaced on [-1, 1].
 
-    The condition number of a fit in it is some 10^6 times that of `b_spline`.
+    Fits in it are far worse conditioned than in `b_spline`: neighbours overlap almost wholly.
 
     Args:
         count: K >= 2.

@@ -41,10 +41,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_unused(given: argparse.Namespace) -> None:
-    """Raises ConfigError if an option of upsampling was given, and nothing is upsampled."""
-    if given.octaves is not None:
+def asked(given: argparse.Namespace) -> bool:
+    """Whether fields are to be upsampled.
+
+    Raises:
+        ConfigError: if something else is asked as well, or if an option of upsampling was given without it.
+    """
+    if given.upsample is None and given.octaves is not None:
         raise ConfigError("--octaves: is for --upsample. Say which fields, such as --upsample test:0-7.")
+    others = (given.edit, given.invert, given.pipeline)
+    if given.upsample is not None and any(other is not None for other in others):
+        raise ConfigError("--upsample: is neither for editing nor for pipelines; choose one.")
+    return given.upsample is not None
 
 
 def upsample_run(given: argparse.Namespace, device: Any) -> None:
