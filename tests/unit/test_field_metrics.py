@@ -9,6 +9,7 @@ from genmodels.evaluation.protocol import Protocol
 from genmodels.metrics.fields.bispectrum import bispectrum
 from genmodels.metrics.fields.minkowski import minkowski, peaks
 from genmodels.metrics.fields.moments import MAGNETIZATION, MOMENTS, field_moments, magnetization
+from genmodels.metrics.fields.scattering import scattering
 from genmodels.metrics.fields.spectrum import spectrum_errors
 from genmodels.metrics.metric import Metric, Subject
 from genmodels.registry import ConfigError, build
@@ -82,6 +83,32 @@ def test_the_reference_itself_is_at_distance_0_and_everything_else_further_than_
         slow = ("binder_cumulant_error", "bispectrum_squeezed", "wavelet_skewness")  # noise of 60 fields is large
         assert found.value > found.references["noise"] * (0.5 if key in slow else 2), key
         assert found.items.mean().item() == pytest.approx(found.value, rel=1e-9)
+
+
+def test_absolute_errors_are_differences_of_the_statistics(data):
+    """By their definitions, in the units of the statistic itself."""
+    drawn, test = skewed(70, "drawn").pow(1.3), data.all("test").x[:, 0]
+
+    def pixels(x):
+        z = (x - x.mean()) / x.std(correction=0)
+        return z.pow(3).mean().item(), z.pow(4).mean().item() - 3
+
+    def binder(x):
+        m = x.mean((1, 2))
+        return 1 - m.pow(4).mean().item() / (3 * m.square().mean().item() ** 2)
+
+    found = score("field_moments", data, drawn) | score("magnetization", data, drawn)
+    for k, name in enumerate(("skewness_error", "excess_kurtosis_error")):
+        assert found[name].value == pytest.approx(abs(pixels(drawn)[k] - pixels(test)[k]), rel=1e-6), name
+    assert found["binder_cumulant_error"].value == pytest.approx(abs(binder(drawn) - binder(test)), rel=1e-6)
+
+
+def test_orders_of_scattering_are_compared_apart(data):
+    drawn, test = skewed(70, "drawn").pow(1.3), data.all("test").x[:, 0]
+    own, known = ([part.double().flatten(1).mean(0) for part in scattering(x)] for x in (drawn, test))
+    for key, a, b in zip(("scattering_first", "scattering_second"), own, known, strict=True):
+        found = score("scattering", data, drawn)[key].value
+        assert found == pytest.approx(((a - b).norm() / b.norm()).item(), rel=1e-6), key
 
 
 def test_shifts_move_the_one_point_law(data):
