@@ -11,11 +11,12 @@ from torch.distributions import MultivariateNormal
 from genmodels.rng import SeedNoise
 from genmodels.transforms import Affine, Identity, Logit
 from genmodels.types import Batch, SupportsLogProb
+from genmodels.wavelet import scoring
 from genmodels.wavelet.bases import BSpline
 from genmodels.wavelet.chains import MALA, begin
 from genmodels.wavelet.conditional import Conditional
 from genmodels.wavelet.cslc import CSLC
-from genmodels.wavelet.free_energy import Bridge, _log_mean, log_normalizer
+from genmodels.wavelet.free_energy import Bridge, Normalizer, _log_mean, log_normalizer
 from genmodels.wavelet.potential import Potential
 from genmodels.wavelet.terms import Quadratic, Term
 from genmodels.wavelet.tree import Tree
@@ -254,6 +255,22 @@ def gaussian_log_prob(model, x):
         law = MultivariateNormal(-base @ matrix @ g.T @ torch.linalg.inv(h), precision_matrix=(h + h.T) / 2)
         total = total + law.log_prob(c.level.detail(y))
     return total
+
+
+def test_variances_of_levels_add_up(gaussian_model, monkeypatch):
+    model, x = gaussian_model
+    levels = len(model.conditionals)
+
+    def told(conditional, kernel, base, noise, **options):
+        k = list(model.conditionals).index(conditional)
+        return Normalizer(torch.full((len(base),), 10.0**k).double(), torch.full((len(base),), 1.0 + k).double())
+
+    monkeypatch.setattr(scoring, "log_normalizer", told)
+    found = model.likelihood(x[:3].float())
+    torch.testing.assert_close(found.stderr, torch.full((3,), sum((1 + k) ** 2 for k in range(levels)) ** 0.5).double())
+    monkeypatch.setattr(scoring, "log_normalizer", lambda *given, **options: told(*given)._replace(value=0.0))
+    parts = model.likelihood(x[:3].float()).value - found.value
+    torch.testing.assert_close(parts, torch.full((3,), sum(10.0**k for k in range(levels))).double())
 
 
 def test_likelihood_is_that_of_gaussian_conditionals(gaussian_model):

@@ -146,6 +146,28 @@ def test_updates_that_break_the_chains_are_taken_back(monkeypatch):
     torch.testing.assert_close(conditional.theta, before, rtol=1e-12, atol=0)
 
 
+def test_steps_of_chains_go_towards_the_target_of_acceptance():
+    """Too long a step is refused mostly, and becomes shorter; too short a one longer."""
+    conditional, y, base = gaussian(60)
+    conditional.theta.copy_(torch.tensor([4.5, -1.0, 0.0]) * conditional.unit**2)
+    target = conditional.features(y / conditional.unit)
+    chains = module.Chains(conditional, MALA(), y, base, target, SETTINGS, generator("steps"))
+    for begun, sign in ((4.0, -1), (0.02, 1)):
+        chains.step_size = torch.tensor(begun, dtype=torch.float64)
+        seen = chains.visit()
+        assert sign * (seen.acceptance - MALA().target) > 0.2
+        assert sign * (float(chains.step_size) / begun - 1) > 0.2
+
+
+def test_tails_at_their_bound_are_free_to_rise_alone():
+    conditional = Conditional(Tree((4, 4), "db2").levels[-1], (*QUADRATIC, Potential))
+    conditional.held[-2:] = True
+    gap = torch.zeros(len(conditional.theta)).double()
+    gap[-2:] = torch.tensor([1.0, -1.0])  # the data have more beyond the lower end, and less beyond the upper one
+    free = module._free(conditional, gap)
+    assert free[:-2].all() and free[-2:].tolist() == [False, True]
+
+
 def test_what_too_few_fields_tell_of_keeps_its_parameter():
     """A potential whose last interval holds a few pixels of all the fields together."""
     tree = Tree((4, 4), "db2")
