@@ -188,3 +188,17 @@ def test_one_mean_and_deviation_for_each_channel():
         assert float(transform.std[channel]) == pytest.approx(float(x[:, channel].std(correction=0)), rel=1e-12)
     _, log_det = transform(x)
     assert float(log_det[0]) == pytest.approx(-12 * float(transform.std.log().sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("redshift", "expected"), [(0.5, 0.010303125), (1.0, 0.02975), (2.0, 0.0792)])
+def test_the_shift_is_the_polynomial_of_redshift(redshift, expected):
+    """0.008 z + 0.029 z² - 0.0079 z³ + 0.00065 z⁴, by hand."""
+    assert shift(redshift) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("cosmology", "slope"), [("omega_m_0.26", -1.234), ("omega_m_0.3", -1.2251)])
+def test_spectra_have_their_slope_at_a_thousand(cosmology, slope):
+    """d ln C/d ln ℓ at ℓ = 1000 is the linear coefficient."""
+    steps = 1000 * torch.tensor([-1e-4, 1e-4], dtype=torch.float64).exp()
+    low, high = angular_spectrum(steps, cosmology).log().tolist()
+    assert (high - low) / 2e-4 == pytest.approx(slope, abs=1e-6)

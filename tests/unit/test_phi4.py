@@ -179,6 +179,15 @@ def test_sweeps_before_and_between_the_items_of_a_chain(monkeypatch):
     assert fields[:, 0, 0].tolist() == [7, 7, 9, 9, 11]
 
 
+def test_the_error_of_the_binder_cumulant_is_that_of_the_jackknife():
+    m = torch.randn(3000, generator=generator("jackknife")).double() + 0.4
+    second, fourth = m.square(), m**4
+    out = [v.sum() - v for v in (second, fourth)]
+    without = 1 - (out[1] / 2999) / (3 * (out[0] / 2999) ** 2)
+    jackknife = ((2999 / 3000) * (without - without.mean()).square().sum()).sqrt()
+    assert binder(m.reshape(-1, 1, 1, 1))[1] == pytest.approx(float(jackknife), rel=0.03)  # equal to first order in 1/n
+
+
 def test_the_binder_cumulant_of_known_laws():
     signs = torch.ones(1000, 1, 2, 2)
     signs[::2] = -1
