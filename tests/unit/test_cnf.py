@@ -27,7 +27,7 @@ from tests.oracles import grid as plane
 
 A = torch.tensor([[0.3, -0.7, 0.1], [0.5, -0.2, 0.4], [-0.1, 0.2, 0.25]], dtype=torch.float64)
 START = torch.tensor([[1.0, 2.0, -1.0]], dtype=torch.float64)
-TIGHT = PI(1e-9, 1e-9)
+TIGHT = PI(1e-11, 1e-11)
 FIELD = {"name": "concat_mlp", "hidden": [12, 12], "time": "squash"}
 PLAIN = {"num_classes": None, "condition_shape": None}
 T = torch.tensor(0.3, dtype=torch.float64)

@@ -370,7 +370,7 @@ MODELS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(MODELS, TEXT, COUNTS)
 def test_a_saved_configuration_loads_to_the_same_hash(fake, model, path, seed):
     config = Config(tree(model=model, data={"name": "fake_points", "path": path}, seed=seed, name="x"))
@@ -382,14 +382,14 @@ def test_a_saved_configuration_loads_to_the_same_hash(fake, model, path, seed):
     assert diff(config.tree, loaded.tree) == [] and loaded.hash == config.hash and loaded.name == "x"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(MODELS, MODELS)
 def test_diff_is_empty_exactly_if_hashes_agree(fake, one, two):
     a, b = Config(tree(model=one)), Config(tree(model=two))
     assert (diff(a.tree, b.tree) == []) == (a.hash == b.hash)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(MODELS, MODELS)
 def test_overlaying_a_whole_configuration_gives_that_configuration(fake, one, two):
     base = registry.kinds()["model"]

@@ -43,7 +43,7 @@ from tests.oracles import (
 )
 
 NETWORK = {"name": "residual_mlp", "hidden": 16, "blocks": 1}
-TIGHT = PI(rtol=1e-8, atol=1e-8)
+TIGHT = PI(rtol=1e-9, atol=1e-9)
 
 
 def make(
