@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,12 @@ class GaussianField(SimulatedFields):
                 f"at least 0, found {mass_squared:g} and {stiffness:g}."
             )
         self.plan(sides(size, "data 'gaussian_field'"), count, reference, transform)
-        self.spectrum, self.seed = free_spectrum(self.shape[1:], mass_squared, stiffness), seed
+        self.spectrum = free_spectrum(self.shape[1:], mass_squared, stiffness)
+        self.mass_squared, self.stiffness, self.seed = float(mass_squared), float(stiffness), seed
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {"mass_squared": self.mass_squared, "stiffness": self.stiffness, "seed": self.seed}
 
     def draw(self, split: Split) -> Tensor:
         return stationary(self.spectrum, self.counts[split], generator("gaussian_field", split, self.seed))

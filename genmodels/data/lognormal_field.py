@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -113,8 +113,13 @@ class LognormalField(SimulatedFields):
         _check_multipoles(size, side)
         self.plan(shape, count, reference, transform)
         self.least, self.seed = shift(redshift), seed
+        self.side, self.cosmology = float(side), cosmology
         self.spectrum = convergence_spectrum(size, side, cosmology)
         self.logarithm = logarithm_spectrum(self.spectrum, self.least)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {"side": self.side, "shift": self.least, "cosmology": self.cosmology, "seed": self.seed}
 
     def draw(self, split: Split) -> Tensor:
         g = stationary(self.logarithm, self.counts[split], generator("lognormal_field", split, self.seed))

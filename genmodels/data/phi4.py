@@ -35,7 +35,6 @@ from .simulated_fields import SimulatedFields
 
 LENGTH = 40  # items that a chain gives at most
 TOGETHER = 2**14  # sites of chains that are moved together before chains are made longer: fewer cost hardly less
-VERSION = 1  # of the simulation: another one would give other items under the same arguments
 
 
 @register(Dataset, "phi4")
@@ -85,6 +84,10 @@ class Phi4(SimulatedFields):
     def mixing(self) -> Mixing:
         """The autocorrelation times in sweeps, and the sweeps before and between the items of a chain."""
         return self._drawn[1]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {"beta": self.beta, "seed": self.seed}
 
     def draw(self, split: Split) -> Tensor:
         ends = np.cumsum([0, *self.counts.values()])
@@ -146,7 +149,8 @@ class Phi4(SimulatedFields):
 
     @property
     def _source(self) -> dict[str, Any]:
-        return {"version": VERSION, "size": self.shape[1], "beta": self.beta, "seed": self.seed}
+        """What a cache is known by."""
+        return {"version": self.version, "size": self.shape[1], **self.recipe}
 
     @cached_property
     def _drawn(self) -> tuple[Tensor, Mixing]:

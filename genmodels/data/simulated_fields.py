@@ -3,10 +3,12 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from ..hashing import digest
 from ..registry import ConfigError
 from ..transforms import Transform
 from ..types import Batch
@@ -19,13 +21,15 @@ BLOCK = 2**22  # sites that are drawn together
 class SimulatedFields(InMemory):
     """Periodic fields [1, H, W], whose splits are independent draws; nothing is drawn before an item is asked for.
 
-    Subclasses call `plan` with what their configuration says, and say how fields are drawn.
+    Subclasses call `plan` with what their configuration says, and say what decides the fields and how they are drawn.
 
     Attributes:
         counts: items of each split.
+        version: of the simulation: another one gives other items under the same arguments.
     """
 
     periodic = True
+    version: ClassVar[int] = 1
 
     def plan(
         self, shape: tuple[int, int], count: int, reference: int, transform: Callable[..., Transform] | None
@@ -41,6 +45,20 @@ class SimulatedFields(InMemory):
         self.shape = (1, *shape)
         self.counts: dict[Split, int] = {"train": count, "val": count // 5, "test": reference}
         self.transform = proposal(transform, {"name": "standardize_channels"})
+
+    @property
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """The arguments that decide the fields, beside how many there are."""
+
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of the recipe, the version and the counts.
+
+        Contents do not count: the last bits of a simulation differ between processors, and those of a chain grow, so
+        that the same law and seed would have another hash on another machine. Nothing is simulated for it either.
+        """
+        facts = {"data": self.registered_name, "version": self.version, "shape": list(self.shape)}
+        return digest(facts | {"items": self.counts, "recipe": self.recipe})
 
     @abstractmethod
     def draw(self, split: Split) -> Tensor:

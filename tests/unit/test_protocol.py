@@ -21,18 +21,9 @@ def protocol(metrics=("frechet", "bits_per_dim"), data=None, **sections):
 
 
 AT_HAND = [path for path in sorted(FOLDER.glob("*.yaml")) if "???" not in path.read_text()]  # no files of the user's
-SIMULATED = (
-    "phi4_8",
-    "phi4_32",
-    "phi4_64",
-    "lognormal_64",
-)  # whose contents, of which the hash is made, take up to minutes
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SIMULATED else []) for p in AT_HAND],
-)
+@pytest.mark.parametrize("path", AT_HAND, ids=[p.stem for p in AT_HAND])
 def test_protocols_of_the_repository_are_sound(path):
     p, by_file = Protocol.load(path.stem), Protocol.load(str(path))
     assert p.name == path.stem and len(p.hash) == 12 and p.tree["description"]
