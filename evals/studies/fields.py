@@ -1,11 +1,11 @@
 """Models of physical fields beside each other: wavelet-conditional energies, a Gaussian, one energy, diffusion, a flow.
 
-    python -m evals.studies.fields phi4_8 phi4_32 phi4_64 lognormal_64 [--jobs 2] [--publish]
+    python -m evals.studies.fields phi4_8 phi4_32 phi4_64 phi4_128 lognormal_64 [--jobs 2] [--publish]
 
 Trains and evaluates the runs of each study that are not there yet, then draws 500 fields of each and compares radial
 spectra ring by ring: below the models stands the error that 500 fields of the law itself
 would have. With `--publish` it copies the results to evals/results and writes evals/results/fields_<study>.md and .png.
-Most of the time goes to sampling, and to the baselines that are trained.
+Most of the time goes to sampling, and to the baselines that are trained; a GPU is used if there is one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,15 @@ NAMES: dict[str, dict[str, str]] = {  # configurations and what their rows are c
         "flow_matching": "flow matching",
         "glow": "flow",
     },
-    "phi4_64": {"cslc": "wavelet energies", "gaussian": "Gaussian"},
+    "phi4_64": {
+        "cslc": "wavelet energies, Haar",
+        "cslc_plain": "score matching alone",
+        "direct": "one energy, MALA",
+        "gaussian": "Gaussian",
+        "flow_matching": "flow matching",
+        "glow": "flow",
+    },
+    "phi4_128": {"cslc": "wavelet energies, Haar", "gaussian": "Gaussian"},
     "lognormal_64": {
         "cslc": "wavelet energies of the logarithm",
         "cslc_quarter": "quarter octaves",
@@ -53,13 +61,13 @@ def plans(study: str) -> Iterator[Plan]:
 
 def drawn(study: str, root: Path) -> tuple[dict[str, Tensor], Tensor]:
     """[N, 1, H, W] fields of every run by the name of its row, and those of the test split."""
-    found = {}
+    found, device = {}, "cuda" if torch.cuda.is_available() else "cpu"
     for name, label in NAMES[study].items():
         run = Run.open(root / f"{study}-{name}")
-        model = run.load()
+        model = run.load(device=device)
         options = run.config.options("sample", None)
         with torch.no_grad():
-            parts = [model.sample(seeds, **options) for seeds in torch.arange(DRAWN).split(250)]
+            parts = [model.sample(seeds, **options).cpu() for seeds in torch.arange(DRAWN).split(125)]
         found[label] = torch.cat(parts)
         print(f"{study}: drew {label}", flush=True)
     data = Run.open(root / f"{study}-{next(iter(NAMES[study]))}").dataset()

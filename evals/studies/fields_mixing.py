@@ -5,14 +5,15 @@
 Three chains by MALA, at β = 0.68 from fields in equilibrium, each with its step size adapted to 0.6 acceptance:
 the whole field under the exact energy (the magnetisation m is what moves slowest); the finest details given the coarser
 field, under the same exact energy; and every level of a model fitted to 5000 fields. Autocorrelation times are lags at
-which the correlation has fallen to 1/e. Beside them stands the work that an independent field takes, in pixels times
-evaluations of the gradient: two autocorrelation times of the whole field's chain, or the model's whole way from coarse
-to fine. With `--publish` it writes evals/results/fields_mixing.md and fields_mixing.png. Whole fields
+which the correlation has fallen to 1/e. Beside them stands what an independent field takes, so that equally many have
+equal sampling errors: two autocorrelation times of the whole field's chain, or the model's whole way from coarse to
+fine, in pixels times evaluations of the gradient and in CPU seconds, one thread. With `--publish` it writes evals/results/fields_mixing.md and fields_mixing.png. Whole fields
 take longest by far: the chain at 32² is left to `--direct`.
 """
 
 import argparse
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,22 +44,26 @@ EXPECTED = {4: 2_500, 8: 18_000, 16: 85_000, 32: 400_000}  # of m, by which runs
 LASTING = 3.0  # expected autocorrelation times of the whole field's chains
 LOOKS = 400  # states of those that are kept
 DETAILS = 600  # transitions of the chains of details
+SAMPLES = 64  # of a model, whose time is taken
 
 
 class Chain(NamedTuple):
-    """Of a chain: autocorrelation time in steps, step size and acceptance."""
+    """Of a chain: autocorrelation time in steps, step size, acceptance, and CPU seconds of a step of one field."""
 
     tau: float
     step_size: float
     acceptance: float
+    seconds: float
 
 
 class Fitted(NamedTuple):
-    """Of a fitted model, by level: autocorrelation time, transitions of a sample, and pixels of the grid."""
+    """Of a fitted model, by level: autocorrelation time, transitions of a sample, pixels of the grid; and CPU seconds
+    of a sample."""
 
     tau: dict[str, float]
     transitions: dict[str, int]
     pixels: dict[str, int]
+    seconds: float
 
     @property
     def work(self) -> int:
@@ -82,13 +87,14 @@ def whole(size: int) -> Chain:
     kernel, noise = MALA(TARGET), BatchNoise(len(x), generator=generator("whole", size))
     found = adapt(kernel, exact, begin(exact, x), scale=1.0, noise=noise, steps=400, measured=100)
     stride = max(1, round(LASTING * EXPECTED[size] / LOOKS))
-    state, seen = restart(found.state), []
+    state, seen, began = restart(found.state), [], time.process_time()
     for _ in range(LOOKS):
         state = advance(kernel, exact, state, stride, step_size=found.step_size, scale=1.0, noise=noise)
         seen.append(state.z.double().mean((1, 2)))
+    seconds = (time.process_time() - began) / (LOOKS * stride * len(x))
     trace = torch.stack(seen)
     trace = torch.cat((trace, -trace), 1)  # the law is even: its mean is 0 exactly
-    return Chain(float(decay_time(trace)) * stride, float(found.step_size), found.acceptance)
+    return Chain(float(decay_time(trace)) * stride, float(found.step_size), found.acceptance, seconds)
 
 
 def details(size: int, wavelet: str = "db4") -> Chain:
@@ -103,11 +109,13 @@ def details(size: int, wavelet: str = "db4") -> Chain:
 
     kernel, noise = MALA(TARGET), BatchNoise(len(x), generator=generator("details", size))
     found = adapt(kernel, potential, begin(potential, level.detail(x)), scale=1.0, noise=noise, steps=200)
+    began = time.process_time()
     chains = walk(kernel, potential, restart(found.state), DETAILS, step_size=found.step_size, scale=1.0, noise=noise)
     kept = torch.linspace(0, level.dim - 1, min(24, level.dim)).long()
     trace = torch.stack([state.z[:, kept] for state in chains])
+    seconds = (time.process_time() - began) / (DETAILS * len(x))
     # every coarse field has its own law of details: autocovariances are about each chain's own mean
-    return Chain(float(decay_time(trace, one_law=False).mean()), float(found.step_size), found.acceptance)
+    return Chain(float(decay_time(trace, one_law=False).mean()), float(found.step_size), found.acceptance, seconds)
 
 
 def fitted(size: int, cache: str | None) -> Fitted:
@@ -117,10 +125,14 @@ def fitted(size: int, cache: str | None) -> Fitted:
     model = CSLC(terms, periodic=True, shape=(1, size, size), transform=Identity())
     model.prepare(list(data.batches("train", 500)), generator=generator("fitted", size))
     chained = [c for c in model.conditionals if c.level.dim > 1]
+    began = time.process_time()
+    model.sample(SAMPLES)
+    seconds = (time.process_time() - began) / SAMPLES
     return Fitted(
         {c.level.label: float(c.autocorrelation) for c in chained},
         {c.level.label: int(c.num_steps) for c in chained},
         {c.level.label: math.prod(c.level.size) for c in chained},
+        seconds,
     )
 
 
@@ -141,20 +153,22 @@ def table(study: Study) -> str:
     """In Markdown."""
     lines = [
         "| L | whole field: τ of m, steps | details given the rest: τ, steps | fitted model: largest τ of a level | "
-        "its transitions, all levels | pixels x gradients per independent field: whole (2τ) | model | ratio |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "its transitions, all levels | pixels x gradients per independent field: whole (2τ) | model | ratio | "
+        "CPU seconds per independent field: whole (2τ) | model | ratio |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for size in sorted({*study.whole, *study.details}):
         chain = study.details.get(size)
         if chain is None:
-            lines.append(f"| {size} | {study.whole[size].tau:,.0f} | | | | | | |")
+            lines.append(f"| {size} | {study.whole[size].tau:,.0f} | | | | | | | | | |")
             continue
         direct, model = study.whole.get(size), study.fitted[size]
         cells = [f"{size}", f"{direct.tau:,.0f}" if direct else "", f"{chain.tau:.1f}"]
         cells += [f"{max(model.tau.values()):.1f}", f"{sum(model.transitions.values()):,}"]
-        alone = 2 * direct.tau * size**2 if direct else math.nan
-        cells += [f"{alone:.2g}" if direct else "", f"{model.work:.2g}"]
-        cells.append(f"{alone / model.work:,.0f}" if direct else "")
+        work = 2 * direct.tau * size**2 if direct else math.nan
+        seconds = 2 * direct.tau * direct.seconds if direct else math.nan
+        for alone, ours in ((work, model.work), (seconds, model.seconds)):
+            cells += [f"{alone:.2g}" if direct else "", f"{ours:.2g}", f"{alone / ours:,.0f}" if direct else ""]
         lines.append(f"| {' | '.join(cells)} |")
     laws = [
         f"τ of the whole field grows as L^{growth({s: c.tau for s, c in study.whole.items()}):.2f}, that of the "
@@ -196,6 +210,7 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/field-cache", help="folder of simulated fields")
     parser.add_argument("--publish", action="store_true", help="write evals/results/fields_mixing.md and .png")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     study = Study(
         _each(given.direct, whole, "whole"),
         _each(given.sizes, details, "details"),
