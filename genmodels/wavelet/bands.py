@@ -1,6 +1,6 @@
 """Quadratic interactions between coefficients of wavelet packets: tiles with tiles, at shifts of the tiles' grid."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import rearrange
@@ -91,11 +91,14 @@ class Bands(QuadraticForm):
             rearrange(every, "... (p r) h w -> ... (p h) (r w)", p=self.split, r=self.split)
         )
 
-    def product(self, theta: Tensor, v: Tensor) -> Tensor:
-        symbol = torch.fft.rfft2(self.kernel(theta))
-        waves = torch.fft.rfft2(self._analyse(v))
-        mixed = torch.einsum("cdhw,...dhw->...chw", symbol.to(waves), waves)
-        return self._synthesise(torch.fft.irfft2(mixed, s=self.tile))
+    def matrix(self, theta: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        symbol = torch.fft.rfft2(self.kernel(theta)).to(dtype.to_complex())
+
+        def product(v: Tensor) -> Tensor:
+            mixed = torch.einsum("cdhw,...dhw->...chw", symbol, torch.fft.rfft2(self._analyse(v)))
+            return self._synthesise(torch.fft.irfft2(mixed, s=self.tile))
+
+        return product
 
     def features(self, u: Tensor) -> Tensor:
         waves = torch.fft.rfft2(self._analyse(u.double()))

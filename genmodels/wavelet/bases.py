@@ -1,6 +1,7 @@
 """Bases of functions of one variable on [-1, 1], in which potentials are expanded."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,7 +29,12 @@ class Basis(ABC):
 
     def combine(self, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Σ_k b_k R_k(s) and its first two derivatives, each shaped like s."""
-        return tuple(self.derivatives(s, order) @ b.to(s) for order in range(3))
+        return self.combination(b, s.dtype)(s)
+
+    def combination(self, b: Tensor, dtype: torch.dtype, orders: int = 3) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """s of a dtype -> the first `orders` of what `combine` gives; what depends on b alone is found once."""
+        b = b.to(dtype)
+        return lambda s: tuple(self.derivatives(s, order) @ b for order in range(orders))
 
 
 @register(Basis, "b_spline")
@@ -66,12 +72,17 @@ class BSpline(Basis):
         start = torch.cat([torch.zeros_like(steps[:1]), steps[:-1]])
         return torch.cat([start.unsqueeze(-1), integral], -1)
 
-    def combine(self, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pieces, (index, r), h = self._pieces(b.double()).to(s), self._place(s), 2 / self.intervals
-        p0, p1, p2, p3, p4 = (torch.take(column, index) for column in pieces.T)
-        value = p0 + r * (p1 + r * (p2 + r * (p3 + r * p4)))
-        slope = (p1 + r * (2 * p2 + r * (3 * p3 + r * 4 * p4))) / h
-        return value, slope, (2 * p2 + r * (6 * p3 + r * 12 * p4)) / h**2
+    def combination(self, b: Tensor, dtype: torch.dtype, orders: int = 3) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        pieces, h = self._pieces(b.double()).to(dtype).T.contiguous(), 2 / self.intervals
+
+        def combined(s: Tensor) -> tuple[Tensor, ...]:
+            index, r = self._place(s)
+            p0, p1, p2, p3, p4 = (torch.take(column, index) for column in pieces)
+            value = p0 + r * (p1 + r * (p2 + r * (p3 + r * p4)))
+            slope = (p1 + r * (2 * p2 + r * (3 * p3 + r * 4 * p4))) / h
+            return (value, slope, (2 * p2 + r * (6 * p3 + r * 12 * p4)) / h**2) if orders > 2 else (value, slope)
+
+        return combined
 
     def derivatives(self, s: Tensor, order: int) -> Tensor:
         index, r = self._place(s)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import ConfigError
-from .terms import Term
+from .terms import Energy, Term
 from .tree import Level
 
 DENSE = 800  # coefficients up to which spectra are of dense matrices
@@ -97,15 +97,25 @@ class Conditional(nn.Module):
 
     def energy(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """[B] float64 Ē and [B, H, W] ∂Ē/∂u, of fields u [B, H, W]."""
-        found = [term.energy(theta, u) for term, theta in self.parts()]
-        return sum(e for e, _ in found), sum(g for _, g in found)
+        return self.at(u.dtype)(u)
+
+    def at(self, dtype: torch.dtype) -> Energy:
+        """u of a dtype -> what `energy` gives at the present θ; what depends on θ alone is found once."""
+        energies = [term.at(theta, dtype) for term, theta in self.parts()]
+
+        def energy(u: Tensor) -> tuple[Tensor, Tensor]:
+            found = [of(u) for of in energies]
+            return sum(e for e, _ in found), sum(g for _, g in found)
+
+        return energy
 
     def potential(self, base: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """ζ [B, dim] -> (Ē [B] float64, ∇_ζ Ē [B, dim]), given the known part [B, H, W] in data units."""
-        known = base / self.unit.to(base)
+        """ζ [B, dim] -> (Ē [B] float64, ∇_ζ Ē [B, dim]), at the present θ and given the known part [B, H, W] in data
+        units."""
+        known, energy_at = base / self.unit.to(base), self.at(base.dtype)
 
         def of(z: Tensor) -> tuple[Tensor, Tensor]:
-            energy, gradient = self.energy(known + self.level.synthesize(z))
+            energy, gradient = energy_at(known + self.level.synthesize(z))
             return energy, self.level.detail(gradient)
 
         return of

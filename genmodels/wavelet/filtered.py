@@ -9,7 +9,7 @@ from ..registry import register
 from ..types import sum_items
 from .bases import Basis, BSpline
 from .potential import Potential
-from .terms import Shift, Term
+from .terms import Energy, Shift, Term
 from .tree import Level
 
 STENCILS: dict[str, list[dict[Shift, float]]] = {  # filters that the symmetries of the lattice take to one another
@@ -107,11 +107,16 @@ class FilteredPotential(Potential):
     def laplacians(self, u: Tensor) -> Tensor:
         return super().laplacians(self._stacked(u)) if self.names else self._none(u)
 
-    def energy(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, theta: Tensor, dtype: torch.dtype) -> Energy:
         if not self.names:
-            return torch.zeros(len(u), dtype=torch.float64, device=u.device), torch.zeros_like(u)
-        value, slope, _ = self.shape(theta, self.filtered(u))
-        return sum_items(value), self.spread(slope)
+            return lambda u: (torch.zeros(len(u), dtype=torch.float64, device=u.device), torch.zeros_like(u))
+        shape = self.shape_at(theta, dtype, orders=2)
+
+        def energy(u: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = shape(self.filtered(u))
+            return sum_items(value), self.spread(slope)
+
+        return energy
 
     def hessian(self, theta: Tensor, u: Tensor, v: Tensor) -> Tensor:
         if not self.names:

@@ -263,7 +263,8 @@ def _newton(seen: Visit, active: Tensor, ridge: float) -> Tensor:
     """[M] (C + λ diag C)⁻¹ times the mean gap, of the active features alone."""
     step = torch.zeros_like(seen.gaps[0])
     c = seen.covariance[active][:, active]
-    step[active] = torch.linalg.lstsq(c + ridge * c.diagonal().diag(), seen.gaps[:, active].mean(0), driver="gelsd")[0]
+    matrix, gap = (c + ridge * c.diagonal().diag()).cpu(), seen.gaps[:, active].mean(0).cpu()
+    step[active] = torch.linalg.lstsq(matrix, gap, driver="gelsd")[0].to(step)  # a driver that GPUs do not have
     return step
 
 

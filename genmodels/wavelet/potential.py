@@ -1,6 +1,7 @@
 """The potential of single pixels: Σ_i v(u_i), with a guard for its tails."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from ..registry import ConfigError, register
 from ..types import sum_items
 from .bases import Basis, BSpline
-from .terms import Term
+from .terms import Energy, Term
 from .tree import Level
 
 SHARE, LEAST, MOST = 1e-3, 30, 0.1  # of the training pixels beyond each end: which share, but how many at least
@@ -95,18 +96,32 @@ class Potential(Term):
 
     def _places(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """s of u, clamped to [-1, 1]; how far u is beyond the interval; ds/du and d²s/du²."""
+        return self._placing()(u)
+
+    def _placing(self) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """`_places`, with the interval read from the device once."""
         low, high = self.interval.tolist()
-        inside = u.clamp(low, high)
         if not self.warp:
             rate = 2 / (high - low)
-            s = (inside - low) * rate - 1
-            return s.clamp(-1, 1), u - inside, torch.full_like(u, rate), torch.zeros_like(u)
+
+            def straight(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+                inside = u.clamp(low, high)
+                s = (inside - low) * rate - 1
+                return s.clamp(-1, 1), u - inside, torch.full_like(u, rate), torch.zeros_like(u)
+
+            return straight
         centre = self.centre.item()
         start, end = math.asinh(low - centre), math.asinh(high - centre)
-        rate, moved = 2 / (end - start), inside - centre
-        s = (torch.asinh(moved) - start) * rate - 1
-        root = torch.rsqrt(1 + moved.square())
-        return s.clamp(-1, 1), u - inside, rate * root, -rate * moved * root**3
+        rate = 2 / (end - start)
+
+        def warped(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            inside = u.clamp(low, high)
+            moved = inside - centre
+            s = (torch.asinh(moved) - start) * rate - 1
+            root = torch.rsqrt(1 + moved.square())
+            return s.clamp(-1, 1), u - inside, rate * root, -rate * moved * root**3
+
+        return warped
 
     def features(self, u: Tensor) -> Tensor:
         s, beyond, rate, _ = self._places(u)
@@ -130,21 +145,40 @@ class Potential(Term):
 
     def shape(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """v, v' and v'' at u [*]."""
-        s, beyond, rate, bend = self._places(u)
+        return self.shape_at(theta, u.dtype)(u)
+
+    def shape_at(self, theta: Tensor, dtype: torch.dtype, orders: int = 3) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """u of a dtype -> the first `orders` of what `shape` gives; what depends on θ alone is found once."""
+        placing, (low, high) = self._placing(), self._curvatures(theta)
         inside = theta[: self.inside].to(self.expansion) @ self.expansion
-        value, slope, curvature = self.basis.combine(inside, s)
-        slope, curvature = slope * rate, curvature * rate.square() + slope * bend
-        low, high = self._curvatures(theta)
-        tail = torch.full_like(u, high).masked_fill_(beyond < 0, low)
-        return (
-            value + slope * beyond + 0.5 * tail * beyond.square(),
-            slope + tail * beyond,
-            torch.where(beyond == 0, curvature, tail),
-        )
+        combined = self.basis.combination(inside, dtype, orders)
+
+        def shape(u: Tensor) -> tuple[Tensor, ...]:
+            s, beyond, rate, bend = placing(u)
+            value, slope, *curvature = combined(s)
+            curvature = [c * rate.square() + slope * bend for c in curvature]
+            slope = slope * rate
+            tail = torch.full_like(u, high).masked_fill_(beyond < 0, low)
+            bent = tail * beyond
+            return (
+                torch.addcmul(value, beyond, torch.add(slope, bent, alpha=0.5)),
+                slope + bent,
+                *(torch.where(beyond == 0, c, tail) for c in curvature),
+            )
+
+        return shape
 
     def energy(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope, _ = self.shape(theta, u)
-        return sum_items(value), slope
+        return self.at(theta, u.dtype)(u)
+
+    def at(self, theta: Tensor, dtype: torch.dtype) -> Energy:
+        shape = self.shape_at(theta, dtype, orders=2)
+
+        def energy(u: Tensor) -> tuple[Tensor, Tensor]:
+            value, slope = shape(u)
+            return sum_items(value), slope
+
+        return energy
 
     def hessian(self, theta: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return self.shape(theta, u)[2] * v

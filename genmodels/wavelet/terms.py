@@ -2,6 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,6 +14,7 @@ from ..types import sum_items
 from .tree import Level
 
 Shift = tuple[int, int]
+Energy = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @kind
@@ -55,6 +58,10 @@ class Term(nn.Module, ABC):
     def energy(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """[B] float64 Σ θ_k Φ_k(u), and its gradient [B, H, W]."""
 
+    def at(self, theta: Tensor, dtype: torch.dtype) -> Energy:
+        """u [B, H, W] of a dtype -> what `energy` gives; terms may find what depends on θ alone once for a chain."""
+        return partial(self.energy, theta)
+
     @abstractmethod
     def hessian(self, theta: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """[*, H, W] product of the Hessian at u [*, H, W] with v [*, H, W]."""
@@ -86,15 +93,27 @@ class QuadraticForm(Term):
     traces: Tensor
 
     @abstractmethod
-    def product(self, theta: Tensor, v: Tensor) -> Tensor:
-        """[*, H, W] K v."""
+    def matrix(self, theta: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """v [*, H, W] of a dtype -> K v."""
 
     def laplacians(self, u: Tensor) -> Tensor:
         return self.traces.expand(len(u), -1)
 
+    def product(self, theta: Tensor, v: Tensor) -> Tensor:
+        """[*, H, W] K v."""
+        return self.matrix(theta, v.dtype)(v)
+
     def energy(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = self.product(theta, u)
-        return 0.5 * sum_items(gradient * u), gradient
+        return self.at(theta, u.dtype)(u)
+
+    def at(self, theta: Tensor, dtype: torch.dtype) -> Energy:
+        product = self.matrix(theta, dtype)
+
+        def energy(u: Tensor) -> tuple[Tensor, Tensor]:
+            gradient = product(u)
+            return 0.5 * sum_items(gradient * u), gradient
+
+        return energy
 
     def hessian(self, theta: Tensor, u: Tensor, v: Tensor) -> Tensor:
         return self.product(theta, v)
@@ -118,11 +137,11 @@ class Stationary(QuadraticForm):
 
     symbols: Tensor
 
-    def product(self, theta: Tensor, v: Tensor) -> Tensor:
+    def matrix(self, theta: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         if not self.names:
-            return torch.zeros_like(v)
-        symbol = torch.einsum("m,mhw->hw", theta.to(self.symbols), self.symbols).to(v)
-        return torch.fft.irfft2(torch.fft.rfft2(v) * symbol, s=self.level.size)
+            return torch.zeros_like
+        symbol = torch.einsum("m,mhw->hw", theta.to(self.symbols), self.symbols).to(dtype)
+        return lambda v: torch.fft.irfft2(torch.fft.rfft2(v) * symbol, s=self.level.size)
 
     def gradients(self, u: Tensor) -> Tensor:
         if not self.names:  # on a single pixel; transforms of nothing are an error

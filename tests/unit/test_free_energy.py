@@ -178,8 +178,8 @@ def test_log_z_of_three_details_given_the_mean():
 def test_a_constant_of_the_energy_comes_off_log_z(method):
     c, base = gaussian_conditional(), torch.zeros(2, 8, 8, dtype=torch.float64)
     options = {"method": method, "nodes": 3, "burn": 1, "record": 2}
-    found, energy = log_normalizer(c, MALA(), base, SeedNoise(2), **options), c.energy
-    c.energy = lambda u: (energy(u)[0] + 7, energy(u)[1])
+    found, energy = log_normalizer(c, MALA(), base, SeedNoise(2), **options), c.at(torch.float64)
+    c.at = lambda dtype: lambda u: (energy(u)[0] + 7, energy(u)[1])
     more = log_normalizer(c, MALA(), base, SeedNoise(2), **options)
     torch.testing.assert_close(found.value - more.value, torch.full((2,), 7.0, dtype=torch.float64))
 
