@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from ..autocorrelation import autocorrelation_time
 from ..registry import ConfigError
 from ..rng import BatchNoise, Noise
 from .chains import Kernel, State, adapt, advance, begin, record, restart
 from .conditional import Conditional
 from .line import BEYOND, LineLaw
-from .mixing import autocorrelation_time, split_r_hat
+from .mixing import split_r_hat
 from .score_matching import FitWarning
 
 NODES = 4001  # of the quadrature of a single coefficient
