@@ -233,6 +233,7 @@ def test_items_are_equilibrium_fields():
     assert abs(cumulant - 0.595) < 4 * math.hypot(error, 0.004)
     assert [data.size(split) for split in ("train", "val", "test")] == [1000, 200, 500]
     assert data.log_prob(x[:3]) is None and data.floor() is None and len(data.checks()) == 3
+    assert data.log_prob_stderr == 0
     assert "1 is exact" in data.checks()[1] and f"{data.mixing.thinning} sweeps apart" in data.checks()[2]
     assert data.periodic is True and data.facts()["periodic"] is True
 
@@ -240,6 +241,7 @@ def test_items_are_equilibrium_fields():
 def test_the_density_is_normalised_within_its_error():
     data = Phi4(size=2, count=5, reference=40, normalizer=True)
     value, error = data.log_z
+    assert data.log_prob_stderr == pytest.approx(math.prod(data.shape) * error) and error > 0
     assert abs(value - TWO_BY_TWO[0.68][0] / 4) < 4 * error < 0.02
     phi, _, cell = grid()
     total = float((data.log_prob(phi.unsqueeze(1)) + math.log(cell)).logsumexp(0))
