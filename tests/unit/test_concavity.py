@@ -200,6 +200,18 @@ def test_bands_that_are_not_convex_are_named_with_their_values():
         judge([flat], u[1:], "db4")
 
 
+@pytest.mark.parametrize(("bad", "warned"), [(1, False), (2, True)])
+def test_a_negative_direction_on_one_field_in_fifty_is_rare(bad, warned, monkeypatch):
+    lowest = torch.ones(50, dtype=torch.float64).where(torch.arange(50) >= bad, -1e-3)
+    monkeypatch.setattr(concavity, "spectrum", lambda *_: concavity.Spectrum(lowest, torch.full_like(lowest, 2.0)))
+    flat = conditional()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        judge([flat], [free_field(50)], "db4")
+    assert len(told) == warned and float(flat.negative) == pytest.approx(bad / 50)
+    assert not warned or f"negative on {bad / 50:.0%} of 50 fields" in str(told[0].message)
+
+
 def test_a_whole_field_that_is_not_convex_wants_octaves():
     whole = double_well(Tree((8, 8), "db4", 0).levels[0])
     with pytest.warns(FitWarning, match="8x8: smallest.*More octaves help"):
