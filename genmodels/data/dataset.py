@@ -38,6 +38,8 @@ class Dataset(ABC):
             anything else.
         transform: configuration node of the proposed map from data space to model space, e.g.
             `{"name": "standardize"}`; the model owns the transform built from it and, if needed, fits it.
+        log_prob_stderr: standard error in nats of `log_prob`, where that is known up to an error that all items share
+            (an estimated normaliser).
         unit_of_time: what `Batch.times` counts, where there are times.
         local: names of the constructor's arguments that only say where something lies on this machine: paths, caches.
             They are no part of a protocol, which takes them from the run or the command line; what lies there enters
@@ -53,6 +55,7 @@ class Dataset(ABC):
     sample_rate: int | None = None
     frame_rate: float | None = None
     periodic: bool | None = None
+    log_prob_stderr: float = 0.0
     unit_of_time: ClassVar[str | None] = None
     local: ClassVar[tuple[str, ...]] = ()
     transform: dict[str, Any] | str = "identity"

@@ -97,11 +97,16 @@ class Phi4(SimulatedFields):
     def log_prob(self, x: Tensor) -> Tensor | None:
         """[B] float64 -E(x) - log Z in nats; None without `normalizer`.
 
-        log Z is the same for all fields, and uncertain by N times the standard error of `log_z`.
+        log Z is the same for all fields, and uncertain by `log_prob_stderr`.
         """
         if not self.normalizer:
             return None
         return -energy(x.double(), self.beta) - self.log_z[0] * math.prod(self.shape)
+
+    @property
+    def log_prob_stderr(self) -> float:
+        """N times the standard error of `log_z` in nats; 0 without `normalizer`."""
+        return self.log_z[1] * math.prod(self.shape) if self.normalizer else 0.0
 
     @cached_property
     def log_z(self) -> tuple[float, float]:
@@ -123,7 +128,7 @@ class Phi4(SimulatedFields):
         if not self.normalizer:
             return None
         each = -self.log_prob(self.all(split).x) / math.prod(self.shape)
-        error = math.hypot(float(each.std()) / math.sqrt(len(each)), self.log_z[1])
+        error = math.hypot(float(each.std()) / math.sqrt(len(each)), self.log_prob_stderr / math.prod(self.shape))
         return Estimate(float(each.mean()), error, n=len(each), unit="nats/site", better="none", kind="stochastic")
 
     def checks(self) -> list[str]:

@@ -14,13 +14,13 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
+from ..autocorrelation import WINDOW, autocorrelation_time
 from ..registry import ConfigError
 from ..rng import generator
 
 WIDTH = 1.5  # of the proposals: φ' uniform on φ ± 1.5, of which 0.4 are accepted at every coupling of interest
 HITS = 2  # proposals of each site in a sweep
 GROUP = 2**17  # sites of the lattices that are moved together: what fits into a cache
-WINDOW = 5  # autocorrelation times that are summed over to find one
 NODES, WALKERS = 8, 256  # of the integral that gives log Z: values of β, and chains that go from one to the next
 BURN_IN, THINNING = 15, 3  # sweeps before the first item and between two of one chain, in autocorrelation times
 
@@ -175,20 +175,13 @@ def sweep(phi: Tensor, beta: float, source: Generator) -> Tensor:
     return swendsen_wang(metropolis(phi, beta, source), beta, source)
 
 
-def autocorrelation_time(series: Tensor) -> float:
+def sweeps_to_forget(series: Tensor) -> float:
     """½ + Σ_{0 < t <= W} ρ(t) of chains [T, C] that have one law at all times, in steps; W is the least W >= 5 τ(W).
 
-    ρ is found about the mean of all chains, so that short series are not biased. It is infinite if no W is in reach.
-
-    Source: Madras & Sokal 1988 (The pivot algorithm), appendix C.
+    That is half of `autocorrelation_time`. It is infinite if no W is in the first half of the series.
     """
-    values = series - series.mean()
-    variance, tau = float(values.square().mean()), 0.5
-    for t in range(1, len(series) // 2):
-        tau += float((values[:-t] * values[t:]).mean()) / variance
-        if t >= WINDOW * tau:
-            return tau
-    return math.inf
+    found = autocorrelation_time(series, window=WINDOW / 2)
+    return float(found.tau) / 2 if found.window < len(series) // 2 else math.inf
 
 
 @lru_cache(maxsize=64)
@@ -201,7 +194,7 @@ def mixing(size: int, beta: float, seed: int = 0, chains: int = 64) -> Mixing:
             phi = sweep(phi, beta, source)
             means.append(phi.mean((1, 2)))
         m = torch.stack(means[len(means) // 2 :])
-        square, absolute = autocorrelation_time(m.square()), autocorrelation_time(m.abs())
+        square, absolute = sweeps_to_forget(m.square()), sweeps_to_forget(m.abs())
         longest = max(square, absolute)
         if 2 * BURN_IN * longest <= len(means):
             return Mixing(square, absolute, math.ceil(BURN_IN * longest), math.ceil(THINNING * longest))

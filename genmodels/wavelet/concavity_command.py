@@ -86,9 +86,9 @@ def main(argv: Sequence[str]) -> None:
             richer=_richer(model, train),
             measured=given.fields,
         )
-    print(f"## {subject.name}: {' and '.join(groups)}\n")
+    print(f"## {subject.name}\n")
     for name, found in groups.items():
-        print(f"{name}:\n\n{_table(model, found)}\n")
+        print(f"Hessians at {name}:\n\n{_table(model, found)}\n")
     print(f"The divergence from the law of {given.split}:\n\n{_bounds(bound)}\n")
     print(f"{NOTES}\n\n{_verdict(bound)}\n")
     if given.most:

@@ -13,7 +13,7 @@ from ..registry import ConfigError, register
 from ..rng import Noise, SeedNoise, as_seeds
 from ..transforms import Transform
 from ..types import Batch, Condition, Loss, Seeds, Shape
-from .chains import MALA, Kernel
+from .chains import MALA, Kernel, State
 from .concavity import judge
 from .concavity_plot import write
 from .conditional import Conditional
@@ -23,7 +23,7 @@ from .score_matching import FitWarning
 from .scoring import Scored
 from .terms import Term
 from .tree import Tree
-from .tuning import Tuning, draw
+from .tuning import UNLIKE, Tuning, check_moves, draw
 from .whole_field import WholeField
 
 WHOLE = 16  # coefficients of the coarsest level that are drawn at once without a word
@@ -190,7 +190,8 @@ class CSLC(Scored, WholeField, Model):
             num_steps: transitions of the chain of every level; those found when the model was fitted if None.
             batch_size: how many are drawn at once.
         Raises:
-            ValueError: if the model is not fitted yet, or an option is out of its range.
+            ValueError: if the model is not fitted yet, if an option is out of its range, or if chains leave what is
+                finite. Of chains that hardly move a `ChainWarning` tells.
         """
         return self._drawn(None, 0, seeds, num_steps, batch_size, "sample")
 
@@ -208,7 +209,7 @@ class CSLC(Scored, WholeField, Model):
             coarse: [n, 1, H/2^j, W/2^j] fields of some octave j.
             seeds: n seeds; 0 … n-1 if not given. Item i depends on field i and seed i alone.
         Raises:
-            ValueError: if no octave of the model has that grid, or fields are not finite.
+            ValueError: if no octave of the model has that grid, or fields are not finite; else as of `sample`.
         """
         sizes = [level.size for level in self.tree.levels]
         grid = tuple(coarse.shape[2:])
@@ -256,22 +257,29 @@ class CSLC(Scored, WholeField, Model):
             below, first = torch.zeros(len(seeds), *self.tree.levels[0].size, device=self.device), 1
         if not len(seeds):
             return torch.empty(0, *self.shape, device=self.device)
-        drawn = []
+        drawn, ends = [], {k: [] for k in range(first, len(self.conditionals))}
         for rows in torch.arange(len(seeds)).split(batch_size):
             y = None if below is None else below[rows]
-            for k in range(first, len(self.conditionals)):
-                y = self._level(k, y, seeds[rows], num_steps)
+            for k, counts in ends.items():
+                y, end = self._level(k, y, seeds[rows], num_steps)
+                counts += [] if end is None else [(end.accepted, end.transitions)]
             drawn.append(self.items(y).float())
+        for k, counts in ends.items():
+            if counts:  # a quadrature has none
+                check_moves(self.conditionals[k], torch.cat([accepted for accepted, _ in counts]), counts[0][1])
         return torch.cat(drawn)
 
-    def _level(self, k: int, below: Tensor | None, seeds: Tensor, num_steps: int | None) -> Tensor:
-        """[n, H, W] fields of level k, given those of the level below."""
+    def _level(self, k: int, below: Tensor | None, seeds: Tensor, num_steps: int | None) -> tuple[Tensor, State | None]:
+        """[n, H, W] fields of level k, given those of the level below, and where its chains ended."""
         conditional = self.conditionals[k]
         like = torch.empty(0, device=self.device)
         base = self.tree.base(k, below, len(seeds), like)
         noise = SeedNoise(seeds, purpose=f"level {k}", device=self.device)
-        z, _ = draw(conditional, self.kernel, base, noise, num_steps)
-        return base + conditional.level.synthesize(z * conditional.unit.to(z))
+        z, end = draw(conditional, self.kernel, base, noise, num_steps)
+        y = base + conditional.level.synthesize(z * conditional.unit.to(z))
+        if not y.isfinite().all():
+            raise ValueError(f"{conditional.level.label}: fields drawn there are not finite. {UNLIKE}")
+        return y, end
 
 
 def _check(shape: Shape, boundary: str, regularization: float) -> None:

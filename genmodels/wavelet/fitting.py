@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from ..files import write_text
 from ..registry import ConfigError
 from ..types import Batch
+from .band_limit import Power
 from .conditional import Conditional
 from .polish import Moments, Polish, polish_chains, polish_line
 from .score_matching import Gram, Sandwich
@@ -31,7 +32,7 @@ def measure(model: CSLC, batches: Iterable[Batch], count: int) -> Tensor:
     """Set the mean, the units and the ranges of potentials, in two passes; returns `count` items, or all there are.
 
     Raises:
-        ConfigError: if fields are not finite, or do not vary.
+        ConfigError: if fields are not finite, do not vary, or hold nothing above some frequency.
     """
     n, total, some, low, high = 0, 0.0, [], math.inf, -math.inf
     for batch in batches:
@@ -50,9 +51,12 @@ def measure(model: CSLC, batches: Iterable[Batch], count: int) -> Tensor:
         )
     even = any(getattr(term, "even", False) for c in model.conditionals for term in c.terms)
     model.mean.copy_(0 * total if even else total / n)  # the mean of a sample would tilt an even potential
+    power = Power(model.shape[1:], model.transform, model.device)
     squares, kept = [0.0] * len(model.conditionals), [[] for _ in model.conditionals]
     for batch in batches:
-        for k, y in enumerate(model.fields(batch.x.to(model.device).double())[0]):
+        fields = model.fields(batch.x.to(model.device).double())[0]
+        power.update(batch.x, fields[-1])
+        for k, y in enumerate(fields):
             squares[k] += y.square().mean((1, 2)).sum()
             kept[k].append(y[:: max(1, n * y[0].numel() // PIXELS)])
     for c, square in zip(model.conditionals, squares, strict=True):
@@ -71,6 +75,8 @@ def measure(model: CSLC, batches: Iterable[Batch], count: int) -> Tensor:
             f.unit.copy_(c.unit)
         for term in (*c.terms, *(term for f in model.free_energies[k : k + 1] for term in f.terms)):
             term.fit(u)
+    for c in reversed(model.chained()):  # from the finest, where a limit begins
+        power.check(c.level)
     return torch.cat(some)[:count]
 
 

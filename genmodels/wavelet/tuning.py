@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from ..autocorrelation import autocorrelation_time
 from ..registry import ConfigError
 from ..rng import BatchNoise, Noise
 from .chains import Kernel, State, adapt, advance, begin, record, restart
 from .conditional import Conditional
 from .line import BEYOND, LineLaw
-from .mixing import autocorrelation_time, split_r_hat
+from .mixing import split_r_hat
 from .score_matching import FitWarning
 
 NODES = 4001  # of the quadrature of a single coefficient
@@ -20,6 +21,18 @@ WIDE, WIDENED = 2.0, 6  # its grid over the interval of the potential, and how o
 CHAINS = 4  # at each conditioning where R̂ is measured
 MIXED = 1.1  # R̂ that is told beyond
 LONG = 50  # autocorrelation times of a trace whose R̂ says something
+SLUGGISH = 0.5  # of the acceptance found when tuned: a sample's chain lasts half as many autocorrelation times as meant
+SPREAD, CHANCE = 0.25, 3.0  # of chains' acceptances (0.23 of φ⁴ at 2 x 2), and standard errors without a word
+NEVER, STUCK = 1e-9, 0.01  # probability of never moving that chance cannot be, and share of such chains without a word
+UNLIKE = (
+    "The coarser fields that are given may be unlike those of the training data: compare their units, grid, mean and "
+    "variance, and if the model drew them itself, the spectra of samples and data (polish mends coarse levels). "
+    "Otherwise fit the model again, with more fields to tune its chains by (tuning.starts)."
+)
+
+
+class ChainWarning(UserWarning):
+    """Chains of samples move less than those by which they were tuned."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ def draw(
     Args:
         base: [n, H, W] known part of the fields in data units.
         num_steps: transitions; those found by `tune` if None.
+    Raises:
+        ValueError: if chains begin, propose or end where the energy or the field is not finite.
     """
     if conditional.level.dim == 1:
         return line_law(conditional, base).sample(noise, (1,), dtype=base.dtype).to(base.device), None
@@ -70,7 +85,39 @@ def draw(
     steps = int(conditional.num_steps) if num_steps is None else num_steps
     step_size, scale = conditional.step_size, conditional.scale
     state = advance(kernel, potential, state, steps, step_size=step_size, scale=scale, noise=noise)
+    failed = state.failed > 0
+    if failed.any():
+        raise ValueError(
+            f"{conditional.level.label}: chains of {int(failed.sum())} of {len(failed)} items meet energies that are "
+            f"not finite, in {int(state.failed.sum())} of {steps * len(failed)} proposals (the first is item "
+            f"{int(failed.nonzero()[0])}). {UNLIKE}"
+        )
     return state.z, state
+
+
+def check_moves(conditional: Conditional, accepted: Tensor, transitions: int) -> None:
+    """Warn if the chains of samples hardly move: draws are then what they began with, not those of the law.
+
+    The step size was found at training fields. Told is a mean acceptance below half of that found there: a chain that
+    moves half as often lasts half as many autocorrelation times, and `adapt` refuses the same share of its target.
+    Chains of a good model differ too, by what they are given: the mean must be 3 standard errors lower. More than 1 %
+    of chains that never moved are told of too, if that cannot be chance.
+
+    Args:
+        accepted: [n] transitions that moved, of each item's chain.
+        transitions: that each made.
+    """
+    expected, found = float(conditional.acceptance), float(accepted.double().mean()) / transitions
+    least = SLUGGISH * expected - CHANCE * SPREAD / math.sqrt(len(accepted))
+    still = int((accepted == 0).sum()) if (1 - expected) ** transitions < NEVER else 0
+    if found < least or still > STUCK * len(accepted):
+        warnings.warn(
+            f"{conditional.level.label}: chains of samples accept {found:.2g} of their proposals where {expected:.2g} "
+            f"are expected from training fields, and {still} of {len(accepted)} never moved, so that draws depend on "
+            f"where their chains began. {UNLIKE}",
+            ChainWarning,
+            stacklevel=4,
+        )
 
 
 def line_law(conditional: Conditional, base: Tensor) -> LineLaw:

@@ -8,14 +8,9 @@ import torch
 from scipy import stats
 from scipy.signal import lfilter
 
+from genmodels.autocorrelation import autocorrelation, autocorrelation_time
 from genmodels.rng import generator
-from genmodels.wavelet.mixing import (
-    autocorrelation,
-    autocorrelation_time,
-    decay_time,
-    effective_size,
-    split_r_hat,
-)
+from genmodels.wavelet.mixing import decay_time, effective_size, split_r_hat
 
 
 def autoregressive(phi: float, length: int, *batch: int, key: str = "a") -> torch.Tensor:

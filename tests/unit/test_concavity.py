@@ -200,6 +200,18 @@ def test_bands_that_are_not_convex_are_named_with_their_values():
         judge([flat], u[1:], "db4")
 
 
+@pytest.mark.parametrize(("bad", "warned"), [(1, False), (2, True)])
+def test_a_negative_direction_on_one_field_in_fifty_is_rare(bad, warned, monkeypatch):
+    lowest = torch.ones(50, dtype=torch.float64).where(torch.arange(50) >= bad, -1e-3)
+    monkeypatch.setattr(concavity, "spectrum", lambda *_: concavity.Spectrum(lowest, torch.full_like(lowest, 2.0)))
+    flat = conditional()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        judge([flat], [free_field(50)], "db4")
+    assert len(told) == warned and float(flat.negative) == pytest.approx(bad / 50)
+    assert not warned or f"negative on {bad / 50:.0%} of 50 fields" in str(told[0].message)
+
+
 def test_a_whole_field_that_is_not_convex_wants_octaves():
     whole = double_well(Tree((8, 8), "db4", 0).levels[0])
     with pytest.warns(FitWarning, match="8x8: smallest.*More octaves help"):
@@ -388,7 +400,8 @@ def test_command_tells_bands_bound_and_widths(config, capsys):
     row = next(line for line in told.splitlines() if line.startswith("| 8x8") and "48" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert 0 < float(cells[2]) <= float(cells[3]) <= float(cells[4]) < float(cells[6]) and cells[5] == "0%"
-    assert "10 fields of test" in told and "KL of the whole field: at most" in told
+    assert told.startswith("## free\n\nHessians at 10 fields of test:\n\n| band") and told.count("fields of test") == 1
+    assert "KL of the whole field: at most" in told
     assert 0 < float(told.split("at most ")[1].split()[0]) < 3  # each fit to 160 fields, not to a few
     assert "model.subdivisions=[1]" in told and (config.parent / "concavity.png").stat().st_size > 5000
 

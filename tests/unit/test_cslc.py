@@ -1,7 +1,9 @@
 """The model of fields from coarse to fine: samples and upsampling of laws that are known, and the command for it."""
 
+import copy
 import json
 import math
+import warnings
 from functools import partial
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from genmodels.commands import sample, train
+from genmodels.data.phi4 import Phi4
 from genmodels.registry import ConfigError
 from genmodels.rng import generator
 from genmodels.transforms import Affine, Identity, LogShift
@@ -20,7 +23,7 @@ from genmodels.wavelet.cslc import CSLC
 from genmodels.wavelet.potential import Potential
 from genmodels.wavelet.score_matching import FitWarning
 from genmodels.wavelet.terms import Quadratic
-from genmodels.wavelet.tuning import Tuning
+from genmodels.wavelet.tuning import ChainWarning, Tuning, check_moves
 
 POWER = 1 / (
     4.5 - 2 * (2 * math.pi * torch.arange(8.0) / 8).cos()[:, None] - 2 * (2 * math.pi * torch.arange(8.0) / 8).cos()
@@ -141,6 +144,91 @@ def test_chains_that_are_cut_short_are_told_of():
         FitWarning, match=r"8x8: 10 autocorrelation times are \d+ transitions, and samples take at most 3"
     ):
         fitted(free_field(300), tuning=Tuning(starts=8, adapt=20, record=50, least=2, most=3))
+
+
+# ---- chains of samples that do not do what they did when they were tuned -------------------------------------------
+
+
+@pytest.fixture
+def broken(model):
+    """A copy of the model, for a test to spoil."""
+    return copy.deepcopy(model)
+
+
+def told(draw):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x = draw()
+    return x, [str(w.message) for w in caught if issubclass(w.category, ChainWarning)]
+
+
+def test_chains_of_a_good_model_are_not_told_of(model):
+    for draw in (lambda: model.sample(300), lambda: model.sample(1), lambda: model.sample([9], num_steps=2)):
+        assert told(draw)[1] == []
+
+
+def test_chains_that_hardly_move_are_told_of_once_a_level(broken):
+    """By steps that are seven times too long; draws are the same in any batch, and with or without a warning."""
+    c = broken.conditionals[-1]
+    c.step_size *= 7
+    x, messages = told(lambda: broken.sample(40, batch_size=13))
+    (message,) = messages
+    assert message.startswith("8x8: chains of samples accept 0 of their proposals where 0.58 are expected")
+    assert "40 of 40 never moved" in message and "The coarser fields" in message
+    one, single = told(lambda: broken.sample([17]))
+    torch.testing.assert_close(one[0], x[17], rtol=0, atol=1e-5)  # products of matrices round by their batch
+    assert "1 of 1 never moved" in single[0]
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.40, True), (0.60, False)])
+def test_acceptance_may_fall_to_half_of_what_was_found(model, share, warned):
+    """Two in five, and three in five of it, of 10,000 chains: between them lie half and its standard error of 0.01."""
+    c = model.conditionals[-1]
+    accepted = torch.full((10_000,), round(1000 * share * float(c.acceptance)))
+    assert bool(told(lambda: check_moves(c, accepted, 1000))[1]) == warned
+
+
+def test_few_chains_may_differ(model):
+    """Those of one item or nine with a third of the acceptance are no news, those of a hundred are."""
+    c = model.conditionals[-1]
+    for count, warned in ((1, False), (9, False), (100, True)):
+        accepted = torch.full((count,), round(1000 * float(c.acceptance) / 3))
+        assert bool(told(lambda a=accepted: check_moves(c, a, 1000))[1]) == warned
+
+
+def test_chains_that_never_moved_are_told_of_among_others(model):
+    c = model.conditionals[-1]
+    accepted = torch.full((300,), 30)
+    for stuck, steps, warned in ((3, 60, False), (4, 60, True), (4, 22, False)):
+        a = accepted.where(torch.arange(300) >= stuck, 0)
+        assert bool(told(lambda a=a, n=steps: check_moves(c, a, n))[1]) == warned
+
+
+def test_coarse_fields_in_other_units_are_told_of():
+    """Far outside a double well's data its tails are a parabola as steep as at the last knot."""
+    x = Phi4(size=8, beta=0.76, count=600, reference=5).all("train").x
+    terms = (partial(Quadratic, reach=2), partial(Potential, basis=BSpline(6)))
+    model = CSLC(terms, tuning=SHORT, octaves=1, periodic=True, shape=(1, 8, 8), transform=Identity())
+    model.prepare([Batch(x)], generator=generator("wells"))
+    coarse = model.coarsen(x[:40])
+    assert told(lambda: model.upsample(coarse))[1] == []
+    (message,) = told(lambda: model.upsample(30 * coarse))[1]
+    assert message.startswith("8x8: chains of samples accept 0.0") and "their units" in message
+
+
+def test_chains_that_leave_what_is_finite_are_refused(broken):
+    broken.conditionals[-1].step_size.fill_(1e25)  # squares of fields overflow in float32
+    with pytest.raises(ValueError, match=r"8x8: chains of 3 of 3 items meet energies .* in 216 of 216 proposals .*it"):
+        broken.sample(3)
+
+
+def test_levels_that_are_not_finite_are_refused(broken):
+    broken.conditionals[0].unit.fill_(1e300)
+    with pytest.raises(ValueError, match="1x1: fields drawn there are not finite"):
+        broken.sample(3)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
 def test_items_that_are_not_finite_are_refused(model):

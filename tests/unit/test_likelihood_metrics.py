@@ -18,7 +18,7 @@ from genmodels.metrics.likelihood import (
 from genmodels.metrics.metric import Subject
 from genmodels.rng import generator
 from genmodels.transforms import Affine, Compose, Dequantize, Logit
-from genmodels.types import Likelihood, NotApplicable, Samples
+from genmodels.types import Batch, Likelihood, NotApplicable, Samples
 from tests.evaluation_fakes import Levels, Points, UniformLevels
 
 F64 = torch.float64
@@ -254,6 +254,60 @@ def test_nats_per_dimension_of_continuous_data():
     assert each.references["true law"] == pytest.approx(whole.references["true law"] / 2) and each.kind == "exact"
     assert torch.allclose(each.items, whole.items / 2)
     assert code_length(torch.tensor([-2.0]), 5, None).tolist() == [2.0]
+
+
+class Wide(Points):
+    """Points of N(0, 4), whose density is known to 0.03 nats."""
+
+    log_prob_stderr = 0.03
+
+    def __init__(self):
+        for split in ("train", "val", "test"):
+            self.hold(split, Batch(2 * torch.randn(4000, 2, generator=generator("wide", split))))
+
+    def log_prob(self, x):
+        return -(x.double() ** 2).sum(1) / 8 - math.log(8 * math.pi)
+
+
+def test_divergence_from_a_known_law_is_the_mean_of_paired_differences():
+    """KL(N(0, 4) | N(m, 4 e²)) in the plane, e = 1.1: 2 log e + (8 + m²)/(8 e²) - 1, with the spread of differences."""
+    data = Wide()
+    x, e, m = data.all("test").x.double(), 1.1, torch.tensor([0.3, 0.0], dtype=F64)
+    log_p = -((x - m) ** 2).sum(1) / (8 * e**2) - math.log(8 * math.pi * e**2)
+    metric = NegativeLogLikelihood()
+    metric.start(subject(data))
+    for rows in torch.arange(4000).split(1500):
+        answers = Samples(rows, likelihood=Likelihood(log_p[rows], "stochastic", torch.full((len(rows),), 0.1)))
+        metric.update(answers, data.take("test", rows))
+    found = metric.compute()
+    kl, nll = found["kl_per_dim"], found["nats_per_dim"]
+    exact = 2 * math.log(e) + (8 + 0.09) / (8 * e**2) - 1
+    assert (kl.n, kl.unit, kl.better, kl.kind) == (4000, "nats/dim", "lower", "stochastic")
+    assert kl.value == pytest.approx(nll.value - nll.references["true law"], rel=1e-9)
+    # differences are linear and quadratic in x: variances (m/4e²)² 4 and 2·2·(½(1 - 1/e²))²
+    spread = math.sqrt((0.3 / (4 * e**2)) ** 2 * 4 + (1 - 1 / e**2) ** 2)
+    assert kl.stderr == pytest.approx(math.hypot(spread / math.sqrt(4000), 0.03) / 2, rel=0.02)
+    assert kl.value == pytest.approx(exact / 2, abs=4 * spread / math.sqrt(4000) / 2)
+    assert kl.references == {"true law": 0.0} and kl.detail == "noise of the draws 0.00079"
+    assert torch.allclose(kl.items, (data.log_prob(x) - log_p) / 2, rtol=0, atol=1e-12)
+
+
+def test_paired_differences_are_known_better_than_the_entropy_and_vanish_for_the_law_itself():
+    data = Points()
+    found = all_of(NegativeLogLikelihood(), data, data.log_prob(data.all("test").x), "exact")
+    assert found["kl_per_dim"].value == found["kl_per_dim"].stderr == 0 < 0.01 < found["nats_per_dim"].stderr
+    assert all_of(NegativeLogLikelihood(), data, torch.zeros(1), "exact")["kl_per_dim"].stderr is None
+
+
+def test_data_of_unknown_law_have_no_divergence_and_protocols_keep_their_hash():
+    class Unknown(Points):
+        def log_prob(self, x):
+            return None
+
+    for data in (Unknown(), Levels()):
+        values = torch.zeros(3, dtype=F64)
+        assert set(all_of(NegativeLogLikelihood(), data, values, "exact")) == {"nll", "nats_per_dim"}
+    assert NegativeLogLikelihood.version == 2  # which is in every hash
 
 
 def test_noise_of_the_probes_is_counted_once():

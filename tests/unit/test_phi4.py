@@ -11,7 +11,6 @@ from genmodels.data import phi4, phi4_lattice
 from genmodels.data.image_cache import CacheWarning
 from genmodels.data.phi4 import Phi4
 from genmodels.data.phi4_lattice import (
-    autocorrelation_time,
     binder,
     bond,
     bonds_on_the_way,
@@ -22,6 +21,8 @@ from genmodels.data.phi4_lattice import (
     mixing,
     site_normalizer,
     start,
+    sweep,
+    sweeps_to_forget,
     virial,
     whole,
 )
@@ -145,9 +146,27 @@ def test_an_autocorrelation_time_of_known_size():
     source = generator("steps")
     for _ in range(299):
         series.append(r * series[-1] + (1 - r**2) ** 0.5 * torch.randn(400, generator=source, dtype=torch.float64))
-    tau = autocorrelation_time(3.0 + 2 * torch.stack(series))
+    tau = sweeps_to_forget(3.0 + 2 * torch.stack(series))
     assert tau == pytest.approx(4.5 * (1 - r**22.5), rel=4 * (2 * 46 / 120_000) ** 0.5)
-    assert autocorrelation_time(torch.stack(series)[:20]) == math.inf
+    assert sweeps_to_forget(torch.stack(series)[:20]) == math.inf
+
+
+def test_autocorrelation_times_decide_which_fields_are_drawn():
+    """They are those of the fields that caches and published results hold: sums over pairs, written out."""
+    source = generator("phi4 mixing", 8, "0.68", 0)
+    phi, means = start(64, 8, source), []
+    for _ in range(256):
+        phi = sweep(phi, 0.68, source)
+        means.append(phi.mean((1, 2)))
+    m = torch.stack(means[128:])
+    for found, series in zip(mixing(8, 0.68)[:2], (m.square(), m.abs()), strict=True):
+        values = series - series.mean()
+        tau, t = 0.5, 0
+        while t < 5 * tau:
+            t += 1
+            tau += float((values[:-t] * values[t:]).mean() / values.square().mean())
+        assert found == pytest.approx(tau, rel=1e-12)
+    assert mixing(8, 0.68) == pytest.approx((4.23129015, 4.05571375, 64, 13), rel=1e-7)
 
 
 def test_items_of_a_chain_are_nearly_independent_and_interleaved():
@@ -214,6 +233,7 @@ def test_items_are_equilibrium_fields():
     assert abs(cumulant - 0.595) < 4 * math.hypot(error, 0.004)
     assert [data.size(split) for split in ("train", "val", "test")] == [1000, 200, 500]
     assert data.log_prob(x[:3]) is None and data.floor() is None and len(data.checks()) == 3
+    assert data.log_prob_stderr == 0
     assert "1 is exact" in data.checks()[1] and f"{data.mixing.thinning} sweeps apart" in data.checks()[2]
     assert data.periodic is True and data.facts()["periodic"] is True
 
@@ -221,6 +241,7 @@ def test_items_are_equilibrium_fields():
 def test_the_density_is_normalised_within_its_error():
     data = Phi4(size=2, count=5, reference=40, normalizer=True)
     value, error = data.log_z
+    assert data.log_prob_stderr == pytest.approx(math.prod(data.shape) * error) and error > 0
     assert abs(value - TWO_BY_TWO[0.68][0] / 4) < 4 * error < 0.02
     phi, _, cell = grid()
     total = float((data.log_prob(phi.unsqueeze(1)) + math.log(cell)).logsumexp(0))

@@ -146,6 +146,44 @@ def test_updates_that_break_the_chains_are_taken_back(monkeypatch):
     torch.testing.assert_close(conditional.theta, before, rtol=1e-12, atol=0)
 
 
+def test_updates_that_double_the_mismatch_to_above_noise_are_taken_back_whole(monkeypatch):
+    """Mismatches by a script: an update stays below the larger of five standard errors and twice what was before it.
+
+    Of one that is taken back θ, chains and their step return, and the rate is halved; one that stays doubles it, up to
+    what it began with.
+    """
+    #         mismatch before, after the update, whether it stays, and the rate of the update in units of the first
+    script = [(4.0, 7.9, True, 1), (7.9, 15.9, False, 1), (7.9, 15.9, False, 1 / 2), (7.9, 15.7, True, 1 / 4),
+              (15.7, 1.0, True, 1 / 2), (1.0, 4.9, True, 1), (4.9, 1.5, True, 1), (1.5, 5.1, False, 1),
+              (1.5, 4.9, True, 1 / 2), (4.9, 9.9, False, 1)]  # fmt: skip
+    conditional, y, base = gaussian(40)
+    conditional.theta.copy_(torch.tensor([4.5, -1.0, 0.0]) * conditional.unit**2)
+    first, step = conditional.theta.clone(), torch.tensor([0.01, 0, 0]).double()
+    settings = Polish(fields=40, burn=20, iterations=len(script), transitions=4, records=1)
+    target = conditional.features(y / conditional.unit)
+    chains = module.Chains(conditional, MALA(), y, base, target, settings, generator("scripted"))
+    values, real = iter([script[0][0], *(new for _, new, _, _ in script)]), module._try
+    states = []
+
+    def seen(*arguments):
+        before = chains.z, chains.step_size
+        found = real(*arguments)
+        states.append((before, (chains.z, chains.step_size)))
+        return found
+
+    monkeypatch.setattr(module, "_newton", lambda *_: step)
+    monkeypatch.setattr(module, "_mismatch", lambda *_: next(values))
+    monkeypatch.setattr(module, "_try", seen)
+    thetas = module._ascend(chains, chains.visit(), torch.ones(3, dtype=torch.bool), 0.1, None)
+    expected, ends = first, [*(before for before, _ in states[1:]), (chains.z, chains.step_size)]
+    for (_, _, stays, rate), theta, (before, after), end in zip(script, thetas, states, ends, strict=True):
+        expected = expected - stays * rate * settings.rate * step
+        torch.testing.assert_close(theta, expected, rtol=0, atol=1e-14)
+        assert not torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+        assert end[0] is (after if stays else before)[0] and end[1] is (after if stays else before)[1]
+    torch.testing.assert_close(conditional.theta, expected, rtol=0, atol=1e-14)
+
+
 def test_steps_of_chains_go_towards_the_target_of_acceptance():
     """Too long a step is refused mostly, and becomes shorter; too short a one longer."""
     conditional, y, base = gaussian(60)

@@ -238,7 +238,7 @@ def model(shape=(1, 8, 8), **given):
         (torch.full((40, 1, 8, 8), 2.5), "the training fields do not vary: all pixels are 2.5"),
         (
             torch.randn(40, 1, 1, 1, generator=generator("flat")).expand(-1, 1, 8, 8),
-            "2x2: the fields give no information on",
+            "8x8: the training fields are empty from 1 to 4.24 cycles per side",
         ),
         (torch.where(torch.arange(40).reshape(-1, 1, 1, 1) == 3, math.nan, 0.0).expand(-1, 1, 8, 8), "1 of 40 .* NaN"),
     ],
