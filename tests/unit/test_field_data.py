@@ -16,6 +16,7 @@ from genmodels.data.lognormal_field import (
     logarithm_spectrum,
     shift,
 )
+from genmodels.data.phi4 import Phi4
 from genmodels.data.simulated_fields import frequencies, stationary
 from genmodels.registry import ConfigError
 from genmodels.rng import generator
@@ -202,3 +203,23 @@ def test_spectra_have_their_slope_at_a_thousand(cosmology, slope):
     steps = 1000 * torch.tensor([-1e-4, 1e-4], dtype=torch.float64).exp()
     low, high = angular_spectrum(steps, cosmology).log().tolist()
     assert (high - low) / 2e-4 == pytest.approx(slope, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (Phi4, [{"beta": 0.5}, {"size": 8}]),
+        (GaussianField, [{"mass_squared": 0.4}, {"stiffness": 2.0}, {"size": [16, 32]}]),
+        (LognormalField, [{"side": 1.0}, {"redshift": 1.5}, {"cosmology": "omega_m_0.3"}, {"size": 32}]),
+    ],
+    ids=["phi4", "gaussian_field", "lognormal_field"],
+)
+def test_simulated_fields_are_known_by_what_decides_them_and_none_is_drawn_for_it(make, changes, monkeypatch):
+    """Two processors round differently, and the same law and seed must have one board on both."""
+    monkeypatch.setattr(make, "draw", lambda *_: pytest.fail("simulated"))
+    changes = [{}, *changes, {"seed": 1}, {"count": 50}, {"reference": 7}]
+    found = [make(**{"size": 16, **change}).fingerprint() for change in changes]
+    assert len(set(found)) == len(changes)
+    assert make(size=16, transform=None).fingerprint() == found[0]
+    monkeypatch.setattr(make, "version", 2)
+    assert make(size=16).fingerprint() != found[0]
