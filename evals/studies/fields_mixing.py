@@ -7,8 +7,9 @@ the whole field under the exact energy (the magnetisation m is what moves slowes
 field, under the same exact energy; and every level of a model fitted to 5000 fields. Autocorrelation times are lags at
 which the correlation has fallen to 1/e. Beside them stands what an independent field takes, so that equally many have
 equal sampling errors: two autocorrelation times of the whole field's chain, or the model's whole way from coarse to
-fine, in pixels times evaluations of the gradient and in CPU seconds, one thread. With `--publish` it writes evals/results/fields_mixing.md and fields_mixing.png. Whole fields
-take longest by far: the chain at 32² is left to `--direct`.
+fine, in pixels times evaluations of the gradient and in CPU seconds, one thread. With `--publish` it writes
+evals/results/fields_mixing.md and fields_mixing.png. Whole fields take longest by far: the chain at 32² is left to
+`--direct`.
 """
 
 import argparse
