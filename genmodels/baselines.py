@@ -148,6 +148,11 @@ class Whitening(Bijection):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("root", torch.eye(dim))
 
+    def fitted_numbers(self) -> int:
+        """The mean, and the free numbers of a covariance."""
+        dim = len(self.mean)
+        return dim + dim * (dim + 1) // 2
+
     @property
     def log_det(self) -> Tensor:
         """[] float64 log|det ∂z/∂y|."""

@@ -55,13 +55,18 @@ def count_evaluations(model: nn.Module) -> Iterator[Evaluations]:
 
 
 def num_parameters(model: nn.Module, trainable: bool = False) -> int:
-    """Number of parameters, tied ones counted once."""
+    """Number of parameters, tied ones counted once, with those that are fitted in closed form unless only what an
+    optimiser trains is asked for.
+
+    A module that fits buffers from data in `prepare` says by `fitted_numbers() -> int` how many free numbers they are.
+    """
     storages = {
         (id(p) if p.is_meta else p.untyped_storage().data_ptr(), p.storage_offset(), p.shape): p.numel()
         for p in model.parameters()
         if p.numel() and (p.requires_grad or not trainable)
     }
-    return sum(storages.values())
+    fitted = 0 if trainable else sum(m.fitted_numbers() for m in model.modules() if hasattr(m, "fitted_numbers"))
+    return sum(storages.values()) + fitted
 
 
 def inference_parameters(model: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """What a checkpoint holds of a training run: weights, their averages, the best so far, the optimiser, the clock."""
 
 import math
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 
 from ..data.dataset import SPLITS, Dataset
 from ..data.stream import Passes
-from ..metrics.cost import inference_parameters
+from ..metrics.cost import inference_parameters, num_parameters
 from ..model import Model
 from ..registry import ConfigError
 from ..rng import generator
@@ -34,7 +35,7 @@ class TrainingState:
 
     Attributes:
         step: optimiser steps behind it.
-        seconds: of training, over all processes that took part one after another.
+        seconds: of training, with what `prepare` took, over all processes that took part one after another.
         averages: by label.
         best: None before the first validation.
     """
@@ -70,13 +71,15 @@ class TrainingState:
         facts = {**provenance(), "config_hash": config.hash, "world_size": self.world, "data": data}
         self.run.record(**facts, **size(self.model))
         passes = Passes(self.dataset, self.settings.batch_size, self.model.device)
+        began = time.monotonic()
         logs = self.model.prepare(passes, generator=generator(config.seed, "prepare"))
+        self.seconds = time.monotonic() - began
         told = [f"prepared: {path}" for path in self.model.portray(self.run.path / "prepare")]
         told += [] if origin is None else [self._start_from(origin)]
         self.run.rewind(-1)
         if logs:
             values = {f"prepare/{name}": float(value) for name, value in logs.items()}
-            self.run.log(0, samples=0, seconds=0.0, **values)
+            self.run.log(0, samples=0, seconds=self.seconds, **values)
         self.averages = {rule.label: WeightAverage(rule, self.model) for rule in self.settings.ema}
         self.save()
         return told
@@ -216,7 +219,7 @@ class Origin(NamedTuple):
 
 def size(model: Model) -> dict[str, int]:
     """Numbers of parameters, and the one at inference where it is another."""
-    trained, folded = sum(p.numel() for p in model.parameters()), inference_parameters(model)
+    trained, folded = num_parameters(model), inference_parameters(model)
     return {
         "parameters": trained,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -98,6 +98,10 @@ class CSLC(Scored, WholeField, Model):
         """The levels that have a law, coarse to fine."""
         return list(self.conditionals)[self.first :]
 
+    def fitted_numbers(self) -> int:
+        """How many parameters energies and free energies have, over all levels that have a law."""
+        return sum(len(c.theta) for c in (*self.chained(), *self.free_energies[self.first :]))
+
     def fields(self, x: Tensor, noise: Noise | None = None) -> tuple[list[Tensor], Tensor]:
         """The field [B, H_k, W_k] of every level, coarse to fine, of items x in data units, and [B] the log-determinant
         of the transform to model space (with `noise`, if that is random)."""

@@ -37,6 +37,15 @@ class StationaryGaussian(Model):
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("power", torch.ones(shape[1:], dtype=torch.float64))
 
+    def fitted_numbers(self) -> int:
+        """The mean, and a power for each class of frequencies that are tied: k and -k, or all of a symmetry."""
+        height, width = self.power.shape
+        if self.isotropic:
+            side = height // 2 + 1
+            return 1 + side * (side + 1) // 2
+        alone = math.prod(2 - n % 2 for n in (height, width))  # frequencies that are their own negatives
+        return 1 + (height * width + alone) // 2
+
     @torch.no_grad()
     def prepare(self, batches: Iterable[Batch], *, generator: Generator) -> dict[str, Tensor]:
         """Set the mean and the power spectrum; logs the likelihood of the fit.

@@ -119,7 +119,8 @@ class WholeField:
             level: counted from the coarsest, or by negative numbers from the finest.
             part: "conditional" of Ē_k, "free_energy" of F_{k+1}, or "net" of their difference (see `WholeField`).
         Raises:
-            ValueError: if there is no such level, if it has no quadratic term, or if the transform is not affine.
+            ValueError: if there is no such level, if it has no quadratic term or no free energy (the finest), or if the
+                transform is not affine.
         """
         k, slope, _ = self._where(level, part, "couplings")
         found: dict[str, tuple[float, float]] = {}
@@ -166,6 +167,12 @@ class WholeField:
         if part != "conditional":
             self._check_whole(where)
         k = level % count
+        if part == "free_energy" and k == count - 1:
+            coarser = f"a level from {-count} to -2, or " if count > 1 else ""
+            raise ValueError(
+                f"{where}: the finest level, {self.tree.levels[k].label}, has no free energy, since nothing is drawn "
+                f"given its field. Take {coarser}the part conditional, which is its net energy too."
+            )
         values = torch.arange(3, dtype=torch.float64, device=self.device).reshape(3, 1, 1, 1)
         y = self.transform(values.expand(3, *self.shape))[0]
         slope = (y[2] - y[0]) / 2

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -223,6 +224,17 @@ def test_a_model_fitted_in_prepare_is_a_run_like_any_other(fakes, tmp_path):
     assert (run.path / "samples" / "00000000.png").exists()
     train(config, root=tmp_path, quiet=True)
     assert fakes.Fitted.fits == 1 and run.metrics() == lines  # once is enough
+
+
+def test_the_time_of_prepare_is_told_and_numbers_that_it_fits(fakes, tmp_path, monkeypatch, capsys):
+    fit = fakes.Fitted.prepare
+    monkeypatch.setattr(fakes.Fitted, "prepare", lambda *a, **o: [time.sleep(1.0), fit(*a, **o)][1])
+    monkeypatch.setattr(fakes.Fitted, "fitted_numbers", lambda model: len(model.mean), raising=False)
+    run = train(fakes.config(model={"name": "t_fitted"}, train={"steps": 0}), root=tmp_path)
+    told = capsys.readouterr().err
+    assert f"t_fitted with {len(run.load('model').mean)} parameters" in told and "at step 0 after 1s" in told
+    assert 1 <= run.metrics()[0]["seconds"] <= run.meta["seconds"] + 0.05 < 2
+    assert run.meta["parameters"] == len(run.load("model").mean) and run.meta["trainable"] == 0
 
 
 def test_prepare_runs_once_and_is_checkpoint_0(fakes, tmp_path):

@@ -112,6 +112,7 @@ def test_a_run_of_no_steps_holds_the_fit(name, tmp_path):
         assert loaded.state_dict().keys() == direct.state_dict().keys()
     if name == "replay":
         assert len(loaded.items) == 1197 and loaded.loss(Digits().all("train")).value.max() == 0
+    assert run.meta["parameters"] == {"replay": 0, "gaussian": 64 + 64 * 65 // 2}[name]  # a mean and a covariance
     assert run.step == 0 and train(config, root=tmp_path, quiet=True).step == 0
 
 

@@ -8,9 +8,16 @@ from torch import nn
 
 from genmodels.evaluation import answers as module
 from genmodels.evaluation.answers import Bill, Failures, Interview
-from genmodels.metrics.cost import count_evaluations, num_parameters, peak_memory, reset_peak_memory
+from genmodels.metrics.cost import (
+    count_evaluations,
+    inference_parameters,
+    num_parameters,
+    peak_memory,
+    reset_peak_memory,
+)
 from genmodels.networks.network import Network
 from genmodels.operations import count_operations
+from genmodels.training.state import size
 from genmodels.types import Likelihood, Samples
 from tests.evaluation_fakes import FakeProtocol, Levels, Points, Tap, UniformLevels
 
@@ -50,6 +57,17 @@ def test_no_network_no_evaluations():
     with count_evaluations(nn.Linear(2, 2)) as counted:
         pass
     assert counted.per_item(4) == 0
+
+
+def test_numbers_that_are_fitted_in_closed_form_count_unless_an_optimiser_is_meant():
+    class Mean(nn.Module):
+        def fitted_numbers(self):
+            return 5
+
+    model = nn.ModuleList([nn.Linear(3, 4), Mean(), nn.Sequential(Mean())])
+    assert num_parameters(model) == inference_parameters(model) == 16 + 10
+    assert num_parameters(model, trainable=True) == 16
+    assert size(model) == {"parameters": 26, "trainable": 16}
 
 
 def test_tied_parameters_count_once():

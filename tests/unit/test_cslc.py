@@ -244,6 +244,12 @@ def test_items_that_are_not_finite_are_refused(model):
         CSLC((), periodic=True, shape=(1, 8, 8), transform=Identity())
 
 
+def test_numbers_that_are_fitted_are_the_parameters_of_all_levels(model):
+    """Of reach 2: 1, 3, 5 and 6 orbits of a grid's shifts, less one where the sum of all is no detail."""
+    sizes = [len(c.theta) for c in model.conditionals]
+    assert model.fitted_numbers() == sum(sizes) and sizes == [1, 2, 5, 6]
+
+
 def test_nothing_is_drawn_for_no_seeds(model):
     assert model.sample(0).shape == model.upsample(torch.zeros(0, 1, 4, 4)).shape == (0, 1, 8, 8)
 

@@ -430,6 +430,11 @@ def test_readings_refuse_what_is_not_there(gaussian_model):
         model.potential_at(torch.zeros(1))
     with pytest.raises(ValueError, match="from -4 to 3"):
         model.couplings(4)
+    with pytest.raises(
+        ValueError, match=r"finest level, 8x8, has no free energy.*Take a level from -4 to -2, or the p"
+    ):
+        model.couplings(-1, "free_energy")
+    assert model.couplings(-1, "net") == model.couplings()
     with pytest.raises(ValueError, match="no quadratic term"):
         CSLC((partial(Potential, basis=BSpline(6)),), periodic=True, shape=(1, 8, 8), transform=Identity()).couplings()
     with pytest.raises(ValueError, match="affine"):

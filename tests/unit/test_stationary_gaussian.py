@@ -36,6 +36,19 @@ def test_log_prob_is_that_of_the_dense_gaussian():
     torch.testing.assert_close(model.log_prob(x), dense.log_prob(x.flatten(1)), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [(6, 8), (5, 8), (3, 7), (1, 1)])
+def test_numbers_that_are_fitted_are_the_mean_and_powers_that_may_differ(size):
+    x = torch.randn(20, 1, *size, generator=generator("count"))
+    model = StationaryGaussian(shape=(1, *size), transform=Identity())
+    model.prepare([Batch(x)], generator=generator("prepare"))
+    assert model.fitted_numbers() == 1 + len(model.power.log().mul(1e9).round().unique())
+    side = max(size)
+    tied = StationaryGaussian(isotropic=True, shape=(1, side, side), transform=Identity())
+    x = torch.randn(20, 1, side, side, generator=generator("count"))
+    tied.prepare([Batch(x)], generator=generator("prepare"))
+    assert tied.fitted_numbers() == 1 + len(tied.power.log().mul(1e9).round().unique())
+
+
 def test_power_and_mean_are_found_within_their_errors():
     model, (_, power) = fitted(), free_field(1)
     # |x̂|² has the relative deviation √2 where k = -k, and 1 elsewhere: at most 4.5 standard errors of 48 frequencies
