@@ -45,6 +45,7 @@ NAMES: dict[str, dict[str, str]] = {  # configurations and what their rows are c
     "phi4_128": {"cslc": "wavelet energies, Haar", "gaussian": "Gaussian"},
     "lognormal_64": {
         "cslc": "wavelet energies of the logarithm",
+        "cslc_polished": "quarter octaves, polished",
         "cslc_quarter": "quarter octaves",
         "cslc_half": "half octaves",
         "cslc_octave": "octaves",
@@ -67,7 +68,7 @@ def drawn(study: str, root: Path) -> tuple[dict[str, Tensor], Tensor]:
         model = run.load(device=device)
         options = run.config.options("sample", None)
         with torch.no_grad():
-            parts = [model.sample(seeds, **options).cpu() for seeds in torch.arange(DRAWN).split(125)]
+            parts = [model.sample(seeds, **options).cpu() for seeds in torch.arange(DRAWN).split(250)]
         found[label] = torch.cat(parts)
         print(f"{study}: drew {label}", flush=True)
     data = Run.open(root / f"{study}-{next(iter(NAMES[study]))}").dataset()
