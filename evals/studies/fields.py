@@ -2,9 +2,8 @@
 
     python -m evals.studies.fields phi4_8 phi4_32 phi4_64 phi4_128 lognormal_64 [--jobs 2] [--publish]
 
-Trains and evaluates the runs of each study that are not there yet, then draws 500 fields of each and compares radial
-spectra ring by ring: below the models stands the error that 500 fields of the law itself
-would have. With `--publish` it copies the results to evals/results and writes evals/results/fields_<study>.md and .png.
+Trains and evaluates the runs of each study that are not there yet, then draws 250 fields of each and compares radial
+spectra ring by ring: below the models stands the error that 250 fields of the law itself would have. With `--publish` it copies the results to evals/results and writes evals/results/fields_<study>.md and .png.
 Most of the time goes to sampling, and to the baselines that are trained; a GPU is used if there is one.
 """
 
@@ -22,7 +21,7 @@ from genmodels.training.run import Run
 from .plans import ROOT, Plan, carry_out_all, parser
 
 RESULTS = ROOT / "evals" / "results"
-DRAWN = 500
+DRAWN = 250
 NAMES: dict[str, dict[str, str]] = {  # configurations and what their rows are called
     "phi4_8": {"cslc": "wavelet energies", "gaussian": "Gaussian"},
     "phi4_32": {
@@ -39,8 +38,6 @@ NAMES: dict[str, dict[str, str]] = {  # configurations and what their rows are c
         "cslc_plain": "score matching alone",
         "direct": "one energy, MALA",
         "gaussian": "Gaussian",
-        "flow_matching": "flow matching",
-        "glow": "flow",
     },
     "phi4_128": {"cslc": "wavelet energies, Haar", "gaussian": "Gaussian"},
     "lognormal_64": {
@@ -68,7 +65,7 @@ def drawn(study: str, root: Path) -> tuple[dict[str, Tensor], Tensor]:
         model = run.load(device=device)
         options = run.config.options("sample", None)
         with torch.no_grad():
-            parts = [model.sample(seeds, **options).cpu() for seeds in torch.arange(DRAWN).split(250)]
+            parts = [model.sample(seeds, **options).cpu() for seeds in torch.arange(DRAWN).split(125)]
         found[label] = torch.cat(parts)
         print(f"{study}: drew {label}", flush=True)
     data = Run.open(root / f"{study}-{next(iter(NAMES[study]))}").dataset()

@@ -29,6 +29,7 @@ class Conditional(nn.Module):
         theta, errors: [M] float64 parameters and their standard errors.
         unit: [] float64 σ.
         scale: [dim] float64 of the chains' moves, 1/√(mean curvature) by tiles.
+        stiffness: [] float64 mean curvature over training fields without details; see `scale_given`.
         condition: [] float64 condition number of the Gram matrix of normalised features.
         step_size: [] float64 of its chains, in units of the scale; 0 where none is needed (a single coefficient).
         num_steps: [] int64 transitions of a sample.
@@ -42,6 +43,7 @@ class Conditional(nn.Module):
     errors: Tensor
     unit: Tensor
     scale: Tensor
+    stiffness: Tensor
     condition: Tensor
     step_size: Tensor
     num_steps: Tensor
@@ -63,6 +65,7 @@ class Conditional(nn.Module):
         self.register_buffer("minima", torch.full((QUANTILES,), math.nan, dtype=torch.float64))
         for name in ("negative", "largest"):
             self.register_buffer(name, torch.full((), math.nan, dtype=torch.float64))
+        self.register_buffer("stiffness", torch.full((), math.inf, dtype=torch.float64))  # of none: one scale for all
         for name in ("unit", "condition", "acceptance", "autocorrelation", "r_hat"):
             self.register_buffer(name, torch.ones((), dtype=torch.float64))
         self.register_buffer("held", torch.zeros(count, dtype=torch.bool), persistent=False)
@@ -146,6 +149,26 @@ class Conditional(nn.Module):
         ones, total = torch.ones_like(diagonal), count.clone()
         mean = total.index_add(0, self.level.tile, diagonal) / count.index_add(0, self.level.tile, ones)
         self.scale.copy_(torch.where(mean > 0, mean.clamp(min=1e-12).rsqrt(), 1.0)[self.level.tile])
+        stiff = self._stiffness(u - self.level.synthesize(self.level.detail(u))).clamp(min=0).mean()
+        self.stiffness.copy_(torch.where(stiff > 0, stiff, math.inf))
+
+    def _stiffness(self, known: Tensor) -> Tensor:
+        """[B] float64 mean curvature Δ_ζ Ē/dim at known parts u [B, H, W] alone, without details."""
+        return self.laplacian(known).double() / self.level.dim
+
+    def scale_given(self, base: Tensor) -> Tensor:
+        """[B, dim] of the moves given the known part [B, H, W] in data units.
+
+        The law of the details may be far narrower given some fields than given others (φ⁴ given a large magnetisation),
+        where steps for the mean of them would be refused for ever. The scale is multiplied by √(κ̄/κ) <= 1, κ the mean
+        curvature at the known part alone and κ̄ its mean over training fields. It depends on what is given alone, not on
+        where the chain is, which leaves the law as it is.
+        """
+        scale = self.scale.to(base)
+        if not self.level.conditional:
+            return scale.expand(len(base), -1)
+        ratio = self.stiffness / self._stiffness(base / self.unit.to(base))
+        return torch.where((ratio > 0) & (ratio < 1), ratio.sqrt(), 1.0).to(base)[:, None] * scale
 
     def guard(self, margin: float) -> float:
         """Raise the tails of a potential until exp(-Ē) has a finite integral; returns the least curvature at infinity.

@@ -40,7 +40,7 @@ class Bridge(NamedTuple):
 
     Args:
         target: Ē, of ζ [B, dim].
-        scale: [dim] widths s of the Gaussian.
+        scale: [B, dim] widths s of the Gaussian.
     """
 
     target: Potential
@@ -135,21 +135,22 @@ def log_normalizer(
         value = torch.full((len(base),), line_law(conditional, base).log_normalizer, dtype=torch.float64)
         return Normalizer(value.to(base.device), torch.zeros_like(value, device=base.device) if particles > 1 else None)
     base, noise = base.repeat_interleave(particles, 0), _Particles(noise, particles)
-    bridge = Bridge(conditional.potential(base), conditional.scale)
-    chain = {"step_size": conditional.step_size, "scale": conditional.scale, "noise": noise}
+    scale = conditional.scale_given(base)
+    bridge = Bridge(conditional.potential(base), scale)
+    chain = {"step_size": conditional.step_size, "scale": scale, "noise": noise}
     if method == "integration":
         down = torch.arange(len(base), device=base.device) % particles % 2 == 1
-        z = start(conditional, noise, base.dtype)
+        z = start(scale, noise)
         if particles > 1:
             z = torch.where(down[:, None], draw(conditional, kernel, base, noise)[0], z)
         drop = _integrate(bridge, kernel, z, down, nodes, burn, record, level.label, chain)
     else:
-        z = start(conditional, noise, base.dtype)
+        z = start(scale, noise)
         drop = _anneal(bridge, kernel, z, nodes * (burn + record), level.label, chain)
     if not drop.isfinite().all():
         raise ConfigError(f"log Z of {level.label}: energies on the way to it are not finite. Regularise the fit.")
-    known = 0.5 * level.dim * math.log(2 * math.pi) + float(conditional.scale.log().sum())
-    values = known - drop.unflatten(0, (-1, particles))
+    known = 0.5 * level.dim * math.log(2 * math.pi) + scale.double().log().sum(1)
+    values = (known - drop).unflatten(0, (-1, particles))
     return _both_ways(values) if method == "integration" else _log_mean(values)
 
 

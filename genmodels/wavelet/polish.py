@@ -138,8 +138,8 @@ class Chains:
         self.noise = BatchNoise(len(self.base), generator=generator, device=y.device)
         z = conditional.level.detail(y) / unit
         found = adapt(
-            kernel, *self._at(torch.cat([z, z])), scale=conditional.scale, noise=self.noise, steps=polish.burn,
-            where=self.label,
+            kernel, *self._at(torch.cat([z, z])), scale=conditional.scale_given(self.base), noise=self.noise,
+            steps=polish.burn, where=self.label,
         )  # fmt: skip
         self.z, self.step_size = found.state.z, found.step_size
 
@@ -149,15 +149,14 @@ class Chains:
 
     def visit(self) -> Visit:
         """Go on with the present θ, at a fixed step size; then move that towards the target of acceptance."""
-        potential, state = self._at(self.z)
+        (potential, state), scale = self._at(self.z), self.conditional.scale_given(self.base)
         sums, total, squares, fourths = 0.0, 0.0, 0.0, 0.0
         records = self.polish.records
         for k in range(records):
             steps = self.polish.transitions * (k + 1) // records - self.polish.transitions * k // records
             state = advance(
-                self.kernel, potential, state, steps, step_size=self.step_size, scale=self.conditional.scale,
-                noise=self.noise,
-            )  # fmt: skip
+                self.kernel, potential, state, steps, step_size=self.step_size, scale=scale, noise=self.noise
+            )
             one, two = self.features(state.z).chunk(2)
             difference = one - two
             sums, total = sums + (one + two) / 2, total + difference.T @ difference / 2

@@ -62,9 +62,9 @@ class Tuning:
             )
 
 
-def start(conditional: Conditional, noise: Noise, dtype: torch.dtype) -> Tensor:
-    """[n, dim] where chains of a sample begin: independent coefficients of the scale of their tile."""
-    return noise.normal(conditional.level.dim, dtype=dtype) * conditional.scale.to(noise.device, dtype)
+def start(scale: Tensor, noise: Noise) -> Tensor:
+    """[n, dim] where chains of a sample begin: independent coefficients of scales [n, dim]."""
+    return noise.normal(scale.shape[1], dtype=scale.dtype) * scale
 
 
 def draw(
@@ -80,11 +80,10 @@ def draw(
     """
     if conditional.level.dim == 1:
         return line_law(conditional, base).sample(noise, (1,), dtype=base.dtype).to(base.device), None
-    potential = conditional.potential(base)
-    state = begin(potential, start(conditional, noise, base.dtype), where=conditional.level.label)
+    potential, scale = conditional.potential(base), conditional.scale_given(base)
+    state = begin(potential, start(scale, noise), where=conditional.level.label)
     steps = int(conditional.num_steps) if num_steps is None else num_steps
-    step_size, scale = conditional.step_size, conditional.scale
-    state = advance(kernel, potential, state, steps, step_size=step_size, scale=scale, noise=noise)
+    state = advance(kernel, potential, state, steps, step_size=conditional.step_size, scale=scale, noise=noise)
     failed = state.failed > 0
     if failed.any():
         raise ValueError(
@@ -158,21 +157,20 @@ def tune(
     unit, label = conditional.unit.to(y), level.label
     z = level.detail(y) / unit
     noise = BatchNoise(len(y), generator=generator, device=y.device)
-    potential = conditional.potential(base)
+    potential, scale = conditional.potential(base), conditional.scale_given(base)
     found = adapt(
-        kernel, potential, begin(potential, z, where=label), scale=conditional.scale, noise=noise, steps=tuning.adapt,
-        where=label,
-    )  # fmt: skip
+        kernel, potential, begin(potential, z, where=label), scale=scale, noise=noise, steps=tuning.adapt, where=label
+    )
     conditional.step_size.copy_(found.step_size)
     conditional.acceptance.fill_(found.acceptance)
     few = len(y) // CHAINS
     base = base[:few].repeat_interleave(CHAINS, 0)
     noise = BatchNoise(len(base), generator=generator, device=y.device)
-    wide = start(conditional, noise, y.dtype)
+    scale = conditional.scale_given(base)
+    wide = start(scale, noise)
     at_data = torch.arange(len(base), device=y.device) % CHAINS < CHAINS // 2
     z = torch.where(at_data[:, None], z[:few].repeat_interleave(CHAINS, 0), wide)
-    potential, options = conditional.potential(base), {"step_size": found.step_size, "scale": conditional.scale}
-    options |= {"noise": noise}
+    potential, options = conditional.potential(base), {"step_size": found.step_size, "scale": scale, "noise": noise}
     state = advance(kernel, potential, begin(potential, z, where=label), tuning.record, **options)
     observe = _observables(conditional)
     state, trace = record(kernel, potential, restart(state), tuning.record, observe=observe, **options)

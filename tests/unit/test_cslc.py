@@ -204,14 +204,22 @@ def test_chains_that_never_moved_are_told_of_among_others(model):
         assert bool(told(lambda a=a, n=steps: check_moves(c, a, n))[1]) == warned
 
 
-def test_coarse_fields_in_other_units_are_told_of():
-    """Far outside a double well's data its tails are a parabola as steep as at the last knot."""
+def test_moves_are_shorter_where_what_is_given_makes_the_law_narrow():
+    """Far outside a double well's data its tails are a parabola as steep as at the last knot: one scale for all coarse
+    fields makes chains that never move there, of which samples tell."""
     x = Phi4(size=8, beta=0.76, count=600, reference=5).all("train").x
     terms = (partial(Quadratic, reach=2), partial(Potential, basis=BSpline(6)))
     model = CSLC(terms, tuning=SHORT, octaves=1, periodic=True, shape=(1, 8, 8), transform=Identity())
     model.prepare([Batch(x)], generator=generator("wells"))
-    coarse = model.coarsen(x[:40])
-    assert told(lambda: model.upsample(coarse))[1] == []
+    coarse, c = model.coarsen(x[:40]), model.conditionals[-1]
+    assert told(lambda: model.upsample(coarse))[1] == told(lambda: model.upsample(30 * coarse))[1] == []
+    u = model.tree.given(1, 30 * x[:40, 0].double()) / c.unit
+    eye = torch.eye(c.level.dim, dtype=torch.float64)
+    curvature = torch.stack([c.hessian(field.expand(len(eye), -1, -1), eye).diagonal().mean() for field in u])
+    ratio = c.scale_given(u * c.unit)[:, 0] / c.scale[0]
+    torch.testing.assert_close(ratio, (c.stiffness / curvature).sqrt().clamp(max=1))
+    assert ratio.max() < 0.7
+    c.stiffness.fill_(math.inf)
     (message,) = told(lambda: model.upsample(30 * coarse))[1]
     assert message.startswith("8x8: chains of samples accept 0.0") and "their units" in message
 
