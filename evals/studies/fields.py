@@ -3,8 +3,9 @@
     python -m evals.studies.fields phi4_8 phi4_32 phi4_64 phi4_128 lognormal_64 [--jobs 2] [--publish]
 
 Trains and evaluates the runs of each study that are not there yet, then draws 250 fields of each and compares radial
-spectra ring by ring: below the models stands the error that 250 fields of the law itself would have. With `--publish` it copies the results to evals/results and writes evals/results/fields_<study>.md and .png.
-Most of the time goes to sampling, and to the baselines that are trained; a GPU is used if there is one.
+spectra ring by ring: below the models stands the error that 250 fields of the law itself would have. With `--publish`
+it copies the results to evals/results and writes evals/results/fields_<study>.md and .png. Most of the time goes to
+sampling, and to the baselines that are trained; a GPU is used if there is one.
 """
 
 from collections.abc import Iterator, Mapping
