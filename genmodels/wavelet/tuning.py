@@ -22,7 +22,7 @@ CHAINS = 4  # at each conditioning where R̂ is measured
 MIXED = 1.1  # R̂ that is told beyond
 LONG = 50  # autocorrelation times of a trace whose R̂ says something
 SLUGGISH = 0.5  # of the acceptance found when tuned: a sample's chain lasts half as many autocorrelation times as meant
-SPREAD, CHANCE = 0.25, 3.0  # of chains' acceptances (0.23 of φ⁴ at 2 x 2), and standard errors without a word
+SPREAD, CHANCE = 0.25, 3.0  # of acceptances of a good model's chains, and standard errors without a word
 NEVER, STUCK = 1e-9, 0.01  # probability of never moving that chance cannot be, and share of such chains without a word
 UNLIKE = (
     "The coarser fields that are given may be unlike those of the training data: compare their units, grid, mean and "
