@@ -421,7 +421,7 @@ def split(count: int) -> None:
 def main() -> None:
     import accelerate.utils  # noqa: F401 - once for all, as the others
     import sklearn.datasets  # noqa: F401
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     from genmodels.evaluation import evaluate  # noqa: F401
     from genmodels.training import loop  # noqa: F401
