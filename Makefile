@@ -34,12 +34,11 @@ controls: $(READY)
 	for name in $(CONTROLS); do $(PY) train.py configs/digits/$$name.yaml || exit 1; done
 	$(PY) -m evals.evaluate $(CONTROLS:%=runs/digits-%) --protocol digits
 
-# Bytecode of tests and of the package is kept, whatever the environment says: else every process compiles it again.
 test: $(READY)
-	PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto
 
 slow: $(READY)
-	PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n auto -m slow
+	$(PY) -m pytest -n auto -m slow
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -283,7 +283,7 @@ def read(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     return overlay(merged, tree)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _parsed(text: str) -> Any:
     """YAML as plain data; bases and the configuration of a run are read many times, and parsing takes milliseconds."""
     return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
@@ -315,14 +315,25 @@ def load(files: str | Path | Iterable[str | Path], overrides: Iterable[str] = ()
         tree = overlay(tree, read(path))
     tree = overlay(tree, dotlist(overrides))
     tree = _blanked(tree) if blank else tree
-    try:
-        tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    except OmegaConfBaseException as error:
-        where = getattr(error, "full_key", None) or "configuration"
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]} (it must be in a file or an override)") from None
+    tree = _interpolated(tree) if _interpolates(tree) else tree
     if not tree.get("name") and files:
         tree["name"] = "-".join((Path(files[-1]).resolve().parent.name, Path(files[-1]).stem))
     return Config(tree)
+
+
+def _interpolates(tree: Any) -> bool:
+    """Whether a text holds what looks like an interpolation; OmegaConf takes milliseconds for a tree without any."""
+    if isinstance(tree, dict | list):
+        return any(map(_interpolates, tree.values() if isinstance(tree, dict) else tree))
+    return isinstance(tree, str) and "${" in tree
+
+
+def _interpolated(tree: dict) -> dict:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:
+        where = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]} (it must be in a file or an override)") from None
 
 
 def _blanked(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -11,6 +12,10 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the subprocesses that tests start
 torch.set_num_threads(1)
+
+# Bytecode of tests and of the package is kept, whatever the environment says: else every process compiles it again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # What is imported and collected stays until the end: the collector need not walk through it again and again.
 gc.disable()

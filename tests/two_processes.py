@@ -419,7 +419,11 @@ def split(count: int) -> None:
 
 
 def main() -> None:
-    from genmodels.evaluation import evaluate  # noqa: F401 - once for all
+    import accelerate.utils  # noqa: F401 - once for all, as the others
+    import sklearn.datasets  # noqa: F401
+    import torch._dynamo
+
+    from genmodels.evaluation import evaluate  # noqa: F401
     from genmodels.training import loop  # noqa: F401
     from tests import evaluation_fakes, training_fakes  # noqa: F401
 

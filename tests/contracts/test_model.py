@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import cache
 from typing import Literal
 
 import pytest
@@ -165,6 +166,7 @@ WHOLE = {"neural_sde_forecast"}  # whose loss is no sum over items
 # the time features turn up to 64 times per unit of time, so that errors of a random network add up to 100 tolerances
 TIGHT, LOOSE = {"controller": PI(rtol=1e-6, atol=1e-6)}, {"controller": PI(rtol=1e-5, atol=1e-5)}
 STEPS = {"solver": RK4(), "controller": Fixed(), "num_steps": 12}
+CHAINS = {"cslc": {"nodes": 4, "burn": 5, "record": 10}}  # of a likelihood, compared step by step
 SOLVED = ("diffusion", "cnf", "local_dsm", "multivariate_diffusion")  # whose answers take a controller
 CASES = [(name, k) for name, cases in EXAMPLES.items() for k in range(len(cases))]
 
@@ -278,8 +280,14 @@ def data_sets():
     MEMBERS[Dataset].update(kept)
 
 
-def built(name: str, k: int, *, perturb: float = 0.03) -> tuple[Model, Dataset, Batch]:
-    """A prepared model whose zero-initialised parameters have been moved, its data, and a batch."""
+def built(name: str, k: int) -> tuple[Model, Dataset, Batch]:
+    """A model of one's own, prepared, whose zero-initialised parameters have been moved, its data, and a batch."""
+    model, dataset = _prepared(name, k)
+    return copy.deepcopy(model), dataset, dataset.take("train", torch.arange(7))
+
+
+@cache
+def _prepared(name: str, k: int) -> tuple[Model, Dataset]:
     data, arguments = EXAMPLES[name][k]
     config = Config({"name": name, "data": data, "model": {"name": name, **arguments}})
     dataset = config.dataset()
@@ -289,8 +297,8 @@ def built(name: str, k: int, *, perturb: float = 0.03) -> tuple[Model, Dataset, 
         model.prepare(list(dataset.batches("train", 64)), generator=generator("prepare"))
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(perturb * torch.randn_like(parameter))
-    return model.eval(), dataset, dataset.take("train", torch.arange(7))
+                parameter.add_(0.03 * torch.randn_like(parameter))
+    return model.eval(), dataset
 
 
 def given(model: Model, batch: Batch) -> torch.Tensor | None:
@@ -374,8 +382,8 @@ def test_likelihood_of_a_batch_is_that_of_its_items_and_float32_is_enough(name, 
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsLogProb):
         pytest.skip("has no likelihood")
-    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} if name in SOLVED else {}
-    if options:  # one example of each is under step control
+    options = {"divergence": "hutchinson" if batch.x.ndim > 2 else "exact"} if name in SOLVED else CHAINS.get(name, {})
+    if name in SOLVED:  # one example of each is under step control
         options |= LOOSE if k == 0 or name == "cnf" else STEPS
     c = given(model, batch)
     double, x = copy.deepcopy(model).double(), batch.x.double()

@@ -294,10 +294,10 @@ def test_on_a_terminal_there_is_one_live_line(here):
     if child == 0:
         words = [
             "lab/small.yaml",
-            "train.steps=400",
+            "train.steps=100",
             "train.log_every=50",
-            "train.eval_every=200",
-            "train.save_every=400",
+            "train.eval_every=50",
+            "train.save_every=100",
         ]
         os.execve(
             sys.executable,
@@ -319,11 +319,11 @@ def test_on_a_terminal_there_is_one_live_line(here):
     assert (
         live
         and all(len(line) <= 80 for line in live)
-        and live[-1].startswith("step 400/400 ━━━━━━━━━━━━ eta 0s  loss ")
+        and live[-1].startswith("step 100/100 ━━━━━━━━━━━━ eta 0s  loss ")
     )
-    assert "step 400/400  val loss" in text and frames[-2].startswith("done: runs/lab-small at step 400")
-    assert "step 50/400  loss" not in text  # intervals are told in place …
-    assert "step 50/400  loss" in Path("runs/lab-small/log.txt").read_text()  # … and kept
+    assert "step 100/100  val loss" in text and frames[-2].startswith("done: runs/lab-small at step 100")
+    assert "step 50/100  loss" not in text  # intervals are told in place …
+    assert "step 50/100  loss" in Path("runs/lab-small/log.txt").read_text()  # … and kept
 
 
 def test_the_package_is_a_command(here):

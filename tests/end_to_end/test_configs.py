@@ -125,6 +125,8 @@ ALIKE = {
     "cifar10/neural_ode": "mnist/neural_ode",
     "imagenet32/flow_matching": "cifar10/flow_matching",
     "images/flow_matching": "cifar10/flow_matching",
+    **{f"phi4_{size}/cslc": "phi4_32/cslc" for size in (8, 64, 128)},
+    **{f"phi4_64/{name}": f"phi4_32/{name}" for name in ("flow_matching", "glow")},
     "digits/glow": "cifar10/nanoflow_glow",
     "digits/nsf_image": "images/nsf_64",
     "digits/nsf_ar": "toy2d/nanoflow_nsf_ar",
@@ -132,8 +134,7 @@ ALIKE = {
     "toy2d/made_mog": "digits/made",
     "series/ode_rnn": "physionet/ode_rnn",
     "series/cde": "series/cde_log",
-    "series/latent_ode_digits": "series/latent_ode",
-    "series/latent_ode_oscillators": "series/latent_ode",
+    **{f"series/latent_ode_{name}": "series/latent_ode" for name in ("digits", "oscillators")},
 }
 STEP = "model.layers[1].layers[{}].network"
 BRIEF = ["model.solver.max_steps=10", "model.gradient.max_iterations=5"]
@@ -149,12 +150,12 @@ POLISHED = [
 MAPS = ["data.size=16", "data.side=0.875", "data.count=200", "data.reference=20"]
 # networks of millions of parameters are cut down; what they are is tested by their count
 SMALL = {
-    **{f"phi4_{size}/cslc": [*FEW, *CHAINS, *POLISHED] for size in (32, 64)},
-    **{name: [*FEW, *CHAINS, *POLISHED] for name in ("phi4_32/cslc_haar", "phi4_8/cslc")},
-    **{f"phi4_32/{name}": [*FEW, *CHAINS] for name in ("cslc_plain", "direct")},
-    **{f"phi4_{size}/gaussian": [*FEW, "train.batch_size=100"] for size in (8, 32, 64)},
-    "phi4_32/flow_matching": [*FEW, "sample.num_steps=2"],
-    "phi4_32/glow": FEW,
+    **{f"phi4_{size}/cslc": [*FEW, *CHAINS, *POLISHED] for size in (8, 32, 64, 128)},
+    "phi4_32/cslc_haar": [*FEW, *CHAINS, *POLISHED],
+    **{f"phi4_{size}/{name}": [*FEW, *CHAINS] for size in (32, 64) for name in ("cslc_plain", "direct")},
+    **{f"phi4_{size}/gaussian": [*FEW, "train.batch_size=100"] for size in (8, 32, 64, 128)},
+    **{f"phi4_{size}/flow_matching": [*FEW, "sample.num_steps=2"] for size in (32, 64)},
+    **{"phi4_32/glow": FEW, "phi4_64/glow": [*FEW, "data.size=16", "data.beta=0.3"]},  # its four levels halve fields
     **{f"lognormal_64/{name}": [*MAPS, *CHAINS] for name in ("cslc", "cslc_quarter", "cslc_half", "cslc_octave")},
     "lognormal_64/gaussian": [*MAPS, "train.batch_size=100"],
     "fields/cslc": ["data.val=2", "data.test=2", *CHAINS],

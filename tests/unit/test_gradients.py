@@ -3,6 +3,7 @@
 import gc
 import math
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -378,21 +379,29 @@ class Joint:
         return Joint(self.net, None if self.probes is None else self.probes[:, rows])
 
 
+@cache
+def trained(name: str, kind: str, control: str) -> list[Tensor]:
+    """What a density gives for the points of a plane, and its gradients."""
+    probes = None if kind == "exact" else PLANE.sign()[None]
+    control = {"fixed": Fixed(12), "row": PI(1e-8, 1e-8), "batch": PI(1e-8, 1e-8, norm="batch")}[control]
+    net, x = Net(), PLANE.clone().requires_grad_()
+    start = torch.cat((x, x.new_zeros(4, 1)), 1)
+    given = {
+        "solver": Tsit5(),
+        "controller": control,
+        "seminorm": lambda y: y[:, :2],
+        "gradient": build(Gradient, name),
+    }
+    y = integrate(Joint(net, probes), start, UNIT, **given).x
+    (0.5 * y[:, :2].square().sum(1) - y[:, 2]).mean().backward()
+    return [y.detach(), x.grad, *(p.grad for p in net.parameters())]
+
+
 @pytest.mark.parametrize("control", ["fixed", "row", "batch"])
 @pytest.mark.parametrize("kind", ["exact", "hutchinson"])
 @pytest.mark.parametrize("name", ["checkpoint", *CONTINUOUS])
 def test_densities_are_trained_with_every_gradient(name, kind, control):
-    probes = None if kind == "exact" else PLANE.sign()[None]
-    control = {"fixed": Fixed(12), "row": PI(1e-8, 1e-8), "batch": PI(1e-8, 1e-8, norm="batch")}[control]
-    found = []
-    for gradient in (Backprop(), build(Gradient, name)):
-        net, x = Net(), PLANE.clone().requires_grad_()
-        start = torch.cat((x, x.new_zeros(4, 1)), 1)
-        given = {"solver": Tsit5(), "controller": control, "seminorm": lambda y: y[:, :2], "gradient": gradient}
-        y = integrate(Joint(net, probes), start, UNIT, **given).x
-        (0.5 * y[:, :2].square().sum(1) - y[:, 2]).mean().backward()
-        found.append([y.detach(), x.grad, *(p.grad for p in net.parameters())])
-    agree(found[1], found[0], 1e-13 if name == "checkpoint" else 1e-6)
+    agree(trained(name, kind, control), trained("backprop", kind, control), 1e-13 if name == "checkpoint" else 1e-6)
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------
