@@ -69,6 +69,6 @@ class Power:
             f"{level.label}: the training fields are empty from {float(radius[above].min()):.3g} to "
             f"{float(radius[above].max()):.3g} cycles per side ({share:.0%} of the frequencies of this band), where "
             f"they hold a power of {float(folded[above].mean() / folded.mean()):.1g} of the mean: rounding alone, of "
-            f"which there is no law to fit. Downsample the maps to at most {fits} pixels, the largest grid all of "
-            "whose frequencies they have, or add the noise of the instrument to them."
+            f"which there is no law to fit. Downsample the maps to at most {fits} pixels, so that they have all "
+            "frequencies below half of the side, or add the noise of the instrument to them."
         )

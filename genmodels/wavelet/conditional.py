@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,10 @@ class Conditional(nn.Module):
         stiff = self._stiffness(u - self.level.synthesize(self.level.detail(u))).clamp(min=0).mean()
         self.stiffness.copy_(torch.where(stiff > 0, stiff, math.inf))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(prefix + "stiffness", torch.tensor(math.inf, dtype=torch.float64))  # of older runs
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _stiffness(self, known: Tensor) -> Tensor:
         """[B] float64 mean curvature Δ_ζ Ē/dim at known parts u [B, H, W] alone, without details."""
         return self.laplacian(known).double() / self.level.dim
@@ -161,8 +166,8 @@ class Conditional(nn.Module):
 
         The law of the details may be far narrower given some fields than given others (φ⁴ given a large magnetisation),
         where steps for the mean of them would be refused for ever. The scale is multiplied by √(κ̄/κ) <= 1, κ the mean
-        curvature at the known part alone and κ̄ its mean over training fields. It depends on what is given alone, not on
-        where the chain is, which leaves the law as it is.
+        curvature at the known part alone and κ̄ the mean of max(κ, 0) over some training fields. It depends on what is
+        given alone, not on where the chain is, which leaves the law as it is.
         """
         scale = self.scale.to(base)
         if not self.level.conditional:

@@ -123,6 +123,7 @@ def log_normalizer(
     Raises:
         ValueError: if a count is below 1.
         ConfigError: if an energy on the way is not finite.
+        ValueError: if a number is out of its range, or if chains from the law itself leave what is finite.
     Source: Gelman & Meng 1998; Neal 2001 (Annealed importance sampling).
     """
     if min(nodes, burn + 1, record, particles) < 1:

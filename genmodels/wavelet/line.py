@@ -57,7 +57,8 @@ class LineLaw:
         if not self.error < TOLERANCE:
             raise ConfigError(
                 f"{where}: log Z differs by {self.error:.3g} nats between {len(grid)} nodes and half of them. "
-                "Take more nodes."
+                "The law is far narrower, or rougher, than the range of the data: look for outliers, take more fields, "
+                "or a basis of fewer functions."
             )
         self.density = self.density / mass.sum()
         self.ends = (mass / mass.sum()).cumsum(0)

@@ -59,7 +59,8 @@ class Term(nn.Module, ABC):
         """[B] float64 Σ θ_k Φ_k(u), and its gradient [B, H, W]."""
 
     def at(self, theta: Tensor, dtype: torch.dtype) -> Energy:
-        """u [B, H, W] of a dtype -> what `energy` gives; terms may find what depends on θ alone once for a chain."""
+        """u [B, H, W] of a dtype -> what `energy` gives; terms may find what depends on θ alone once for a chain, so
+        that it is to be asked for anew when θ or the term has changed."""
         return partial(self.energy, theta)
 
     @abstractmethod

@@ -115,7 +115,7 @@ def check_moves(conditional: Conditional, accepted: Tensor, transitions: int) ->
             f"are expected from training fields, and {still} of {len(accepted)} never moved, so that draws depend on "
             f"where their chains began. {UNLIKE}",
             ChainWarning,
-            stacklevel=4,
+            stacklevel=5,  # where samples were asked for
         )
 
 

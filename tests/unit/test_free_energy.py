@@ -152,6 +152,31 @@ def test_log_z_of_a_gaussian_is_half_a_log_determinant(method, particles):
     within(found.value, gaussian_normalizer(c, base), found.stderr)
 
 
+def test_log_z_does_not_depend_on_the_scale_of_each_item():
+    """Half of it, of which the reference's log-determinant knows: 48 log 2 = 33 nats."""
+    c = gaussian_conditional()
+    base = 0.5 * Tree((8, 8)).given(3, gaussian_fields(40, 8, 1).squeeze(1))
+    c.stiffness.copy_(c.laplacian(base / c.unit)[0] / c.level.dim / 4)
+    torch.testing.assert_close(c.scale_given(base), c.scale.expand(40, -1) / 2)
+    options = {"nodes": 8, "burn": 16, "record": 16, "particles": 2}
+    found = log_normalizer(c, MALA(), base.float(), SeedNoise(40), **options)
+    within(found.value, gaussian_normalizer(c, base), found.stderr)
+
+
+@pytest.mark.parametrize("method", ["integration", "annealing"])
+def test_log_z_of_an_item_has_its_own_scale(method):
+    """Of φ⁴ given fields of unlike size: it is the same alone and among others."""
+    level = Tree((4, 4), "haar").levels[-1]
+    c, base = phi4_conditional(level), torch.tensor([0.2, 1.0, 2.5]).reshape(3, 1, 1).expand(3, 4, 4)
+    c.stiffness.fill_(4.0)
+    assert (c.scale_given(base)[:, 0].diff() < -0.02).all()
+    options = {"method": method, "nodes": 4, "burn": 4, "record": 8}
+    every = log_normalizer(c, MALA(), base, SeedNoise([5, 6, 7]), **options).value
+    for i in range(3):
+        own = log_normalizer(c, MALA(), base[i : i + 1], SeedNoise([5 + i]), **options).value
+        torch.testing.assert_close(own, every[i : i + 1], rtol=0, atol=1e-4)  # of float32
+
+
 @pytest.mark.parametrize("method", ["integration", "annealing"])
 def test_log_z_of_phi4_on_four_sites(method):
     level = Tree((2, 2), "haar", octaves=0).levels[0]
