@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from types import ModuleType
 
 import pytest
@@ -42,3 +43,23 @@ def fakes() -> Iterator[ModuleType]:
         training_fakes.register_all()
         yield training_fakes
         training_fakes.register_all()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`slow_for("rk4-*", "heun")` puts the parameters of these ids under the marker `slow`."""
+    patterns: dict[str, list[str]] = {}
+    found: dict[str, set[str]] = {}
+    for item in items:
+        if (mark := item.get_closest_marker("slow_for")) is None:
+            continue
+        name, parameters = item.nodeid.partition("[")[::2]
+        patterns[name] = list(mark.args)
+        met = {pattern for pattern in mark.args if fnmatchcase(parameters.removesuffix("]"), pattern)}
+        found.setdefault(name, set()).update(met)
+        if met:
+            item.add_marker(pytest.mark.slow)
+    if any("::" in argument for argument in config.args):  # not all parameters are here
+        return
+    if idle := [f"{name}[{p}]" for name, of in patterns.items() for p in of if p not in found[name]]:
+        raise pytest.UsageError(f"slow_for: there is no {', '.join(idle)}")

@@ -224,6 +224,7 @@ def test_the_density_integrates_to_one_and_has_the_stated_entropy(name):
 
 
 @pytest.mark.parametrize("name", TOYS)
+@pytest.mark.slow_for("spirals")
 def test_the_items_have_the_entropy_of_the_density(name):
     toy = make(name)
     x = torch.cat([toy.all(split).x for split in SPLITS])

@@ -114,6 +114,7 @@ def test_batches_and_order_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", names(Metric))
+@pytest.mark.slow_for("c2st")
 def test_restart_forgets_the_answers_and_keeps_the_reference(name):
     metric, dataset, question = started(name)
     feed(metric, dataset, question, 150, 50)
@@ -127,6 +128,7 @@ def test_restart_forgets_the_answers_and_keeps_the_reference(name):
 
 
 @pytest.mark.parametrize("name", names(Metric))
+@pytest.mark.slow_for("c2st", "kinetic_energy", "lipschitz", "mmd", "sliced_wasserstein")
 def test_standard_error_falls_with_n(name):
     metric, dataset, question = started(name)
     feed(metric, dataset, question, 500, 100)

@@ -311,6 +311,7 @@ def test_every_registered_model_has_an_example():
 
 
 @pytest.mark.parametrize(("name", "k"), CASES)
+@pytest.mark.slow_for("cslc-1")
 def test_loss_has_one_finite_value_per_item_and_a_gradient_for_every_parameter(name, k):
     model, _, batch = built(name, k)
     model.train()
@@ -361,6 +362,7 @@ def test_penalties_are_for_training_alone(name, k):
 
 
 @pytest.mark.parametrize(("name", "k"), CASES)
+@pytest.mark.slow_for("made-3", "nade-3", "multivariate_diffusion-1")
 def test_item_i_depends_on_seed_i_alone(name, k):
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsSample):
@@ -378,6 +380,7 @@ def test_item_i_depends_on_seed_i_alone(name, k):
 
 
 @pytest.mark.parametrize(("name", "k"), CASES)
+@pytest.mark.slow_for("cslc-1", "diffusion-0", "local_dsm-0", "multivariate_diffusion-0")
 def test_likelihood_of_a_batch_is_that_of_its_items_and_float32_is_enough(name, k):
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsLogProb):
@@ -398,6 +401,7 @@ def test_likelihood_of_a_batch_is_that_of_its_items_and_float32_is_enough(name, 
 
 
 @pytest.mark.parametrize(("name", "k"), [(n, k) for n, k in CASES if EXAMPLES[n][k][0] == "contract_plane"])
+@pytest.mark.slow_for("diffusion-1")
 def test_density_of_the_plane_integrates_to_one(name, k):
     model, _, _ = built(name, k)
     if not isinstance(model, SupportsLogProb):
@@ -414,6 +418,7 @@ def test_density_of_the_plane_integrates_to_one(name, k):
 
 
 @pytest.mark.parametrize(("name", "k"), CASES)
+@pytest.mark.slow_for("diffusion-[12]", "local_dsm-1", "multivariate_diffusion-1")
 def test_decode_undoes_encode(name, k):
     model, _, batch = built(name, k)
     if not isinstance(model, SupportsEncode):

@@ -92,6 +92,7 @@ def test_zero_parameters_are_the_identity(map, dtype):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.slow_for("logistic_mixture 1-True", "logistic_mixture False-True")
 def test_gradients_are_those_of_finite_differences(map, inverse):
     """Of both outputs, to the input and to every raw parameter, through the inverse too; and those of the gradients."""
     x, raw = points(map, 6, seed=3).requires_grad_(), parameters(map, 6, seed=4).requires_grad_()

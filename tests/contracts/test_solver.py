@@ -64,6 +64,7 @@ def rates(solve: Callable[[int], Tensor], exact: Tensor, solver: Solver) -> floa
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.slow_for("esdirk54-gaussian", "kvaerno3-gaussian")
 def test_reaches_its_order(name, problem):
     solver, (field, x, ends, exact) = build(Solver, name), PROBLEMS[problem]
     rate = rates(lambda n: integrate(field, x, grid(n, *ends), solver=solver).x, exact, solver)
@@ -74,6 +75,7 @@ def test_reaches_its_order(name, problem):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.slow_for("esdirk54")
 def test_flipping_the_grid_inverts_to_the_declared_order(name):
     solver, (field, x, ends, _) = build(Solver, name), PROBLEMS["riccati"]
 
@@ -114,6 +116,7 @@ def test_evaluations_are_counted_and_as_many_as_stated(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.slow_for("esdirk54")
 def test_stages_at_the_end_of_a_step_are_at_its_very_end(name):
     """t + (s - t) may differ from s by rounding; a schedule that ends at s must not be asked beyond it."""
     solver = build(Solver, name)
@@ -142,6 +145,7 @@ def test_error_and_stiffness_do_not_know_the_direction(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.slow_for("esdirk54")
 def test_rows_do_not_see_each_other_and_dtypes_are_kept(name):
     solver = build(Solver, name)
     whole = integrate(riccati, -1 - PLANE.abs(), grid(9), solver=solver, save="all")
@@ -161,6 +165,7 @@ def test_rows_do_not_see_each_other_and_dtypes_are_kept(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.slow_for("esdirk54")
 def test_gradients_are_those_of_the_steps(name):
     solver, matrix = build(Solver, name), LINEAR.matrix.clone().requires_grad_()
 
@@ -250,6 +255,7 @@ def test_stability_ends_where_a_decaying_mode_stops_decaying(name):
 
 
 @pytest.mark.parametrize("name", RUNGE_KUTTA)
+@pytest.mark.slow_for("dopri8")
 def test_tableaux_meet_every_order_condition_and_no_more(name):
     tableau = build(Solver, name).tableau
     # Tsitouras' coefficients are published to 16 digits and reach 13 in size, two others as near fractions

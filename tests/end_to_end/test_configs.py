@@ -11,20 +11,17 @@ from matplotlib.figure import Figure
 
 from genmodels import registry
 from genmodels.config import Config, load, read
-from genmodels.data.dataset import Dataset, centred
-from genmodels.data.uci import TABLES as PUBLISHED
+from genmodels.data.dataset import Dataset
 from genmodels.evaluation import answers
 from genmodels.evaluation.evaluate import evaluate
 from genmodels.evaluation.protocol import FOLDER, Protocol, tree_of
 from genmodels.hashing import digest
 from genmodels.model import Model
 from genmodels.networks.network import networks
-from genmodels.registry import resolve
 from genmodels.rng import generator
 from genmodels.sampling import default_seeds
 from genmodels.training import watch
 from genmodels.training.loop import train
-from genmodels.transforms import Transform
 from genmodels.types import SupportsLogProb, SupportsPredict, SupportsSample
 from tests.data_files import (
     cifar_files,
@@ -42,8 +39,15 @@ from tests.data_files import (
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "_base")
-FLOW_MATCHING = ROOT / "configs" / "cifar10" / "flow_matching.yaml"
 TINY = ["train.steps=2", "train.batch_size=4", "train.eval_every=0", "train.sample_every=2", "train.eval_items=4"]
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def is_trained(path: Path) -> bool:
+    return path.stem in TRAINED.get(path.parent.name, ())
 
 
 def pictures(folder: Path) -> list[str]:
@@ -102,39 +106,30 @@ OWN_SERIES = {
     "physionet": lambda folder, node: [f"data.path={write_physionet(folder / 'records')}"],
     "uea": lambda folder, node: [f"data.path={write_uea(folder / 'archive', node['problem'])}"],
 }
-# what is like another configuration that travels, with the same components in other sizes or on other data: built, not
-# trained; the parts that tell it from that one travel with a third
-ALIKE = {
-    **{f"tables/{table}{kind}": f"tables/miniboone{kind}" for table in UCI[:3] + UCI[4:] for kind in ("", "_ar")},
-    "tables/nanoflow": "toy2d/nanoflow_nsf",
-    "tables/realnvp": "tables/nsf",
-    "tables/ffjord": "tables/miniboone_ffjord",
-    "toy2d/nanoflow_realnvp": "toy2d/nanoflow_nsf",
-    "toy2d/nanoflow_maf": "toy2d/nanoflow_nsf_ar",
-    "toy2d/cld": "digits/cld",
-    "toy2d/local_dsm": "digits/local_dsm",
-    "toy2d/nsf_ar": "toy2d/nanoflow_nsf_ar",
-    "digits/realnvp": "digits/nsf",
-    "digits/maf": "toy2d/maf",
-    "digits/nanoflow_affine": "digits/nanoflow",
-    "digits/ffjord": "mnist/ffjord",
-    "patches/nsf_ar": "patches/nsf",
-    "patches/nanoflow": "patches/nsf",
-    "cifar10/glow": "cifar10/nanoflow_glow",
-    "cifar10/nsf": "images/nsf_64",
-    "cifar10/neural_ode": "mnist/neural_ode",
-    "imagenet32/flow_matching": "cifar10/flow_matching",
-    "images/flow_matching": "cifar10/flow_matching",
-    **{f"phi4_{size}/cslc": "phi4_32/cslc" for size in (8, 64, 128)},
-    **{f"phi4_64/{name}": f"phi4_32/{name}" for name in ("flow_matching", "glow")},
-    "digits/glow": "cifar10/nanoflow_glow",
-    "digits/nsf_image": "images/nsf_64",
-    "digits/nsf_ar": "toy2d/nanoflow_nsf_ar",
-    "toy2d/nsf": "tables/nsf",
-    "toy2d/made_mog": "digits/made",
-    "series/ode_rnn": "physionet/ode_rnn",
-    "series/cde": "series/cde_log",
-    **{f"series/latent_ode_{name}": "series/latent_ode" for name in ("digits", "oscillators")},
+# one at least of every kind of model and of data, the cheapest that goes by each path through the commands; the others
+# differ from these in numbers or in components that have tests of their own: they are built here, and trained as slow
+TRAINED = {
+    "annulus": ("neural_ode",),
+    "audio": ("waveflow", "waveflow_ljspeech"),
+    "cifar10": ("mdeq",),
+    "digits": (
+        *("cld", "deq", "flow_matching", "gaussian", "glow", "made", "memorise", "nade", "nanoflow", "neural_ode"),
+        *("neural_sde", "nsf", "vae"),
+    ),
+    "fields": ("cslc",),
+    "images": ("flow_matching",),
+    "imagenet32": ("flow_matching",),
+    "lognormal_64": ("gaussian",),
+    "mnist": ("deq", "neural_ode", "neural_sde", "vae"),
+    "moving_digits": ("flow_matching",),
+    "patches": ("nsf",),
+    "phi4_32": ("cslc", "gaussian"),
+    "physionet": ("ode_rnn",),
+    "series": ("cde_log", "gru", "latent_ode", "latent_sde"),
+    "spiral": ("ode", "sde"),
+    "tables": ("maf", "miniboone", "miniboone_ar", "miniboone_ffjord", "nsf"),
+    "toy2d": ("ffjord", "flow_matching", "local_dsm", "maf", "nanoflow_nsf", "nanoflow_nsf_ar", "realnvp"),
+    "uea": ("character_trajectories",),
 }
 STEP = "model.layers[1].layers[{}].network"
 BRIEF = ["model.solver.max_steps=10", "model.gradient.max_iterations=5"]
@@ -157,11 +152,12 @@ SMALL = {
     **{f"phi4_{size}/flow_matching": [*FEW, "sample.num_steps=2"] for size in (32, 64)},
     **{"phi4_32/glow": FEW, "phi4_64/glow": [*FEW, "data.size=16", "data.beta=0.3"]},  # its four levels halve fields
     **{f"lognormal_64/{name}": [*MAPS, *CHAINS] for name in ("cslc", "cslc_quarter", "cslc_half", "cslc_octave")},
+    "lognormal_64/cslc_polished": [*MAPS, *CHAINS, *POLISHED],
     "lognormal_64/gaussian": [*MAPS, "train.batch_size=100"],
     "fields/cslc": ["data.val=2", "data.test=2", *CHAINS],
     "cifar10/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
     **{
-        name: ["model.network.channels=8", "model.network.head_channels=8"]
+        name: ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"]
         for name in (
             *(f"cifar10/{name}" for name in ("trigonometric", "vp", "etsdm", "cld")),
             *(f"imagenet32/{name}" for name in ("vp", "edm")),
@@ -169,7 +165,7 @@ SMALL = {
     },
     "imagenet32/flow_matching": ["model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"],
     "imagenet32/kinetic_optimal": [
-        *("model.network.channels=8", "model.network.head_channels=8"),
+        *("model.network.channels=8", "model.network.head_channels=8", "sample.num_steps=2"),
         "model.schedule.queries=20",
     ],
     "cifar10/local_dsm": [
@@ -282,38 +278,54 @@ def built_once(monkeypatch):
     monkeypatch.setattr(registry, "build", build_once)
 
 
-@pytest.mark.usefixtures("built_once")
-@pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
-@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_configuration_travels_the_whole_way(path, tmp_path, monkeypatch):
-    """Pictures are of every eighth of their samples, which is one of each class; one of each kind is painted. Answers
-    are not timed, which is no part of a configuration."""
-    name = f"{path.parent.name}/{path.stem}"
-    monkeypatch.setattr(watch, "default_seeds", lambda *given: default_seeds(*given)[::8])
-    monkeypatch.setattr(answers.Interview, "price", lambda self, question: None)
-    if name not in PAINTED:
-        monkeypatch.setattr(Figure, "draw", lambda self, renderer: None)
+def configured(path: Path, folder: Path) -> Config:
+    """Of a file, with what makes its run a short one."""
+    name = name_of(path)
     node = yaml.safe_load(path.read_text()).get("data", {})
     series = OWN_SERIES.get(node.get("name"), lambda folder, node: [])
     make = OWN_DATA.get(name) or OWN_DATA.get(path.parent.name, lambda folder: series(folder, node))
     light = ["train.batch_size=64"] if path.parent.name in LIGHT else []
-    overrides = [*TINY, *light, *make(tmp_path), *SMALL.get(name, [])]
-    config = load([path], overrides)
+    config = load([path], [*TINY, *light, *make(folder), *SMALL.get(name, [])])
     assert Config(config.tree).hash == config.hash
     assert set(config.protocols) <= {p.stem for p in FOLDER.glob("*.yaml")}
     assert all(tree_of(p)["dataset"]["name"] == config.tree["data"]["name"] for p in config.protocols)
-    if name in ALIKE or any("/" not in base for base in yaml.safe_load(path.read_text()).get("base", [])):
-        # a variant of its neighbour or of another one, which travels; what it changes acts in the loss
-        data = config.dataset()
-        model = config.model(data.facts())
-        batch = data.take("train", torch.arange(3 if data.periodic is None else data.size("train")))
-        model.prepare([batch], generator=generator("prepare"))
-        loss = model.loss(batch, generator=generator("loss")).value.mean()
-        assert loss.isfinite()
-        if list(model.parameters()):  # models that are fitted in closed form have buffers alone
-            loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    return config
+
+
+@pytest.mark.usefixtures("built_once")
+@pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
+@pytest.mark.parametrize("path", [p for p in FILES if not is_trained(p)], ids=name_of)
+def test_configuration_is_built(path, tmp_path):
+    """What it changes acts in the loss; energies are fitted chain by chain, in what is trained alone."""
+    config = configured(path, tmp_path)
+    data = config.dataset()
+    model = config.model(data.facts())
+    kind = config.tree["model"]["name"]
+    if kind == "cslc":
         return
+    # spectra are of many fields
+    batch = data.take("train", torch.arange(data.size("train") if kind == "stationary_gaussian" else 3))
+    model.prepare([batch], generator=generator("prepare"))
+    loss = model.loss(batch, generator=generator("loss")).value.mean()
+    assert loss.isfinite()
+    if list(model.parameters()):  # models that are fitted in closed form have buffers alone
+        loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.usefixtures("built_once")
+@pytest.mark.filterwarnings("ignore::genmodels.data.uci.OtherRows")
+@pytest.mark.parametrize(
+    "path", [p if is_trained(p) else pytest.param(p, marks=pytest.mark.slow) for p in FILES], ids=name_of
+)
+def test_configuration_travels_the_whole_way(path, tmp_path, monkeypatch):
+    """Pictures are of every eighth of their samples, which is one of each class; one of each kind is painted. Answers
+    are not timed, which is no part of a configuration."""
+    monkeypatch.setattr(watch, "default_seeds", lambda *given: default_seeds(*given)[::8])
+    monkeypatch.setattr(answers.Interview, "price", lambda self, question: None)
+    if name_of(path) not in PAINTED:
+        monkeypatch.setattr(Figure, "draw", lambda self, renderer: None)
+    config = configured(path, tmp_path)
     run = train(config, root=tmp_path, quiet=True)
     found = [p.suffix for p in run.path.glob("samples/*")]
     data, model = config.dataset(), run.load()
@@ -335,66 +347,9 @@ def test_configuration_travels_the_whole_way(path, tmp_path, monkeypatch):
     assert result["not_applicable"] == {}
 
 
-def test_what_is_like_another_has_one_that_travels():
-    names = {f"{path.parent.name}/{path.stem}" for path in FILES}
-    assert ALIKE.keys() <= names and set(ALIKE.values()) <= names - ALIKE.keys()
-    for name, other in ALIKE.items():
-        own, its = (read(ROOT / "configs" / f"{n}.yaml")["model"]["name"] for n in (name, other))
-        assert own == its, name
-        bases = yaml.safe_load((ROOT / "configs" / f"{other}.yaml").read_text()).get("base", [])
-        assert all("/" in base for base in bases), f"{other} is built only"
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("cifar10/flow_matching", 35_746_307),
-        ("cifar10/cld", 35_749_763),
-        ("cifar10/edm", 56_524_291),
-        ("cifar10/nsf", 11_835_054),
-    ],
-)
-def test_recipes_have_the_parameters_that_they_state(name, parameters):
-    """What the comments of the files say; flow matching and NSF are derived in the tests of their parts."""
-    path = ROOT / "configs" / f"{name}.yaml"
-    config = load([path], blank=True)
-    shape = {"shape": [3, 32, 32], "num_classes": None, "condition_shape": None, "target_shape": None}
-    node = resolve(Transform, config.tree["data"]["transform"] or centred(256), "data.transform")
-    model = config.model({**shape, "bin_width": 1.0, "transform": node})
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert f"{parameters:,}" in path.read_text()
-
-
-@pytest.mark.parametrize("name", ["cifar10/trigonometric", "cifar10/vp", "cifar10/etsdm", "imagenet32/flow_matching"])
-def test_recipes_that_share_a_network_state_its_parameters(name):
-    """Dropout has none."""
-    path = ROOT / "configs" / f"{name}.yaml"
-    own, first = (load([p], blank=True).tree["model"]["network"] for p in (path, FLOW_MATCHING))
-    assert {**own, "dropout": 0} == {**first, "dropout": 0} and "35,746,307 parameters" in path.read_text()
-
-
-# of the published settings, counted by the code of the paper
-TABLES = {
-    "power": 2_820_402,
-    "gas": 2_882_632,
-    "hepmass": 1_327_522,
-    "miniboone": 129_542,
-    "bsds300": 2_712_052,
-    "power_ar": 3_004_722,
-    "gas_ar": 3_128_392,
-    "hepmass_ar": 3_934_392,
-    "miniboone_ar": 439_622,
-    "bsds300_ar": 18_311_642,
-}
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_recipes_of_tables_have_the_parameters_of_the_paper(name):
-    path = ROOT / "configs" / "tables" / f"{name}.yaml"
-    config = load([path], blank=True)
-    shape = [PUBLISHED[config.tree["data"]["table"]].dims]
-    facts = {"num_classes": None, "condition_shape": None, "target_shape": None, "bin_width": None}
-    model = config.model({"shape": shape, "transform": {"name": "identity"}, **facts})
-    assert sum(p.numel() for p in model.parameters()) == TABLES[name]
-    assert f"{TABLES[name]:,}" in path.read_text()
-    assert config.train.eval_items == PUBLISHED[config.tree["data"]["table"]].sizes[1]
+def test_every_kind_of_model_and_of_data_is_trained():
+    trained = {path for path in FILES if is_trained(path)}
+    assert len(trained) == sum(len(names) for names in TRAINED.values())
+    for part in ("model", "data"):
+        kinds = {path: read(path)[part]["name"] for path in FILES}
+        assert {kinds[path] for path in trained} == set(kinds.values())

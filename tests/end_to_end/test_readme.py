@@ -120,6 +120,7 @@ def test_drift_example_runs(capsys):
     torch.testing.assert_close(told["model"].process.ito(u, y), 0.5**2 * -4 * y)  # ½ Q ΔF
 
 
+@pytest.mark.slow
 def test_editing_example_runs(tmp_path, monkeypatch):
     """With a tiny pipeline in place of the downloaded one: it makes what the methods make of the same words."""
     from diffusers import FluxPipeline
@@ -181,6 +182,7 @@ def test_solver_example_runs(capsys):
     assert capsys.readouterr().out.startswith("tensor([")
 
 
+@pytest.mark.slow
 def test_data_from_python_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
     """The example as it stands; afterwards its run is sampled without the data, which the commands cannot have."""
     code = next(b for b in blocks("python") if "from_tensors" in b)

@@ -17,6 +17,7 @@ from genmodels.training.run import Run
 
 @pytest.mark.parametrize("at", [1, 3, 5, 6, 10])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.slow_for("adam-[16]", "sgd-[356]")
 def test_interrupted_is_uninterrupted_bit_for_bit(fakes, tmp_path, at, optimizer):
     config = fakes.config(**fakes.RICH).replace({"train": {"optimizer": {"name": optimizer, "lr": 0.01}}})
     straight = train(config, root=tmp_path / "a", quiet=True)

@@ -59,6 +59,7 @@ def fitted(model: object) -> None:
 
 
 @pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.slow_for("log_snr", "shared")
 def test_stock_pipelines_draw_models_with_labels_of_their_own(name, tmp_path):
     """DDIM's pipeline and DPM-Solver++'s steps, in stock code, as ours from the same noise; and the model comes back.
 

@@ -54,6 +54,7 @@ def items(n, shape=(D,), seed=1):
 
 
 @every
+@pytest.mark.slow_for("CNF")
 def test_it_computes_what_zuko_computes_from_data_to_latent(flow):
     f, x = make(flow), items(5)
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ TIMES = torch.tensor([0.0, 1e-4, 0.3, 1.0], dtype=torch.float64)
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 @pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.slow_for("True-ralston", "True-heun", "False-ralston", "False-kvaerno3")
 def test_a_single_row_takes_the_steps_of_row_control(name, backwards):
     solver, times = build(Solver, name), 0.4 * (TIMES.flip(0) if backwards else TIMES)
     settings = {"solver": solver, "save": "all", "record": Record()}
@@ -76,6 +77,7 @@ def test_the_norm_is_over_the_batch_and_hides_a_hard_row():
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.slow_for("ralston", "kvaerno3", "esdirk54")
 def test_gradients_are_those_of_the_steps(name):
     solver, matrix = build(Solver, name), LINEAR.matrix.clone().requires_grad_()
 

@@ -169,6 +169,7 @@ COARSELY, EVENLY = {"controller": PI(rtol=1e-3, atol=1e-3)}, {"solver": RK4(), "
 
 
 @pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.slow_for("hermite", "natural_cubic")
 def test_padding_hidden_values_and_companions_change_nothing(control):
     m, batch = model({"name": control, "intensity": True}), series()
     with torch.no_grad():
@@ -244,6 +245,7 @@ def test_answers_at_a_time_know_nothing_of_later_values(control):
 
 
 @pytest.mark.parametrize("control", ["linear", "natural_cubic"])
+@pytest.mark.slow_for("natural_cubic")
 def test_gradients_reach_values(control):
     m, batch = model(control), series(rows=2, length=5)
 
@@ -254,6 +256,7 @@ def test_gradients_reach_values(control):
 
 
 @pytest.mark.parametrize("control", ["linear", "hermite"])
+@pytest.mark.slow_for("hermite")
 def test_every_way_of_taking_gradients_agrees(control):
     """Of parameters, and of what the path is made of, with gradients up to 0.5.
 

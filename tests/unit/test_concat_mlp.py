@@ -147,6 +147,7 @@ def test_a_conditional_field_carries_tangents_too_and_what_cannot_says_so():
 
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "softplus", "gelu", "silu", "relu"])
+@pytest.mark.slow_for("silu-*", "softplus-*")
 def test_gradients_of_carried_tangents_are_right(activation, final):
     """The backward pass by hand against autograd through vector-Jacobian products, and against differences."""
     net = make("concat_mlp", (3,), hidden=(6, 5), activation=activation, time="squash", final=final)

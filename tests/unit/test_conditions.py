@@ -62,6 +62,7 @@ def mean_of(model: Model, t: float, means: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("diffusion", ["cld", "linear_sde"])
+@pytest.mark.slow_for("cld")
 def test_guided_joint_scores_are_those_of_a_shifted_gaussian(diffusion):
     """Scores of N(m, Σ) are affine in m: guidance by w makes m_w = m_null + w (m_c - m_null) of the means.
 

@@ -76,6 +76,7 @@ def test_means_are_written_to_the_digit_of_their_error():
 
 
 @pytest.mark.parametrize(("count", "known"), [(1, True), (2, False), (16, True)])
+@pytest.mark.slow_for("16-True")
 def test_it_is_drawn_for_few_and_many(count, known, tmp_path, monkeypatch):
     runs = [run(f"run {k}") for k in range(count)]
     if not known:

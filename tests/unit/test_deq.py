@@ -319,6 +319,7 @@ def test_what_a_network_charges_is_added_to_the_loss_of_a_diffusion_model():
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.slow_for("2.0")
 def test_warm_samples_are_the_cold_ones_for_fewer_evaluations(guidance):
     """To the tolerance of the fixed points; item i still depends on its own seed alone."""
     cell = {"name": "conv_cell", "channels": 8, "groups": 4}

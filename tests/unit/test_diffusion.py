@@ -299,6 +299,7 @@ def test_samples_depend_on_their_seed_alone(shape):
 @pytest.mark.parametrize(
     ("prediction", "schedule"), [("velocity", "linear"), ("eps", "vp"), ("edm", "edm"), ("x", "cosine")]
 )
+@pytest.mark.slow_for("edm-edm", "x-cosine")
 def test_samples_are_where_the_exact_flow_takes_the_noise(prediction, schedule):
     model = oracle(GAUSSIAN, prediction, schedule)
     model.transform = Affine(1.0, 2.0)
@@ -397,6 +398,7 @@ def test_likelihood_of_a_mixture_is_exact_for_a_flow():
     ("prediction", "schedule"),
     [("eps", "vp"), ("edm", "edm"), ("v", "trigonometric"), ("score", "linear"), ("x", "cosine")],
 )
+@pytest.mark.slow_for("edm-edm", "score-linear", "x-cosine")
 def test_likelihood_is_that_of_the_ode_between_the_ends(prediction, schedule):
     """The Gaussian flow from t_min to t_max in closed form, with the prior N(0, σ(t_max)²)."""
     model, x = oracle(GAUSSIAN, prediction, schedule), randn(4, 2)

@@ -41,6 +41,7 @@ def built(level: Level, stencil: str, **options) -> tuple[FilteredPotential, Ten
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("stencil", STENCILS)
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.slow_for("8x8-*", "half octave-*-True")
 def test_derivatives_are_those_of_automatic_differentiation(level, stencil, even):
     level = LEVELS[level]
     term, theta, u = built(level, stencil, even=even)

@@ -294,6 +294,7 @@ def by_hand(width, form):
     ("width", "form", "published"),
     [(512, "small", 44_235_312), (256, "small", 15_972_912), (256, "large", 287_488_560)],
 )
+@pytest.mark.slow_for("256-large-*", "512-small-*")
 def test_glow_has_the_published_number_of_parameters(width, form, published):
     model = glow(width, form)
     assert size(model) == published == by_hand(width, form)

@@ -163,6 +163,7 @@ def test_checkpoint_differentiates_the_trace_as_backprop_does(control, grid, ref
 
 
 @pytest.mark.parametrize("name", ["heun", "bosh3", "dopri5", "rk4", "kvaerno3", "esdirk54"])
+@pytest.mark.slow_for("esdirk54", "heun")
 def test_checkpoint_knows_the_memory_of_every_solver(name):
     for control in (Fixed(9),) if name == "rk4" else (Fixed(9), PI(1e-4, 1e-4)):
         wanted = results(Backprop(), control, SHARED, "all", solver=build(Solver, name))
@@ -310,6 +311,7 @@ def test_gradients_of_closed_forms(name, problem, grid):
 
 @pytest.mark.parametrize(("grid", "save"), [("shared", "all"), ("backwards", "last"), ("own", "last"), ("own", "all")])
 @pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.slow_for("row-own-last", "fixed-own-*", "row-shared-all", "*-backwards-last")
 def test_continuous_gradients_agree_with_backprop(control, grid, save):
     """Of a network: both are exact up to the errors of the solves, which at 1e-8 (or 36 steps) are below 1e-6."""
     if (control, grid) == ("batch", "own"):
@@ -400,6 +402,16 @@ def trained(name: str, kind: str, control: str) -> list[Tensor]:
 @pytest.mark.parametrize("control", ["fixed", "row", "batch"])
 @pytest.mark.parametrize("kind", ["exact", "hutchinson"])
 @pytest.mark.parametrize("name", ["checkpoint", *CONTINUOUS])
+@pytest.mark.slow_for(
+    "interpolated-exact-row",
+    "checkpoint-exact-row",
+    "checkpoint-hutchinson-batch",
+    "interpolated-*-batch",
+    "adjoint-exact-[rf]*",
+    "adjoint-hutchinson-batch",
+    "checkpoint-*-fixed",
+    "interpolated-exact-fixed",
+)
 def test_densities_are_trained_with_every_gradient(name, kind, control):
     agree(trained(name, kind, control), trained("backprop", kind, control), 1e-13 if name == "checkpoint" else 1e-6)
 

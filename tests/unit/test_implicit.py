@@ -155,6 +155,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize(
     "control", [Fixed(4), PI(1e-7, 1e-7), PI(1e-7, 1e-7, norm="batch")], ids=["fixed", "row", "batch"]
 )
+@pytest.mark.slow_for("batch")
 def test_dense_and_krylov_agree_in_values_and_gradients(control):
     net, results = Layers(5, 40.0), []
     start = torch.randn(3, 5, generator=generator("start"), dtype=torch.float64)

@@ -42,6 +42,7 @@ def gaussian(n: int, width: float = WIDTH, size: int = 2, seed: int = 1) -> Tens
 
 
 @pytest.mark.parametrize("diffusion", DIFFUSIONS, ids=str)
+@pytest.mark.slow_for("*skew*")
 def test_the_bound_and_the_law_of_samples_are_exact_for_gaussian_data(diffusion):
     """The law at t_min has the variance e² of `marginal` for x, and auxiliary variables of the law that q has.
 
@@ -126,6 +127,7 @@ class Mixture:
 
 
 @pytest.mark.parametrize("diffusion", ["cld", FULL], ids=str)
+@pytest.mark.slow_for("cld")
 def test_the_bound_of_an_exact_mixture_is_near_its_density(diffusion, monkeypatch):
     """log p(.3) = -1.56230711 and log p(-1.2) = -1.14105145, less the divergence of q from the true law of v given x.
 

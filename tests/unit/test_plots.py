@@ -114,6 +114,7 @@ def test_smoothed_lines_stand_before_faint_values_and_the_window_is_stated():
 
 
 @pytest.mark.parametrize(("count", "panels"), [(1, 1), (2, 2), (12, 2), (12, 4), (28, 5)])
+@pytest.mark.slow_for("28-5")
 def test_the_legend_stands_beside_the_panels_and_inside_the_figure(count, panels):
     names = [f"digits-flow_matching-seed{k}-lr1e-3" for k in range(count)]
     one = curve(lines_of([3.0, 2.0, 1.0]), "train/loss")

@@ -24,6 +24,7 @@ AT_HAND = [path for path in sorted(FOLDER.glob("*.yaml")) if "???" not in path.r
 
 
 @pytest.mark.parametrize("path", AT_HAND, ids=[p.stem for p in AT_HAND])
+@pytest.mark.slow_for("lorenz", "tones_mel", "van_der_pol")
 def test_protocols_of_the_repository_are_sound(path):
     p, by_file = Protocol.load(path.stem), Protocol.load(str(path))
     assert p.name == path.stem and len(p.hash) == 12 and p.tree["description"]

@@ -78,6 +78,7 @@ def split(batch: Batch) -> Batch:
 
 @pytest.mark.parametrize("classes", [None, 3])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.slow_for("latent_ode_gated-None")
 def test_what_was_not_observed_does_not_matter(name, classes):
     model, batch = built(name, classes)
     out = model.predict(batch)

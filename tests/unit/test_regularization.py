@@ -89,6 +89,7 @@ def integrals_by(gradient):
 
 
 @pytest.mark.parametrize("gradient", [name for name in names(Gradient) if name != "backprop"])
+@pytest.mark.slow_for("adjoint")
 def test_integrals_can_be_differentiated_in_every_way(gradient):
     """Those of the equation and of its steps agree in the limit of small steps."""
     one, two = integrals_by("backprop"), integrals_by(gradient)

@@ -217,6 +217,7 @@ def test_steps_are_exact_where_signal_or_noise_is_zero(name):
 
 
 @pytest.mark.parametrize("name", ["ddim", "2m", "3m", "2s", "heun"])
+@pytest.mark.slow_for("3m", "heun", "ddim")
 def test_a_flipped_grid_inverts(name):
     solver, x, errors = DETERMINISTIC[name], torch.tensor([[-0.7], [1.2]], dtype=torch.float64), []
     for n in (60, 120):

@@ -50,6 +50,7 @@ def test_a_share_of_the_places_is_chosen_evenly(share, count):
 
 
 @pytest.mark.parametrize("cls", SEEN)
+@pytest.mark.slow_for("Lorenz")
 def test_what_is_seen_is_the_curve_with_noise(cls):
     """Clean and noisy items differ by the noise alone, of the stated size, in what is given and what is asked for."""
     clean, noisy = (cls(count=60, points=20, noise=s).all("train") for s in (0.0, 0.3))
@@ -61,6 +62,7 @@ def test_what_is_seen_is_the_curve_with_noise(cls):
 
 
 @pytest.mark.parametrize("cls", SEEN)
+@pytest.mark.slow_for("Lorenz")
 def test_a_forecast_is_asked_for_the_times_after_those_given(cls):
     task = "extrapolate" if cls is SpiralSeries else "forecast"
     whole, ahead = cls(count=8, points=20, observed=1.0), cls(count=8, points=20, observed=1.0, task=task)
@@ -74,6 +76,7 @@ def test_a_forecast_is_asked_for_the_times_after_those_given(cls):
 
 
 @pytest.mark.parametrize("cls", [*SEEN, Annulus, SpiralODE, SpiralSDE])
+@pytest.mark.slow_for("Lorenz", "SpiralODE")
 def test_an_item_is_the_same_however_many_there_are(cls):
     short = {"points": 10} if cls in SEEN else {}
     few, many, other = cls(count=8, **short), cls(count=12, **short), cls(count=8, seed=1, **short)

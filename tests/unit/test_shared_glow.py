@@ -50,6 +50,7 @@ def by_hand(count, e, inject, projection):
     ],
     ids=["naive", "decomp", "nanoflow", "nanoflow48"],
 )
+@pytest.mark.slow_for("nanoflow48", "decomp")
 def test_the_published_image_counts(variant, published):
     config = load([FILE], [*overrides(*variant)], blank=True)
     with torch.device("meta"):

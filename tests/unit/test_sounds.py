@@ -71,6 +71,7 @@ def test_a_sine_stands_at_its_level_and_frequency(amplitude):
 
 
 @pytest.mark.parametrize(("n", "samples"), [(1, 20), (3, 700), (20, 16_000)])
+@pytest.mark.slow_for("20-16000")
 def test_pictures_of_any_number_of_sounds_are_light(tmp_path, n, samples):
     x = 0.3 * torch.randn(n, samples, generator=torch.Generator().manual_seed(0))  # noise makes the largest files
     dataset = from_tensors(x.repeat(3, 1), sample_rate=8000)

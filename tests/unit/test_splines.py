@@ -172,6 +172,7 @@ def test_log_slope_is_that_of_autograd(inverse, form):
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("bins", [1, 3])
 @every_form
+@pytest.mark.slow_for("linear-3-True", "bounded-1-*", "circular*-3-*")
 def test_first_and_second_gradients_are_those_of_finite_differences(inverse, bins, form):
     x = points(form, 2, 2, seed=3).requires_grad_()
     form = replace(form, scale=0.7)
@@ -358,6 +359,7 @@ def test_under_vmap_and_functional_gradients(inverse, form):
         *(pytest.param(form, "inductor", marks=pytest.mark.slow) for form in FORMS.values()),
     ],
 )
+@pytest.mark.slow_for("*-True")
 def test_compiles_to_one_graph(inverse, form, backend):
     def f(x, raw):
         return rational_quadratic(x, raw, form, inverse=inverse)

@@ -46,6 +46,7 @@ class Rates:
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.slow_for("ralston")
 def test_error_follows_the_tolerance(name):
     solver, exact = build(Solver, name), LINEAR.solution(1.0, PLANE)
     errors, evaluations = [], []
@@ -60,6 +61,7 @@ def test_error_follows_the_tolerance(name):
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.slow_for("heun", "ralston")
 def test_runs_backwards_and_along_a_probability_flow(name):
     solver, control = build(Solver, name), PI(1e-5, 1e-5)
 
@@ -155,6 +157,7 @@ def test_rejected_steps_happen_on_a_pulse_and_are_counted(name):
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.slow_for("ralston")
 def test_rows_are_independent_and_evaluations_honest(name):
     solver, control = build(Solver, name), PI(1e-4, 1e-4)
     rate, x = torch.tensor([300.0, 0.5, 20.0, 0.0], dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64)
@@ -271,6 +274,7 @@ def explode(t: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.slow_for("esdirk54")
 def test_a_pole_is_reported_with_row_and_time(name):
     x = torch.tensor([[0.5], [2.0], [-1.0]], dtype=torch.float64)  # the second has its pole at t = 0.5
     control = PI(1e-3, 1e-3)

@@ -340,6 +340,7 @@ def test_every_way_of_backpropagation_meets_the_same_noise(gradient, controller)
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.slow_for("sosri2")
 def test_errors_fall_with_the_tolerance_on_one_path(name):
     paths, solver = 300, build(Solver, name)
     noise, x = tree(paths, 1), torch.ones(paths, 1, dtype=torch.float64)
@@ -356,6 +357,7 @@ def test_errors_fall_with_the_tolerance_on_one_path(name):
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.slow_for("sosri2")
 def test_a_row_under_step_control_is_the_row_alone(name):
     solver, sde, control = build(Solver, name), curved(calculus(name)), PI(rtol=0.03, atol=0.03)
     whole = integrate(sde, PLANE, grid(2), solver=solver, controller=control, noise=tree(6, 2))

@@ -190,6 +190,7 @@ def test_labels_that_cannot_be_are_refused(node, message):
 
 
 @pytest.mark.parametrize("label", [c for c in names(TimeCondition) if c != "identity"])
+@pytest.mark.slow_for("discrete", "remap")
 def test_nothing_but_the_label_changes(label):
     """With a network that ignores its label, item, noise, velocity and score are the same numbers at the true time."""
     condition, x = build(TimeCondition, label), randn(39, 3)

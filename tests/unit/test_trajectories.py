@@ -38,6 +38,7 @@ def test_probes_give_the_frobenius_norm_in_expectation():
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.slow_for("3")
 def test_taylor_of_a_spiral_in_closed_form(order):
     """d^K x/dt^K = A^K x, of squared norm 4.01^K |x|²; backwards in time the same as forwards from the other end."""
     expected = 4.01**order * 4 * 5 * (1 - math.exp(-0.3)) / 2

@@ -39,6 +39,7 @@ def copies(x, *key):
 
 # The sd of the accuracy over draws of 1500 against 1500 is 0.0126 (logistic) and 0.011 (mlp): bounds are 4 of it.
 @pytest.mark.parametrize("classifier", ["logistic", "mlp"])
+@pytest.mark.slow_for("mlp")
 def test_one_law_cannot_be_told_apart(classifier):
     found = two_sample_test(normal(1500, 0), normal(1500, 1), classifier)
     assert abs(found.accuracy - 0.5) < 0.055

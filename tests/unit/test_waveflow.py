@@ -328,6 +328,7 @@ PUBLISHED = [  # parameters at inference, and in training without the gains of w
 
 
 @pytest.mark.parametrize(("name", "changes", "inference", "training"), PUBLISHED)
+@pytest.mark.slow_for("*-22335714", "*-4928002")
 def test_published_sizes_to_the_digit(name, changes, inference, training):
     assert counts(name, weight_norm=False, **changes) == (inference, training)
     at_inference, with_gains = counts(name, **changes)
