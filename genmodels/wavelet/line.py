@@ -56,9 +56,9 @@ class LineLaw:
         self.error = abs(float(coarse) - self.log_normalizer)
         if not self.error < TOLERANCE:
             raise ConfigError(
-                f"{where}: log Z differs by {self.error:.3g} nats between {len(grid)} nodes and half of them. Take more "
-                "nodes; of a fitted energy, whose law is then far narrower or rougher than the range of the data, look for "
-                "outliers, take more fields, or a basis of fewer functions."
+                f"{where}: log Z differs by {self.error:.3g} nats between {len(grid)} nodes and half of them. Take "
+                "more nodes; of a fitted energy, whose law is then far narrower or rougher than the range of the data, "
+                "look for outliers, take more fields, or a basis of fewer functions."
             )
         self.density = self.density / mass.sum()
         self.ends = (mass / mass.sum()).cumsum(0)
