@@ -63,6 +63,7 @@ benchmarks: $(READY)
 	$(PY) -m evals.benchmarks.agreement
 	$(PY) -m evals.benchmarks.score_models
 	$(PY) -m evals.benchmarks.wavelets
+	$(PY) -m evals.benchmarks.field_fit
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
