@@ -1,6 +1,6 @@
 """What it takes to fit a wavelet model of fields: closed form, chains and samples, beside the training of a U-Net.
 
-    python -m evals.benchmarks.field_fit [--count 10000] [--device cuda]
+    python -m evals.benchmarks.field_fit [--count 10000] [--reach 8] [--device cuda]
 
 On lognormal maps of 64², wall-clock and CPU seconds, with as many threads as there are: the closed-form fit of the
 energies (units, Gram matrices and standard errors, in passes over all maps), then `prepare` as a whole (the fit once
@@ -64,9 +64,11 @@ def unet_steps(x: torch.Tensor, device: str) -> Callable[[int], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--reach", type=int, default=8, help="of the quadratic energies, in pixels")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     given = parser.parse_args()
-    config = load(ROOT / "configs" / "lognormal_64" / "cslc.yaml", [f"data.count={given.count}", "data.reference=1"])
+    changes = [f"data.count={given.count}", "data.reference=1", f"model.energy[0].reach={given.reach}"]
+    config = load(ROOT / "configs" / "lognormal_64" / "cslc.yaml", changes)
     data = config.dataset()
     model = config.model(data.facts()).to(given.device)
     batches = [Batch(part.x.to(given.device)) for part in data.batches("train", 500)]

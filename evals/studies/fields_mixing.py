@@ -177,7 +177,9 @@ def table(study: Study) -> str:
         f"L^{growth({s: max(m.tau.values()) for s, m in study.fitted.items()}):.2f}.",
         f"MALA, acceptance {TARGET}, {CHAINS} chains; of whole fields and details τ is the lag of correlation 1/e, of "
         "the model's levels the integrated autocorrelation time of the slowest of energy, power, sum and one "
-        "coefficient.",
+        "coefficient. Series of whole fields last "
+        + ", ".join(f"{LASTING * EXPECTED[s] / c.tau:.1f} τ at L = {s}" for s, c in study.whole.items())
+        + ".",
     ]
     return "\n".join(lines) + "\n\n" + "\n\n".join(laws) + "\n"
 

@@ -7,7 +7,7 @@ from ..registry import ConfigError
 from ..transforms import Transform
 from .tree import Level
 
-ROUNDING = 100.0  # powers of the rounding of float32: filters in float32 leave up to 30 of it where they take all away
+ROUNDING = 100.0  # powers of the rounding of float32: filters in float32 leave some of it where they take all away
 RELATIVE = 1e-10  # of the mean power in a band: chains would need so many steps for the loudest of it to move
 SHARE = 0.1  # of the frequencies of a band: an energy of short reach is smooth in frequency, and bridges a few
 

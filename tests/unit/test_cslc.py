@@ -243,6 +243,17 @@ def test_moves_are_shorter_where_what_is_given_makes_the_law_narrow():
     assert message.startswith("8x8: chains of samples accept 0.0") and "their units" in message
 
 
+def test_shorter_moves_leave_the_law_as_it_is(broken):
+    """Half the scale at every level that is given anything; powers as in the first test of this file."""
+    for c in broken.conditionals:
+        c.stiffness /= 4
+    ratio = broken.conditionals[-1].scale_given(torch.zeros(1, 8, 8)) / broken.conditionals[-1].scale
+    torch.testing.assert_close(ratio, torch.full((1, 48), 0.5), check_dtype=False)
+    error = (spectrum(broken.sample(500, num_steps=400)) / POWER - 1).abs()
+    assert error.max() < 4.5 * math.sqrt(2 / 500 + 2 / 3000)
+    assert error.square().mean().sqrt() < 2 * math.sqrt(1.2 / 500 + 1.2 / 3000)
+
+
 def test_moves_have_one_scale_where_energies_are_not_convex_or_runs_are_old(model):
     c = copy.deepcopy(model.conditionals[-1])
     kept = c.state_dict()
